@@ -1,0 +1,69 @@
+"""Batch: padded ids and lengths. The shape legend of the whole project.
+
+B sentences, S source positions, T target positions, D features, H heads, K features a head,
+V vocabulary, N = real (not padded) target tokens of a batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The first ids of every vocabulary.
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Parallel sentences, padded on the right with PAD.
+
+    Attributes:
+        source_BS: int64, each row ends in EOS.
+        source_lengths_B: int64, EOS included, >= 1.
+        target_BT: int64, what the decoder shall say, each row ends in EOS.
+        target_lengths_B: int64, EOS included, >= 1.
+        rows_B: int64, the sentence's position in its split.
+    """
+
+    source_BS: Tensor
+    source_lengths_B: Tensor
+    target_BT: Tensor
+    target_lengths_B: Tensor
+    rows_B: Tensor
+
+    @property
+    def inputs_BT(self) -> Tensor:
+        """What the decoder is fed under teacher forcing: BOS, then the target without its end."""
+        inputs_BT = torch.roll(self.target_BT, 1, dims=1)
+        inputs_BT[:, 0] = BOS
+        return inputs_BT
+
+    @property
+    def is_real_BT(self) -> Tensor:
+        """True on target tokens, false on padding."""
+        return self.target_BT != PAD
+
+    @property
+    def tokens(self) -> Tensor:
+        """Real target tokens, EOS included; a scalar on the batch's device."""
+        return self.target_lengths_B.sum()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; the copy does not wait where memory is pinned."""
+        return Batch(
+            *(
+                tensor.to(device, non_blocking=True)
+                for tensor in (
+                    self.source_BS,
+                    self.source_lengths_B,
+                    self.target_BT,
+                    self.target_lengths_B,
+                    self.rows_B,
+                )
+            )
+        )
+
+
+def is_real(lengths_B: Tensor, size: int) -> Tensor:
+    """(B,) lengths -> (B, size) bool, true before each length."""
+    return torch.arange(size, device=lengths_B.device) < lengths_B[:, None]

@@ -1,0 +1,204 @@
+"""Experiment: one run as one frozen value, and the sections it is made of."""
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    model_serializer,
+    model_validator,
+)
+
+from vinedresser.config.section import Section
+from vinedresser.config.task import DataPath, SafeName, Task
+
+if TYPE_CHECKING:
+    from vinedresser.model import Seq2Seq, Vocabulary
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelConfig(Section):
+    """Base of a trainable's own configuration, which lives in the trainable's file.
+
+    In JSON and YAML it carries `kind`, the module that defines it, so that a run can be rebuilt.
+    """
+
+    def build(self, vocabulary: "Vocabulary") -> "Seq2Seq":
+        """The model with fresh weights, drawn from torch's global generator."""
+        raise NotImplementedError
+
+    @model_serializer(mode="wrap")
+    def _with_kind(self, handler: Any) -> dict[str, Any]:
+        return {"kind": type(self).__module__, **handler(self)}
+
+
+def allowed_packages() -> tuple[str, ...]:
+    """Packages whose modules a stored configuration may name; nothing else is ever imported.
+
+    `VINEDRESSER_PACKAGES` adds names, separated by commas.
+    """
+    more = os.environ.get("VINEDRESSER_PACKAGES", "")
+    own = ("trainables", "search_spaces", "pipelines", "vinedresser")
+    return (*own, *(name.strip() for name in more.split(",") if name.strip()))
+
+
+def model_config_class(kind: str) -> type[ModelConfig]:
+    """The configuration class that a trainable's module holds.
+
+    `transformer` is short for `trainables.transformer`.
+
+    Raises:
+        ValueError: outside the allowed packages, no such module, or not exactly one class in it.
+    """
+    name = kind if "." in kind else f"trainables.{kind}"
+    if name.split(".")[0] not in allowed_packages():
+        raise ValueError(f"{kind} is outside the allowed packages {', '.join(allowed_packages())}")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise ValueError(f"there is no trainable {kind}") from None
+    found = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, ModelConfig) and value.__module__ == name
+    ]
+    if len(found) != 1:
+        raise ValueError(f"{name} holds {len(found)} model configurations, one is wanted")
+    return found[0]
+
+
+def _restore_model(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if "kind" not in value:
+        raise ValueError("`kind` is missing, for example `kind: transformer`")
+    rest = {key: item for key, item in value.items() if key != "kind"}
+    return model_config_class(str(value["kind"])).model_validate(rest)
+
+
+AnyModel = Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_restore_model)]
+
+
+class Optim(Section):
+    """AdamW and its learning rate, a pure function of the step (optim.py)."""
+
+    lr: PositiveFloat = 2e-3
+    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-9
+    weight_decay: NonNegativeFloat = 0.0
+    # Gradients above this global norm are scaled down to it (methods.md 75).
+    clip_norm: PositiveFloat = 1.0
+    # Updates of linear warm-up from 0 to `lr`.
+    warmup_steps: NonNegativeInt = 100
+    # After warm-up: constant, or ~ 1/sqrt(step) (methods.md 73).
+    decay: Literal["constant", "inverse_sqrt"] = "constant"
+    # Share of the run at its end over which the rate falls linearly to 0.
+    anneal: Probability = 1 / 3
+    # Decay of the averaged weights that are evaluated and shipped; 0 switches averaging off.
+    # Averaging gains 2 to 5 PER points before annealing and nothing after it.
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.99
+
+
+class ScheduledSampling(Section):
+    """Feeding the model its own predictions (methods.md 6-11; Bengio et al. 2015).
+
+    `probability` is p, the share of target inputs taken from the model itself; the share of gold
+    tokens is epsilon = 1 - p. Whatever the decay, p never exceeds `probability`.
+    """
+
+    probability: Probability = 0.0
+    # How epsilon falls from 1: at once, linearly, k**i, or k / (k + exp(i / k)).
+    decay: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "linear"
+    # linear: updates until `probability` is reached; exponential: updates until epsilon is 1/e;
+    # inverse_sigmoid: k itself, epsilon is 0.5 at k * ln(k).
+    decay_steps: PositiveFloat = 500.0
+
+
+class Objective(Section):
+    """What is minimised, in nats per real target token."""
+
+    label_smoothing: Probability = 0.0
+    sampling: ScheduledSampling = ScheduledSampling()
+    # lambda of the L0 penalty on attention heads: lambda x expected share of open gates
+    # (methods.md 82 in the normalised convention of its traps).
+    l0: NonNegativeFloat = 0.0
+    # Learning rate of the gates over the model's. At 1 no gate closes within 30 s of training.
+    gate_lr_factor: PositiveFloat = 10.0
+
+
+class Batching(Section):
+    """How pairs become batches."""
+
+    # Padded tokens of a batch: sentences x max(source, target) length. Never exceeded.
+    tokens: Annotated[int, Field(ge=16)] = 4096
+
+
+class Evaluation(Section):
+    """How a model is judged while it trains: decoded, on the dev split."""
+
+    # Evaluations during the run; the last one is at its end.
+    times: PositiveInt = 4
+    # Dev sentences that are decoded; 0 takes all.
+    sentences: NonNegativeInt = 0
+    beam: PositiveInt = 1
+    # Exponent of the length penalty ((5 + n) / 6)**alpha of beams (methods.md 92).
+    length_alpha: NonNegativeFloat = 0.6
+    # Padded tokens of a decoding batch.
+    tokens: Annotated[int, Field(ge=16)] = 8192
+
+
+class Compute(Section):
+    """Where a run runs. Results do not depend on it beyond rounding."""
+
+    workers: PositiveInt = 1
+    # CPU threads a worker.
+    threads: PositiveInt = 1
+    # auto: cuda where there is one, else cpu.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # auto: bf16 autocast where the processor or GPU has it, else fp32.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class Experiment(Section):
+    """Everything that defines one training run; its JSON re-creates it."""
+
+    name: SafeName = "experiment"
+    task: Task
+    model: AnyModel
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    batch: Batching = Batching()
+    evaluation: Evaluation = Evaluation()
+    compute: Compute = Compute()
+    # Optimizer updates of the whole run.
+    steps: PositiveInt = 2000
+    # A checkpoint every so many updates, and one at the end.
+    checkpoint_every: PositiveInt = 500
+    # A model folder whose weights the run starts from (methods.md 76, 83).
+    init: DataPath | None = None
+    seed: NonNegativeInt = 1
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.optim.warmup_steps > self.steps:
+            raise ValueError(
+                f"optim.warmup_steps {self.optim.warmup_steps} is more than steps {self.steps}"
+            )
+        if self.evaluation.times > self.steps:
+            raise ValueError(f"evaluation.times is more than steps {self.steps}")
+        gated = bool(getattr(self.model, "concrete_heads", ()))
+        if self.objective.l0 > 0 and not gated:
+            raise ValueError(
+                "objective.l0 is above 0 but the model has no gates; set model.concrete_heads"
+            )
+        return self

@@ -1,0 +1,181 @@
+"""From a name on the command line to a value: an import path, or a YAML/JSON file.
+
+YAML is read by the scalar rules of YAML 1.2: `no` and `on` are strings, `012` and `1e-3` are
+numbers in decimal, `12:30` is a string. Duplicate keys, tags, anchors and aliases are refused.
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from vinedresser.config.experiment import allowed_packages
+from vinedresser.config.section import Section
+from vinedresser.errors import ConfigError
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 50
+
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+
+Path_ = tuple[str | int, ...]
+S = TypeVar("S", bound=Section)
+
+
+def scalar(text: str) -> Any:
+    """A plain scalar by YAML 1.2's core schema: null, bool, int, float, else string."""
+    if text in {"null", "Null", "NULL", "~", ""}:
+        return None
+    if text in {"true", "True", "TRUE", "false", "False", "FALSE"}:
+        return text.lower() == "true"
+    if _INT.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return text
+
+
+class _Reader:
+    """Turns YAML nodes into plain values and remembers the line of every key."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.places: dict[Path_, int] = {}
+
+    def value(self, node: yaml.Node, path: Path_ = ()) -> Any:
+        line = node.start_mark.line + 1
+        if len(path) > MAX_DEPTH:
+            raise ConfigError(f"{self.name}:{line}: nested deeper than {MAX_DEPTH}; flatten it")
+        if isinstance(node, yaml.ScalarNode):
+            return node.value if node.style else scalar(node.value)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(child, (*path, i)) for i, child in enumerate(node.value)]
+        result: dict[str, Any] = {}
+        for key_node, child in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in result:
+                first = self.places[(*path, key)]
+                raise ConfigError(f"{self.name}:{line}: key {key} again, first in line {first}")
+            self.places[(*path, key)] = line
+            result[key] = self.value(child, (*path, key))
+        return result
+
+
+def _refuse_exotic(text: str, name: str) -> None:
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        exotic = (
+            "an alias" if isinstance(event, yaml.AliasEvent)
+            else "an anchor" if getattr(event, "anchor", None)
+            else "a tag" if getattr(event, "tag", None)
+            else ""
+        )  # fmt: skip
+        if exotic:
+            line = event.start_mark.line + 1
+            raise ConfigError(f"{name}:{line}: {exotic} is not read; write the value out")
+
+
+def read_file(path: Path) -> tuple[Any, dict[Path_, int]]:
+    """A YAML or JSON file's plain value and the line of each of its keys.
+
+    Raises:
+        ConfigError: no such file, too large, not UTF-8, or not YAML; with file and line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path}: {len(content)} bytes; a configuration has at most {MAX_BYTES}")
+    try:
+        text = content.decode()
+        _refuse_exotic(text, str(path))
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested deeper than {MAX_DEPTH}; flatten it") from None
+    if node is None:
+        raise ConfigError(f"{path}: empty; a mapping of keys is wanted")
+    reader = _Reader(str(path))
+    return reader.value(node), reader.places
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`["optim.clip_norm=1.0", ...]` -> values: JSON where it parses, else a YAML 1.2 scalar."""
+    changes = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{word}: not an override; write key=value, as optim.clip_norm=1.0")
+        try:
+            changes[key] = json.loads(text)
+        except ValueError:
+            changes[key] = scalar(text)
+    return changes
+
+
+def resolve(name: str, kinds: Sequence[type[S]], *, overrides: Sequence[str] = ()) -> S:
+    """The value of one of the wanted kinds behind an import path or a file, overrides applied.
+
+    Args:
+        name: `search_spaces.demo`, `search_spaces.demo.study`, or `tasks/mine.yaml`.
+        kinds: acceptable classes, the most wanted first. A module must hold exactly one value
+            of the first kind that it holds any of; a file is read as the first kind.
+        overrides: dotted `key=value` words.
+
+    Raises:
+        ConfigError: nothing there, nothing or too much of the wanted kind, or a refused value.
+    """
+    if name.endswith((".yaml", ".yml", ".json")) or "/" in name:
+        path = Path(name)
+        plain, places = read_file(path)
+        base = str(path.resolve().parent)
+        value = kinds[0].from_json(plain, where=name, base=base, places=places)
+    else:
+        value = _imported(name, kinds)
+    return value.override(parse_overrides(overrides))
+
+
+def _imported(name: str, kinds: Sequence[type[S]]) -> S:
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    if name.split(".")[0] not in allowed_packages():
+        raise ConfigError(
+            f"{name}: not a .yaml/.json file and not in the packages "
+            f"{', '.join(allowed_packages())}; name a {wanted}, or set VINEDRESSER_PACKAGES"
+        )
+    module_name, attribute = name, ""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        module_name, _, attribute = name.rpartition(".")
+        if not name.startswith(error.name or name) or not module_name:
+            raise
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            raise ConfigError(f"{name}: there is no such module; a {wanted} is wanted") from None
+    if attribute:
+        value = getattr(module, attribute, None)
+        if not isinstance(value, tuple(kinds)):
+            raise ConfigError(f"{name}: {module_name} has no {wanted} called {attribute}")
+        return value
+    for kind in kinds:
+        held = {key: v for key, v in vars(module).items() if isinstance(v, kind)}
+        if len(held) == 1:
+            return next(iter(held.values()))
+        if held:
+            raise ConfigError(
+                f"{name} holds {', '.join(sorted(held))}; name one, as {name}.{min(held)}"
+            )
+    raise ConfigError(f"{name} holds no {wanted}")

@@ -1,0 +1,68 @@
+"""The errors that a user can act on: what was found, what was wanted, what to do.
+
+Each takes exactly one message, so that Ray can pickle it across processes, and each carries the
+exit code of the command line: 2 wrong input or configuration, 3 environment (disk, permission,
+server), 4 training or search failed, 75 try again later (sysexits' EX_TEMPFAIL).
+"""
+
+from typing import ClassVar
+
+
+class VinedresserError(Exception):
+    """Base of every error that is reported in one line and without a traceback."""
+
+    exit_code: ClassVar[int] = 4
+    topic: ClassVar[str] = "RUN"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        """One line per problem found, each with its topic."""
+        return "\n".join(f"error[E-{self.topic}] {line}" for line in self.args[0].splitlines())
+
+
+class ConfigError(VinedresserError):
+    """A key, value or name in a configuration is wrong."""
+
+    exit_code = 2
+    topic = "CONFIG"
+
+
+class DataError(VinedresserError):
+    """A corpus, shard set or model folder is not what the run needs."""
+
+    exit_code = 2
+    topic = "DATA"
+
+
+class DamagedError(DataError):
+    """A committed folder fails its own manifest: truncated, changed, missing or extra files."""
+
+
+class MachineError(VinedresserError):
+    """Disk, permission, memory or a server is in the way."""
+
+    exit_code = 3
+    topic = "MACHINE"
+
+
+class TrainingError(VinedresserError):
+    """Training or a search failed: non-finite loss, every trial failed, parity not reached."""
+
+    exit_code = 4
+    topic = "TRAIN"
+
+
+class BusyError(VinedresserError):
+    """Another process holds what this command needs; the same command later will do."""
+
+    exit_code = 75
+    topic = "BUSY"
+
+
+class InterruptedRunError(VinedresserError):
+    """The run was told to stop; it left a checkpoint, and the same command continues it."""
+
+    exit_code = 75
+    topic = "STOPPED"
