@@ -1,0 +1,160 @@
+"""Bundle: a model as a folder. Weights, the experiment that made it, tokenizers, scores, hashes.
+
+The one form in which a trained model leaves a run: `translate`, `evaluate`, `prune`, `export` and
+the registry all take it.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vinedresser.batch import EOS, pad_ids
+from vinedresser.commit import commit, verify
+from vinedresser.config import Experiment
+from vinedresser.data.tokenizers import TextTokenizer, load_tokenizer
+from vinedresser.decode import beam_search, greedy
+from vinedresser.errors import DataError
+from vinedresser.model import Seq2Seq, Vocabulary
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded model with everything it needs to be used.
+
+    Attributes:
+        folder: where it was read from.
+        digest: SHA-256 over all its files.
+        experiment: what trained it; its `model` section builds the weights' shapes.
+        model: on the CPU, in eval mode, fp32.
+        scores: plain JSON, see evaluate.py.
+    """
+
+    folder: Path
+    digest: str
+    experiment: Experiment
+    model: Seq2Seq
+    source_tokenizer: TextTokenizer
+    target_tokenizer: TextTokenizer
+    scores: Mapping[str, Any]
+
+    def translate(self, sentences: Sequence[str], *, beam: int = 1) -> list[str]:
+        """Decodes plain sentences, in their order; longer ones than trained on are refused.
+
+        Raises:
+            DataError: a sentence is empty or over the task's max_source_length.
+        """
+        limit = self.experiment.task.max_source_length
+        ids = [[*row, EOS] for row in self.source_tokenizer.encode_many(list(sentences))]
+        for number, row in enumerate(ids, 1):
+            if not 1 < len(row) <= limit:
+                found = "nothing to read" if len(row) == 1 else f"{len(row)} tokens"
+                raise DataError(f"line {number}: {found}; wanted 1 to {limit - 1} tokens")
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        result = [""] * len(ids)
+        for first in range(0, len(order), 64):
+            group = order[first : first + 64]
+            for i, text in zip(group, self._decode([ids[i] for i in group], beam), strict=True):
+                result[i] = text
+        return result
+
+    def _decode(self, ids: list[list[int]], beam: int) -> list[str]:
+        source_BS, lengths_B = pad_ids(ids)
+        cap = self.experiment.task.max_target_length
+        if beam == 1:
+            decoded = greedy(self.model, source_BS, lengths_B, cap=cap)
+        else:
+            alpha = self.experiment.evaluation.length_alpha
+            decoded = beam_search(self.model, source_BS, lengths_B, beam=beam, alpha=alpha, cap=cap)
+        return [self.target_tokenizer.decode(row) for row in decoded.ids]
+
+
+def vocabulary_of(source: TextTokenizer, target: TextTokenizer, *, joint: bool) -> Vocabulary:
+    """The sizes a model is built for."""
+    return Vocabulary(source.size, target.size, joint)
+
+
+def save_bundle(
+    target: Path,
+    *,
+    experiment: Experiment,
+    weights: Mapping[str, Tensor],
+    tokenizers: tuple[TextTokenizer, TextTokenizer],
+    scores: Mapping[str, Any],
+) -> Path:
+    """Commits a bundle; a folder that is already there is left as it is."""
+    with commit(target) as staging:
+        plain = {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()
+        }
+        save_file(plain, staging.path / "weights.safetensors")
+        for tokenizer, side in zip(tokenizers, ("source", "target"), strict=True):
+            tokenizer.save(staging.path, side)
+        for name, value in (("experiment", experiment.to_json()), ("scores", dict(scores))):
+            (staging.path / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+        staging.meta |= {"kind": "bundle", "format": FORMAT}
+    return target
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Verifies hashes first, then parses.
+
+    Raises:
+        DamagedError: the folder is incomplete or was changed.
+        DataError: it is no bundle, of another format, or its weights do not fit its model.
+    """
+    manifest = verify(folder)
+    if manifest.meta.get("kind") != "bundle":
+        raise DataError(f"{folder}: not a model bundle; name the folder of one")
+    if manifest.meta.get("format") != FORMAT:
+        raise DataError(
+            f"{folder}: bundle format {manifest.meta.get('format')}, this version reads {FORMAT}; "
+            "export it anew"
+        )
+    experiment = Experiment.from_json(
+        json.loads((folder / "experiment.json").read_text()), where=str(folder / "experiment.json")
+    )
+    source, target = load_tokenizer(folder, "source"), load_tokenizer(folder, "target")
+    joint = experiment.task.has_joint_vocabulary
+    model = experiment.model.build(vocabulary_of(source, target, joint=joint)).eval()
+    try:
+        model.load_state_dict(load_file(folder / "weights.safetensors"))
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise DataError(f"{folder}: the weights do not fit the model: {first}") from None
+    scores = json.loads((folder / "scores.json").read_text())
+    return Bundle(folder, manifest.digest, experiment, model, source, target, scores)
+
+
+def warm_start(model: Seq2Seq, bundle: Bundle) -> str:
+    """Copies a bundle's weights into a model of the same shapes (methods.md 76, 83).
+
+    Head gates that the bundle does not have stay open, as built.
+
+    Returns:
+        One line that counts matched and fresh tensors.
+
+    Raises:
+        DataError: a tensor is missing, unknown or of another shape.
+    """
+    own, given = model.state_dict(), bundle.model.state_dict()
+    fresh = [name for name in own if name not in given and name.endswith("gates.log_alpha")]
+    missing = [name for name in own if name not in given and name not in fresh]
+    unknown = [name for name in given if name not in own]
+    reshaped = [n for n in own if n in given and own[n].shape != given[n].shape]
+    if missing or unknown or reshaped:
+        raise DataError(
+            f"{bundle.folder} does not fit the model: {len(missing)} tensors missing, "
+            f"{len(unknown)} unknown, {len(reshaped)} of another shape "
+            f"({', '.join((missing + unknown + reshaped)[:3])}); use the same model section"
+        )
+    with torch.no_grad():
+        model.load_state_dict({**own, **given})
+    return f"{len(given)} tensors from {bundle.folder}, {len(fresh)} gate vectors fresh and open"

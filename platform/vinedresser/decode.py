@@ -1,0 +1,187 @@
+"""Greedy and beam search over Seq2Seq.start / step / select only.
+
+A sentence's output depends on its source alone: its length limit is a function of its own length,
+and beams of one sentence never compete with another's.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vinedresser.batch import BOS, EOS, PAD
+from vinedresser.model import Seq2Seq
+
+# Rows that are done are dropped once they are this share of the batch: copying caches costs too.
+_DROP_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Decoded ids of each sentence, EOS left out, and their log-probability in nats.
+
+    Attributes:
+        ids: one list a sentence.
+        nats: -log p of the whole output, EOS included, without length penalty.
+    """
+
+    ids: list[list[int]]
+    nats: list[float]
+
+
+def length_limits(source_lengths_B: Tensor, cap: int) -> Tensor:
+    """Steps allowed for each sentence: min(cap, 2 * source + 10)."""
+    return (2 * source_lengths_B + 10).clamp(max=cap)
+
+
+@torch.no_grad()
+def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) -> Decoded:
+    """The most probable next token, until EOS or the sentence's limit."""
+    limits_B = length_limits(lengths_B, cap)
+    B, longest = len(limits_B), int(limits_B.max())
+    device = source_BS.device
+    out_BT = torch.full((B, longest), PAD, dtype=torch.int64, device=device)
+    nats_B = torch.zeros(B, device=device)
+    rows = torch.arange(B, device=device)
+    state = model.start(model.encode(source_BS, lengths_B), longest)
+    tokens = torch.full((B,), BOS, dtype=torch.int64, device=device)
+    is_open = torch.ones(B, dtype=torch.bool, device=device)
+    for t in range(longest):
+        logits, state = model.step(state, tokens)
+        best, tokens = logits.float().log_softmax(-1).max(-1)
+        out_BT[rows, t] = torch.where(is_open, tokens, PAD)
+        nats_B[rows] -= torch.where(is_open, best, 0.0)
+        is_open = is_open & (tokens != EOS) & (t + 1 < limits_B[rows])
+        num_open = int(is_open.sum())
+        if num_open == 0:
+            break
+        if num_open < (1 - _DROP_SHARE) * len(rows):
+            kept = is_open.nonzero()[:, 0]
+            state, tokens = model.select(state, kept), tokens[kept]
+            rows, is_open = rows[kept], is_open[kept]
+    return Decoded([_until_end(row) for row in out_BT.tolist()], nats_B.tolist())
+
+
+def _until_end(row: list[int]) -> list[int]:
+    ends = [i for i, token in enumerate(row) if token in (EOS, PAD)]
+    return row[: ends[0]] if ends else row
+
+
+def length_penalty(length: int, alpha: float) -> float:
+    """((5 + n) / 6) ** alpha (Wu et al. 2016, methods.md 92); n counts EOS."""
+    return float(((5 + length) / 6) ** alpha)
+
+
+@dataclass
+class _Hypotheses:
+    """The finished beams of one sentence, best kept."""
+
+    score: float = -math.inf
+    ids: tuple[int, ...] = ()
+    nats: float = math.inf
+    finished: int = 0
+
+    def offer(self, log_p: float, ids: list[int], length: int, alpha: float) -> None:
+        self.finished += 1
+        score = log_p / length_penalty(length, alpha)
+        if score > self.score:
+            self.score, self.ids, self.nats = score, tuple(ids), -log_p
+
+
+@torch.no_grad()
+def beam_search(
+    model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, beam: int, alpha: float, cap: int
+) -> Decoded:
+    """The best finished hypothesis under log p / ((5 + n) / 6)**alpha.
+
+    A sentence is done when `beam` of its hypotheses have finished, or when no open one can still
+    beat the best finished one: log p only falls, so the bound is the open beam's log p over the
+    penalty of the longest output.
+
+    Args:
+        model: in eval mode.
+        source_BS: padded source ids.
+        lengths_B: their lengths.
+        beam: hypotheses kept a sentence, >= 1; 1 gives what `greedy` gives.
+        alpha: exponent of the length penalty, >= 0; 0 compares plain log-probabilities.
+        cap: no output is longer.
+    """
+    limits_B = length_limits(lengths_B, cap)
+    B, longest, device = len(limits_B), int(limits_B.max()), source_BS.device
+    limits = limits_B.tolist()
+    best = [_Hypotheses() for _ in range(B)]
+    memory = model.encode(source_BS, lengths_B)
+    state = model.select(
+        model.start(memory, longest), torch.arange(B, device=device).repeat_interleave(beam)
+    )
+    rows = list(range(B))  # which sentence each group of `beam` rows belongs to
+    # Only the first beam of a sentence is alive at the start: all are the same.
+    scores = torch.full((B, beam), -math.inf, device=device)
+    scores[:, 0] = 0.0
+    tokens = torch.full((B * beam,), BOS, dtype=torch.int64, device=device)
+    history = torch.empty((B * beam, 0), dtype=torch.int64, device=device)
+    for t in range(longest):
+        logits, state = model.step(state, tokens)
+        log_p = logits.float().log_softmax(-1).view(len(rows), beam, -1)
+        V = log_p.shape[-1]
+        # 2 * beam candidates hold at least `beam` that do not end, for one ends a beam.
+        candidates = (scores[:, :, None] + log_p).view(len(rows), -1)
+        top, index = candidates.topk(min(2 * beam, candidates.shape[1]), dim=1)
+        origin, token = index // V, index % V
+        past = history.view(len(rows), beam, t)
+        step = _Step(top.tolist(), origin.tolist(), token.tolist(), past.tolist(), t + 1)
+        chosen = [
+            _advance(step, group, best[row], beam=beam, alpha=alpha, limit=limits[row])
+            for group, row in enumerate(rows)
+        ]
+        alive = [g for g, picks in enumerate(chosen) if picks]
+        if not alive:
+            break
+        pick = torch.tensor([chosen[g] for g in alive], device=device)
+        groups = torch.tensor(alive, device=device)
+        is_empty, pick = pick < 0, pick.clamp(min=0)
+        scores = top[groups].gather(1, pick).masked_fill(is_empty, -math.inf)
+        flat = (groups[:, None] * beam + origin[groups].gather(1, pick)).view(-1)
+        tokens = token[groups].gather(1, pick).view(-1)
+        history = torch.cat([history.index_select(0, flat), tokens[:, None]], 1)
+        state, rows = model.select(state, flat), [rows[g] for g in alive]
+    return Decoded([list(h.ids) for h in best], [h.nats for h in best])
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step's candidates as plain lists: group -> candidate -> value."""
+
+    log_p: list[list[float]]
+    origin: list[list[int]]
+    token: list[list[int]]
+    past: list[list[list[int]]]
+    length: int
+
+
+def _advance(
+    step: _Step, group: int, best: _Hypotheses, *, beam: int, alpha: float, limit: int
+) -> list[int]:
+    """Which candidates go on, [] when the sentence is done; finished ones are offered to best."""
+    picks: list[int] = []
+    is_last = step.length >= limit
+    for c, log_p in enumerate(step.log_p[group]):
+        ids = step.past[group][step.origin[group][c]]
+        token = step.token[group][c]
+        if log_p == -math.inf:
+            continue
+        if token == EOS:
+            if c < beam:
+                best.offer(log_p, ids, step.length, alpha)
+        elif is_last and c < beam:
+            best.offer(log_p, [*ids, token], step.length, alpha)
+        elif len(picks) < beam:
+            picks.append(c)
+    if is_last or not picks:
+        return []
+    bound = step.log_p[group][picks[0]] / length_penalty(limit, alpha)
+    if best.score >= bound or best.finished >= beam:
+        return []
+    # A vocabulary smaller than the beam leaves slots empty: -1.
+    return picks + [-1] * (beam - len(picks))

@@ -1,0 +1,122 @@
+"""Decoded quality of a model on a split, with the teacher-forced loss beside it."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from vinedresser.config import Evaluation, MetricName
+from vinedresser.data.batches import Split, in_order
+from vinedresser.data.tokenizers import TextTokenizer
+from vinedresser.decode import Decoded, beam_search, greedy
+from vinedresser.metrics import exact_error_rate, measure
+from vinedresser.model import Seq2Seq
+from vinedresser.objectives import likelihood
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model on a split: inferred quality first, teacher-forced loss beside it (methods.md 4).
+
+    Attributes:
+        metric: the name of `value`.
+        value: inferred (decoded) score, see metrics.measure for unit and direction.
+        signature: how it was computed.
+        teacher_forced_nats: cross-entropy per real target token, without label smoothing.
+        teacher_forced_error: wrong argmax tokens among real ones, given gold prefixes, percent.
+        exact_error: sentences not exactly right, percent (WER of pronunciations).
+        sentences: how many were scored.
+    """
+
+    metric: str
+    value: float
+    signature: str
+    teacher_forced_nats: float
+    teacher_forced_error: float
+    exact_error: float
+    sentences: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Scores and what they were computed from, in the split's order."""
+
+    scores: Scores
+    sources: list[str]
+    hypotheses: list[str]
+    references: list[str]
+
+    def samples(self, count: int = 20) -> list[tuple[str, str, str]]:
+        """(source, reference, hypothesis) of the first sentences."""
+        rows = zip(self.sources, self.references, self.hypotheses, strict=True)
+        return list(rows)[:count]
+
+
+@torch.no_grad()
+def evaluate(
+    model: Seq2Seq,
+    split: Split,
+    tokenizer: TextTokenizer,
+    *,
+    metric: MetricName,
+    config: Evaluation,
+    cap: int,
+) -> Evaluated:
+    """Decodes a split in fp32 and scores it; leaves the model in the mode it was in.
+
+    Args:
+        model: on any device.
+        split: with reference texts.
+        tokenizer: of the target side.
+        metric: which score.
+        config: beam, sentences, batch size.
+        cap: no output is longer, in tokens.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    rows: list[int] = []
+    texts: list[str] = []
+    nats = wrong = tokens = 0.0
+    for host_batch in in_order(split, tokens=config.tokens, sentences=config.sentences):
+        batch = host_batch.to(device)
+        states_BTD = model(batch)
+        loss = likelihood(model, states_BTD, batch)
+        is_real_BT = batch.is_real_BT
+        said_N = model.logits(states_BTD[is_real_BT]).argmax(-1)
+        wrong += float((said_N != batch.target_BT[is_real_BT]).sum())
+        nats, tokens = nats + float(loss.total), tokens + float(loss.tokens)
+        decoded = _decode(model, batch.source_BS, batch.source_lengths_B, config, cap)
+        rows += host_batch.rows_B.tolist()
+        texts += [tokenizer.decode(ids) for ids in decoded.ids]
+    model.train(was_training)
+    by_row = sorted(zip(rows, texts, strict=True))
+    order, hypotheses = [row for row, _ in by_row], [text for _, text in by_row]
+    references = [split.references[row] for row in order]
+    measured = measure(metric, hypotheses, references)
+    scores = Scores(
+        metric=metric,
+        value=measured.value,
+        signature=measured.signature,
+        teacher_forced_nats=nats / tokens,
+        teacher_forced_error=100 * wrong / tokens,
+        exact_error=exact_error_rate(hypotheses, references),
+        sentences=len(references),
+    )
+    return Evaluated(scores, [split.sources[row] for row in order], hypotheses, references)
+
+
+def _decode(
+    model: Seq2Seq, source_BS: torch.Tensor, lengths_B: torch.Tensor, config: Evaluation, cap: int
+) -> Decoded:
+    if config.beam == 1:
+        return greedy(model, source_BS, lengths_B, cap=cap)
+    return beam_search(
+        model, source_BS, lengths_B, beam=config.beam, alpha=config.length_alpha, cap=cap
+    )

@@ -1,0 +1,1 @@
+"""Parts that trainables are built from."""

@@ -1,0 +1,187 @@
+"""Multi-head attention with head gates, whole or step by step, any number of heads a layer.
+
+B sentences, T query positions, S key positions, D features, H heads, K features a head.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vinedresser.nn.dropout import Dropout
+from vinedresser.nn.gates import HeadGates
+
+# Up to 128 x 128 scores a head, plain matmul and softmax beat the CPU's fused kernel: its
+# backward pass took 32% of a step at 15 tokens a sentence. Same numbers either way.
+_PLAIN_SCORES = 128 * 128
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A Glorot-uniform linear layer with zero bias; either size may be 0 (all heads removed)."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    if inputs and outputs:
+        nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@dataclass
+class Cache:
+    """Keys and values of the positions so far: two (B, H, L, K), of which `length` are filled."""
+
+    keys_BHLK: Tensor
+    values_BHLK: Tensor
+    length: int
+
+
+class MultiHeadAttention(nn.Module):
+    """Concat(g_i * head_i) W_O + b (Vaswani et al. 2017; gates of Voita et al. 2019).
+
+    Queries come from x; keys and values from x too, or from a memory (`is_cross`). With no head
+    left the sub-layer still adds its output bias, as a gated layer with all gates 0 does.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        dropout: float,
+        is_cross: bool = False,
+        has_gates: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.is_cross = num_heads, head_dim, is_cross
+        width = num_heads * head_dim
+        if is_cross:
+            self.query = linear(d_model, width)
+            self.key_value = linear(d_model, 2 * width)
+        else:
+            self.query_key_value = linear(d_model, 3 * width)
+        self.output = linear(width, d_model)
+        self.dropout = Dropout(dropout)
+        self.gates = HeadGates(num_heads) if has_gates else None
+
+    def _split(self, x_BTW: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, T, parts * H * K) -> parts times (B, H, T, K)."""
+        B, T = x_BTW.shape[:2]
+        split = x_BTW.view(B, T, parts, self.num_heads, self.head_dim)
+        return split.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def remember(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, S, K) of a memory; computed once a source (methods.md 56)."""
+        keys, values = self._split(self.key_value(memory_BSD), 2)
+        return keys, values
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        memory: tuple[Tensor, Tensor] | None = None,
+        hidden: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D) for whole sequences.
+
+        Args:
+            x_BTD: queries, and keys and values unless there is a memory.
+            memory: what `remember` returned.
+            hidden: bool, broadcasts to (B, H, T, S); true positions get weight 0.
+            is_causal: position t sees 0..t only.
+        """
+        if memory is None:
+            queries, keys, values = self._split(self.query_key_value(x_BTD), 3)
+        else:
+            (queries,), (keys, values) = self._split(self.query(x_BTD), 1), memory
+        return self._merge(self._attend(queries, keys, values, hidden, is_causal))
+
+    def step(
+        self,
+        x_B1D: Tensor,
+        *,
+        cache: Cache | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """One position: (B, 1, D) -> (B, 1, D). A cache is extended in place."""
+        if memory is not None:
+            (queries,), (keys, values) = self._split(self.query(x_B1D), 1), memory
+        elif cache is not None:
+            queries, key, value = self._split(self.query_key_value(x_B1D), 3)
+            cache.keys_BHLK[:, :, cache.length] = key[:, :, 0]
+            cache.values_BHLK[:, :, cache.length] = value[:, :, 0]
+            cache.length += 1
+            keys = cache.keys_BHLK[:, :, : cache.length]
+            values = cache.values_BHLK[:, :, : cache.length]
+        else:
+            raise ValueError("a step needs a cache or a memory")
+        return self._merge(self._attend(queries, keys, values, hidden, is_causal=False))
+
+    def new_cache(self, batch_size: int, max_length: int, like: Tensor) -> Cache:
+        """An empty cache for `max_length` positions."""
+        shape = (batch_size, self.num_heads, max_length, self.head_dim)
+        return Cache(like.new_zeros(shape), like.new_zeros(shape), 0)
+
+    def _attend(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        hidden: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        T, S = queries.shape[2], keys.shape[2]
+        if queries.device.type != "cpu" or T * S > _PLAIN_SCORES:
+            return F.scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=None if hidden is None else ~hidden,
+                dropout_p=self.dropout.p if self.training else 0.0,
+                is_causal=is_causal,
+            )
+        scores_BHTS = (queries * self.head_dim**-0.5) @ keys.transpose(-1, -2)
+        if is_causal:
+            hidden = torch.ones(T, S, dtype=torch.bool, device=queries.device).triu(1)
+        if hidden is not None:
+            scores_BHTS = scores_BHTS.masked_fill(hidden, -math.inf)
+        weights_BHTS = torch.softmax(scores_BHTS, -1, dtype=scores_BHTS.dtype)
+        return self.dropout(weights_BHTS) @ values
+
+    def _merge(self, heads_BHTK: Tensor) -> Tensor:
+        B, _, T, _ = heads_BHTK.shape
+        if self.gates is not None:
+            heads_BHTK = heads_BHTK * self.gates(B)[:, :, None, None].to(heads_BHTK.dtype)
+        width = self.num_heads * self.head_dim
+        merged: Tensor = self.output(heads_BHTK.transpose(1, 2).reshape(B, T, width))
+        return merged
+
+    def kept(self, heads: list[int], scales: Tensor) -> dict[str, Tensor]:
+        """The weights of a smaller layer: only these heads, each scaled on its way out.
+
+        Rows of the query, key and value projections of other heads are cut, columns of the
+        output projection are multiplied by the head's gate: (g h) W = h (g W).
+
+        Args:
+            heads: indices of heads to keep, ascending.
+            scales: (H,) gate of every head.
+        """
+        H, K = self.num_heads, self.head_dim
+
+        def rows(layer: nn.Linear, parts: int) -> tuple[Tensor, Tensor]:
+            weight = layer.weight.detach().view(parts, H, K, -1)[:, heads]
+            bias = layer.bias.detach().view(parts, H, K)[:, heads]
+            return weight.reshape(-1, layer.in_features), bias.reshape(-1)
+
+        layers = [("query", 1), ("key_value", 2)] if self.is_cross else [("query_key_value", 3)]
+        result: dict[str, Tensor] = {}
+        for name, parts in layers:
+            weight, bias = rows(getattr(self, name), parts)
+            result |= {f"{name}.weight": weight, f"{name}.bias": bias}
+        out = self.output.weight.detach().view(-1, H, K) * scales.to(self.output.weight)[:, None]
+        result["output.weight"] = out[:, heads].reshape(self.output.out_features, -1)
+        result["output.bias"] = self.output.bias.detach()
+        return {name: tensor.clone() for name, tensor in result.items()}

@@ -1,0 +1,54 @@
+"""The optimizer from its configuration; the learning rate as a pure function of the step."""
+
+import torch
+from torch import nn
+
+from vinedresser.config import Optim
+from vinedresser.nn.gates import HeadGates
+
+
+def learning_rate(config: Optim, *, step: int, steps: int) -> float:
+    """Learning rate of a 1-based step of a run of `steps` updates.
+
+    Linear warm-up to `lr` over `warmup_steps`, then constant or lr * sqrt(warmup / step) (with
+    lr = d^-.5 w^-.5 this is methods.md 73), and over the last `anneal` share of the run a linear
+    fall that would reach 0 one step after the last.
+    """
+    warm = max(config.warmup_steps, 1)
+    rate = config.lr * min(1.0, step / warm)
+    if config.decay == "inverse_sqrt" and step > warm:
+        rate = config.lr * float((warm / step) ** 0.5)
+    first_fall = steps - int(config.anneal * steps)
+    if step > first_fall:
+        rate *= (steps + 1 - step) / (steps + 1 - first_fall)
+    return rate
+
+
+def build_optimizer(model: nn.Module, config: Optim, *, gate_lr_factor: float) -> torch.optim.Adam:
+    """AdamW over all parameters; gates learn `gate_lr_factor` times as fast, without decay.
+
+    Each group carries `factor`, to be multiplied with the step's learning rate.
+    """
+    gates = {
+        id(module.log_alpha): module.log_alpha
+        for module in model.modules()
+        if isinstance(module, HeadGates)
+    }
+    rest = [p for p in model.parameters() if id(p) not in gates and p.requires_grad]
+    groups = [{"params": rest, "factor": 1.0}]
+    if gates:
+        groups.append({"params": [*gates.values()], "factor": gate_lr_factor, "weight_decay": 0.0})
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives every group its share of a step's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
