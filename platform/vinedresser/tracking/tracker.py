@@ -1,0 +1,102 @@
+"""Tracker: what training may say to a tracking store; in memory for tests, null for silence."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+State = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Tracker(Protocol):
+    """Where a run's metrics, tags and artifacts go. No method raises for a server's trouble."""
+
+    run_id: str
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Notes metrics at a step (1-based). Non-finite values are skipped and counted."""
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Sets tags; a later value of the same key replaces the earlier."""
+
+    def text(self, content: str, name: str) -> None:
+        """Stores a text as the artifact `name`, a relative POSIX path."""
+
+    def table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
+        """Stores columns of equal length as a JSON table that the user interface can show."""
+
+    def figure(self, figure: "Figure", name: str) -> None:
+        """Stores a Matplotlib figure; the name's ending (.png, .svg) says the format."""
+
+    def close(self, state: State, reason: str = "") -> None:
+        """Ends the run with its state, and says why. Only the first call counts."""
+
+
+class NullTracker:
+    """Forgets everything: rank > 0, a dry run, or a tracking server that was not there."""
+
+    def __init__(self, run_id: str = "") -> None:
+        self.run_id = run_id
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Forgets metrics."""
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Forgets tags."""
+
+    def text(self, content: str, name: str) -> None:
+        """Forgets a text."""
+
+    def table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
+        """Forgets a table."""
+
+    def figure(self, figure: "Figure", name: str) -> None:
+        """Forgets a figure."""
+
+    def close(self, state: State, reason: str = "") -> None:
+        """Does nothing."""
+
+
+class MemoryTracker:
+    """Keeps everything in lists and dicts, for tests.
+
+    Attributes:
+        metrics: (key, value, step) in the order of logging.
+        artifacts: name -> text, copied columns, or the figure.
+        state: None until closed.
+    """
+
+    def __init__(self, run_id: str = "memory") -> None:
+        self.run_id = run_id
+        self.metrics: list[tuple[str, float, int]] = []
+        self.tags: dict[str, str] = {}
+        self.artifacts: dict[str, Any] = {}
+        self.state: State | None = None
+        self.reason = ""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Appends each metric."""
+        self.metrics += [(key, float(value), step) for key, value in metrics.items()]
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Merges tags."""
+        self.tags |= tags
+
+    def text(self, content: str, name: str) -> None:
+        """Keeps a text."""
+        self.artifacts[name] = content
+
+    def table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
+        """Keeps a copy of the columns."""
+        self.artifacts[name] = copy.deepcopy(dict(columns))
+
+    def figure(self, figure: "Figure", name: str) -> None:
+        """Keeps the figure itself."""
+        self.artifacts[name] = figure
+
+    def close(self, state: State, reason: str = "") -> None:
+        """Keeps the first state."""
+        if self.state is None:
+            self.state, self.reason = state, reason
