@@ -113,7 +113,7 @@ def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path)
     two = put(better)
     assert (two.version, two.is_champion) == (2, True)
     worse = put(bundle(tmp_path, 0.25))
-    assert (worse.version, worse.is_champion) == (3, False)
+    assert (worse.version, worse.is_champion, worse.champion_version) == (3, False, 2)
     assert "0.25 against the champion's 0.2" in worse.reason
     # An equal one replaces the champion: it is the newer.
     equal = put(bundle(tmp_path, 0.2, "equal"))
@@ -121,7 +121,7 @@ def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path)
     # But exporting an old champion again brings nothing back.
     assert "was champion once" in put(better).reason
     nan = put(bundle(tmp_path, float("nan")))
-    assert (nan.version, nan.is_champion) == (5, False)
+    assert (nan.version, nan.is_champion, nan.champion_version) == (5, False, 4)
     client = connect(store)
     aliases = client.get_registered_model(name).aliases
     assert {key: int(value) for key, value in aliases.items()} == {"champion": 4, "challenger": 5}

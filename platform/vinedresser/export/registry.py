@@ -53,6 +53,7 @@ class Registered:
         is_champion: whether the alias `champion` is on this version now.
         reason: why it is or is not, with the numbers.
         already: whether the same bundle had been registered before.
+        champion_version: the version that `champion` is on; None while there is none.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Registered:
     is_champion: bool
     reason: str
     already: bool
+    champion_version: int | None
 
 
 def read_scores(bundle: Path) -> dict[str, Any]:
@@ -136,8 +138,15 @@ def register(
             with tempfile.TemporaryDirectory(prefix="vinedresser-") as temporary:
                 _download(client, store, version, Path(temporary))
         verdict = _promote(client, store, version, scores, gate)
-    number = int(version.version)
-    return Registered(name, number, verdict.promoted, verdict.reason, found is not None)
+        now = _alias(client, name, CHAMPION)
+    return Registered(
+        name=name,
+        version=int(version.version),
+        is_champion=verdict.promoted,
+        reason=verdict.reason,
+        already=found is not None,
+        champion_version=int(now.version) if now else None,
+    )
 
 
 def _ensure_model(client: "MlflowClient", name: str) -> None:
@@ -301,7 +310,8 @@ def _promote(
     champion = _alias(client, name, CHAMPION)
     if champion is not None and int(champion.version) == int(number):
         return Verdict(True, "is the champion already")
-    if promoted := version.tags.get(PROMOTED_TAG):
+    promoted = version.tags.get(PROMOTED_TAG)
+    if champion is not None and promoted:
         return Verdict(
             False, f"was champion once ({promoted}); to bring it back move the alias by hand"
         )
