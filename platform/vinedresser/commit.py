@@ -9,6 +9,7 @@ payload bit flips; with the manifest it is none.
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -92,23 +93,33 @@ def _disk_errors(target: Path) -> Iterator[None]:
         }
         if error.errno not in fixes:
             raise
-        raise MachineError(f"{target}: {fixes[error.errno]}") from error
+        raise MachineError(f"{_blamed(error, target)}: {fixes[error.errno]}") from error
+
+
+def _blamed(error: OSError, target: Path) -> str:
+    """The file that the error names, unless it is a part of what is being written to the target."""
+    named = error.filename if isinstance(error.filename, str) else ""
+    return named if named and not named.startswith(f"{target.parent}/") else str(target)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes one file so that readers see the old content or the new, never a part of it."""
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with partial.open("wb") as stream:
-                stream.write(content.encode() if isinstance(content, str) else content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(path)
-            _sync(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        _write_file(path, content.encode() if isinstance(content, str) else content)
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def this_process() -> str:
@@ -129,27 +140,36 @@ def is_alive(owner: str) -> bool:
     if host != socket.gethostname():
         return True
     try:
-        return abs(psutil.Process(int(pid)).create_time() - int(started)) < 2
-    except (psutil.Error, ValueError):
+        process = psutil.Process(int(pid))
+        # A killed process that nobody reaps, as in a container without an init, stays a zombie.
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return abs(process.create_time() - int(started)) < 2
+    except (psutil.Error, ValueError, OverflowError):
         return False
 
 
 def _remove_abandoned(target: Path) -> None:
     """Clears the staging folders that killed writers of this target left behind."""
-    for left in target.parent.glob(f".{target.name}.tmp-*"):
-        if not is_alive(left.name.split(".tmp-", 1)[1].rsplit("~", 1)[0]):
+    prefix = f".{target.name}.tmp-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if not is_alive(left.name.removeprefix(prefix).rsplit("~", 1)[0]):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _seal(staging: Staging) -> None:
     files = {}
-    for path in sorted(p for p in staging.path.rglob("*") if p.is_file()):
+    (staging.path / MANIFEST).unlink(missing_ok=True)  # of a committed folder that was copied in
+    for path in sorted(p for p in staging.path.rglob("*") if p.is_file() or p.is_dir()):
         _sync(path)
+        if path.is_dir():
+            continue
         name = path.relative_to(staging.path).as_posix()
         files[name] = [path.stat().st_size, file_digest(path)]
     content = {"schema": SCHEMA, "files": files, "meta": staging.meta}
     content["digest"] = digest_of(content)
-    write_file(staging.path / MANIFEST, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    _write_file(staging.path / MANIFEST, text.encode())
 
 
 @contextlib.contextmanager
@@ -161,6 +181,7 @@ def commit(target: Path) -> Iterator[Staging]:
 
     Raises:
         MachineError: no space, no permission, a read-only or failing disk.
+        DamagedError: the target is there already, and not as a committed folder.
     """
     with _disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +195,12 @@ def commit(target: Path) -> Iterator[Staging]:
             try:
                 path.rename(target)
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
+                if not is_committed(target):
+                    raise DamagedError(
+                        f"{target}: exists without a {MANIFEST}; move it out of the way"
+                    ) from None
             _sync(target.parent)
         finally:
             shutil.rmtree(path, ignore_errors=True)
@@ -194,21 +219,24 @@ def verify(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+        with _disk_errors(path):
+            content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedError(f"{folder}: no {MANIFEST}; the folder is incomplete") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise DamagedError(f"{path}: not JSON; the folder is damaged") from None
     try:
         digest, schema, meta = content.pop("digest"), content["schema"], content["meta"]
         files = {str(k): (int(v[0]), str(v[1])) for k, v in content["files"].items()}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        is_intact = digest == digest_of(content)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
         raise DamagedError(f"{path}: not a manifest; the folder is damaged") from None
-    if digest != digest_of(content):
+    if not is_intact:
         raise DamagedError(f"{path}: does not match its own digest; the folder is damaged")
     if schema != SCHEMA:
         raise DamagedError(f"{path}: schema {schema}, this version reads {SCHEMA}; write it anew")
-    _compare(folder, files)
+    with _disk_errors(folder):
+        _compare(folder, files)
     return Manifest(files, meta, digest)
 
 

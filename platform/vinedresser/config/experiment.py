@@ -65,7 +65,9 @@ def model_config_class(kind: str) -> type[ModelConfig]:
         raise ValueError(f"{kind} is outside the allowed packages {', '.join(allowed_packages())}")
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name and not f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(f"{name} needs {error.name}, which is not installed") from None
         raise ValueError(f"there is no trainable {kind}") from None
     found = [
         value

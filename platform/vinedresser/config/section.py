@@ -7,11 +7,13 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from vinedresser.errors import ConfigError
 
 MAX_PROBLEMS = 20
+# Characters of a key or a found value that a message shows.
+MAX_SHOWN = 80
 
 # Key path -> 1-based line of the file that it stands in.
 Places = Mapping[tuple[str | int, ...], int]
@@ -23,6 +25,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads `l0: true` as 1.0; who writes it means something else.
+        if isinstance(value, bool) and info.field_name:
+            wanted = set(_leaves(cls.model_fields[info.field_name].annotation))
+            if wanted & {int, float} and bool not in wanted:
+                raise ValueError("a number is wanted")
+        return value
 
     def to_json(self) -> dict[str, Any]:
         """The plain JSON value that `from_json` turns back into an equal section."""
@@ -51,7 +63,7 @@ class Section(BaseModel):
         try:
             return cls.model_validate(value, context={"base": base})
         except ValidationError as error:
-            raise ConfigError(_explain(cls, error, where, places or {})) from None
+            raise ConfigError(_explain(cls, error, value, where, places or {})) from None
 
     def override(self, changes: Mapping[str, Any]) -> Self:
         """A copy with dotted keys replaced: `override({"optim.clip_norm": 1.0})`.
@@ -80,7 +92,7 @@ def _replace(tree: dict[str, Any], owner: Any, path: Sequence[str], value: Any, 
         _replace(tree[head], child, rest, value, key)
     elif isinstance(owner, Section) and isinstance(child, Mapping):
         tree[head] = {**tree[head], ".".join(rest): value}  # a mapping's own keys hold dots
-    elif child is None:
+    elif child is None and not isinstance(tree.get(head), str):
         tree[head] = tree.get(head) or {}
         _replace(tree[head], None, rest, value, key)
     else:
@@ -95,55 +107,88 @@ def did_you_mean(found: str, known: Sequence[str]) -> str:
     return f"; known here: {', '.join(sorted(known))}"
 
 
-def _explain(cls: type[Section], error: ValidationError, where: str, places: Places) -> str:
+def _explain(
+    cls: type[Section], error: ValidationError, value: object, where: str, places: Places
+) -> str:
     problems = error.errors(include_url=False)
-    lines = [_line(cls, problem, where, places) for problem in problems[:MAX_PROBLEMS]]
+    lines = [_line(cls, problem, value, where, places) for problem in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         lines.append(f"{where or cls.__name__}: {len(problems) - MAX_PROBLEMS} more problems")
     return "\n".join(lines)
 
 
-def _line(cls: type[Section], problem: Any, where: str, places: Places) -> str:
-    path = tuple(problem["loc"])
-    key = ".".join(str(part) for part in path)
+def _line(cls: type[Section], problem: Any, value: object, where: str, places: Places) -> str:
+    path = _written(problem["loc"], value, is_missing=problem["type"] == "missing")
     if problem["type"] == "extra_forbidden":
-        text = f"unknown key{did_you_mean(str(path[-1]), _fields_at(cls, path[:-1]))}"
+        text = f"unknown key{did_you_mean(str(path[-1]), _fields_at(cls, path[:-1], value))}"
     elif problem["type"] == "missing":
         text = "required key is missing"
     else:
         message = problem["msg"].removeprefix("Value error, ")
         text = message[0].lower() + message[1:]
         if isinstance(problem["input"], str | int | float | bool | None):
-            text += f"; found {json.dumps(problem['input'], ensure_ascii=False)}"
+            text += f"; found {_short(json.dumps(problem['input'], ensure_ascii=False))}"
     at = _place(path, places)
     prefix = f"{where}:{at}: " if where and at else f"{where}: " if where else ""
+    key = _short(".".join(str(part) for part in path))
     return " ".join(f"{prefix}{key + ': ' if key else ''}{text}".split())
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _written(loc: Sequence[str | int], value: Any, *, is_missing: bool) -> tuple[str | int, ...]:
+    """A problem's path as it stands in the file: pydantic's has the tags of unions in it too."""
+    path: list[str | int] = []
+    for i, part in enumerate(loc):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list | tuple) and isinstance(part, int):
+            value = value[part] if part < len(value) else None
+        elif not (is_missing and i == len(loc) - 1):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
 def _place(path: tuple[str | int, ...], places: Places) -> int | None:
-    """The line of the longest known part of a path; union tags in it are not keys of the file."""
-    found: tuple[str | int, ...] = ()
-    for part in path:
-        if (*found, part) in places:
-            found = (*found, part)
-    return places.get(found)
+    """The line of the longest part of a path that the file has a line for."""
+    for end in range(len(path), 0, -1):
+        if path[:end] in places:
+            return places[path[:end]]
+    return None
 
 
-def _fields_at(cls: type[Section], path: Sequence[str | int]) -> list[str]:
+def _fields_at(cls: type[Section], path: Sequence[str | int], value: Any) -> list[str]:
     """The keys that are known at a place inside a section class."""
     classes: list[type[Section]] = [cls]
     for part in path:
         inner = [c for k in classes if part in k.model_fields for c in _sections(k, str(part))]
-        classes = inner or classes
+        value = value[part]
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        classes = [c for c in inner if _is_kind(c, kind)] or inner or classes
     return sorted({name for k in classes for name in k.model_fields})
 
 
+def _is_kind(cls: type[Section], kind: object) -> bool:
+    """Whether `kind` in a file means this class: its default, or the module that defines it."""
+    field = cls.model_fields.get("kind")
+    return f".{cls.__module__}".endswith(f".{kind}") or bool(field and field.default == kind)
+
+
 def _sections(cls: type[Section], name: str) -> list[type[Section]]:
-    found, open_ = [], [cls.model_fields[name].annotation]
+    """The section classes that a field may hold, subclasses included."""
+    found: list[type[Section]] = []
+    open_ = [c for c in _leaves(cls.model_fields[name].annotation) if issubclass(c, Section)]
     while open_:
-        hint = open_.pop()
-        if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
-            found += [hint] if issubclass(hint, Section) else []
-        else:
-            open_ += list(typing.get_args(hint))
+        found.append(open_.pop())
+        open_ += found[-1].__subclasses__()
     return found
+
+
+def _leaves(annotation: Any) -> list[type]:
+    """The plain classes inside a type hint."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation]
+    return [leaf for part in typing.get_args(annotation) for leaf in _leaves(part)]

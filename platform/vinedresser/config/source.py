@@ -20,7 +20,8 @@ from vinedresser.errors import ConfigError
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
 
-_INT = re.compile(r"[-+]?[0-9]+")
+# Python reads no integer of more digits; longer ones become infinite floats, which are refused.
+_INT = re.compile(r"[-+]?[0-9]{1,4300}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 Path_ = tuple[str | int, ...]
@@ -40,6 +41,11 @@ def scalar(text: str) -> Any:
     return text
 
 
+def _joined(text: str) -> str:
+    r"""JSON's pairs of escapes such as \ud83d\ude00 as the one character that they mean."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class _Reader:
     """Turns YAML nodes into plain values and remembers the line of every key."""
 
@@ -48,16 +54,16 @@ class _Reader:
         self.places: dict[Path_, int] = {}
 
     def value(self, node: yaml.Node, path: Path_ = ()) -> Any:
-        line = node.start_mark.line + 1
-        if len(path) > MAX_DEPTH:
-            raise ConfigError(f"{self.name}:{line}: nested deeper than {MAX_DEPTH}; flatten it")
         if isinstance(node, yaml.ScalarNode):
-            return node.value if node.style else scalar(node.value)
+            return _joined(node.value) if node.style else scalar(node.value)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(child, (*path, i)) for i, child in enumerate(node.value)]
         result: dict[str, Any] = {}
         for key_node, child in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{self.name}:{line}: a key is one word, not a list or mapping")
+            key = _joined(key_node.value)
             if key in result:
                 first = self.places[(*path, key)]
                 raise ConfigError(f"{self.name}:{line}: key {key} again, first in line {first}")
@@ -67,6 +73,8 @@ class _Reader:
 
 
 def _refuse_exotic(text: str, name: str) -> None:
+    depth = 0
+    problem = ""
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         exotic = (
             "an alias" if isinstance(event, yaml.AliasEvent)
@@ -75,8 +83,14 @@ def _refuse_exotic(text: str, name: str) -> None:
             else ""
         )  # fmt: skip
         if exotic:
-            line = event.start_mark.line + 1
-            raise ConfigError(f"{name}:{line}: {exotic} is not read; write the value out")
+            problem = f"{exotic} is not read; write the value out"
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            problem = f"nested deeper than {MAX_DEPTH}; flatten it"
+        if problem:
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            raise ConfigError(f"{name}:{line}: {problem}")
 
 
 def read_file(path: Path) -> tuple[Any, dict[Path_, int]]:
@@ -86,13 +100,16 @@ def read_file(path: Path) -> tuple[Any, dict[Path_, int]]:
         ConfigError: no such file, too large, not UTF-8, or not YAML; with file and line.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path}: {len(content)} bytes; a configuration has at most {MAX_BYTES}")
+        raise ConfigError(f"{path}: too large; a configuration has at most {MAX_BYTES} bytes")
     try:
         text = content.decode()
+        if path.suffix == ".json":
+            text = text.replace("\t", " ")  # tabs may indent JSON, but not YAML
         _refuse_exotic(text, str(path))
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
@@ -103,8 +120,6 @@ def read_file(path: Path) -> tuple[Any, dict[Path_, int]]:
         raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested deeper than {MAX_DEPTH}; flatten it") from None
     if node is None:
         raise ConfigError(f"{path}: empty; a mapping of keys is wanted")
     reader = _Reader(str(path))
@@ -120,7 +135,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{word}: not an override; write key=value, as optim.clip_norm=1.0")
         try:
             changes[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             changes[key] = scalar(text)
     return changes
 
@@ -159,17 +174,20 @@ def _imported(name: str, kinds: Sequence[type[S]]) -> S:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         module_name, _, attribute = name.rpartition(".")
-        if not name.startswith(error.name or name) or not module_name:
-            raise
+        if not f"{name}.".startswith(f"{error.name or name}."):
+            raise ConfigError(f"{name} needs {error.name}, which is not installed") from None
+        if not module_name:
+            raise ConfigError(f"{name}: there is no such module; a {wanted} is wanted") from None
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError:
             raise ConfigError(f"{name}: there is no such module; a {wanted} is wanted") from None
     if attribute:
         value = getattr(module, attribute, None)
-        if not isinstance(value, tuple(kinds)):
-            raise ConfigError(f"{name}: {module_name} has no {wanted} called {attribute}")
-        return value
+        for kind in kinds:
+            if isinstance(value, kind):
+                return value
+        raise ConfigError(f"{name}: {module_name} has no {wanted} called {attribute}")
     for kind in kinds:
         held = {key: v for key, v in vars(module).items() if isinstance(v, kind)}
         if len(held) == 1:

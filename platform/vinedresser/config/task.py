@@ -1,5 +1,6 @@
 """Task: which corpus, which tokenizers, which metric. Everything that defines a shard set."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -76,12 +77,18 @@ class LexiconCorpus(Section):
 
 
 def _corpus_kind(value: Any) -> str:
-    return str(value.get("kind", "text") if isinstance(value, dict) else value.kind)
+    if isinstance(value, Mapping):
+        return str(value.get("kind", "text"))
+    return str(getattr(value, "kind", None))
 
 
 Corpus = Annotated[
     Annotated[TextCorpus, Tag("text")] | Annotated[LexiconCorpus, Tag("lexicon")],
-    Discriminator(_corpus_kind),
+    Discriminator(
+        _corpus_kind,
+        custom_error_type="corpus_kind",
+        custom_error_message="a mapping with `kind: text` or `kind: lexicon` is wanted",
+    ),
 ]
 
 

@@ -1,0 +1,1 @@
+"""What a sweep varies: one file per study, plain data."""
