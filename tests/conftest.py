@@ -1,6 +1,5 @@
 """What every room's tests may ask for."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,21 +25,10 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """One local Ray for the whole session; it must be asked for by tests marked `ray`."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
+    """One local Ray for the whole session, never the user's cluster; for tests marked `ray`."""
+    from vinedresser.cluster import connect
 
-    try:
-        from vinedresser.cluster import connect
-    except ModuleNotFoundError:
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=200_000_000,
-            log_to_driver=False,
-        )
-    else:
-        connect(cpus=2)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("RAY_ADDRESS", raising=False)
+        with connect(cpus=2):
+            yield
