@@ -24,6 +24,14 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def one_thread() -> None:
+    """Tiny matrices are slower on two threads, and other tests want the other core."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One local Ray for the whole session, never the user's cluster; for tests marked `ray`."""
     from vinedresser.cluster import connect

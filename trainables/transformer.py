@@ -80,6 +80,28 @@ class TransformerConfig(ModelConfig):
         return Transformer(self, vocabulary)
 
 
+_SMALL = {"d_model": 32, "d_ff": 64, "encoder_layers": 2, "decoder_layers": 2}
+
+# Forms that the conformance suite tries besides the defaults: name -> overrides.
+VARIANTS: Mapping[str, Mapping[str, object]] = {
+    "pre": _SMALL,
+    "post": {**_SMALL, "norm": "post"},
+    "untied": {**_SMALL, "tie": "none", "num_heads": 2, "head_dim": 10},
+    "all_tied": {**_SMALL, "tie": "all"},
+    "gated": {**_SMALL, "concrete_heads": ["enc_self", "dec_self", "dec_enc"]},
+    "pruned": {
+        **_SMALL,
+        "norm": "post",
+        "alive_heads": {
+            "enc_self": [[0, 0, 0, 0], [1, 0, 1, 1]],
+            "dec_self": [[0, 1, 0, 0], [0, 0, 0, 0]],
+            "dec_enc": [[1, 1, 1, 1], [0, 0, 0, 1]],
+        },
+    },
+    "pruned_pre": {**_SMALL, "alive_heads": {"dec_self": [[0, 0, 0, 0], [0, 1, 1, 0]]}},
+}
+
+
 class Residual(nn.Module):
     """x + dropout(f(norm(x))), or norm(x + dropout(f(x))) for post-norm."""
 
@@ -91,12 +113,14 @@ class Residual(nn.Module):
 
     def enter(self, x_BTD: Tensor) -> Tensor:
         """What the sub-layer is given."""
-        return self.norm(x_BTD) if self.is_pre else x_BTD
+        entered: Tensor = self.norm(x_BTD) if self.is_pre else x_BTD
+        return entered
 
     def leave(self, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
         """What the sub-layer's output becomes."""
         summed = x_BTD + self.dropout(out_BTD)
-        return summed if self.is_pre else self.norm(summed)
+        left: Tensor = summed if self.is_pre else self.norm(summed)
+        return left
 
 
 class FeedForward(nn.Module):
@@ -138,7 +162,8 @@ class EncoderLayer(nn.Module):
     def forward(self, x_BSD: Tensor, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         out = self.enc_self(self.self_residual.enter(x_BSD), hidden=hidden)
-        return self.feed_forward(self.self_residual.leave(x_BSD, out))
+        out_BSD: Tensor = self.feed_forward(self.self_residual.leave(x_BSD, out))
+        return out_BSD
 
 
 @dataclass
@@ -166,7 +191,8 @@ class DecoderLayer(nn.Module):
         x_BTD = self.self_residual.leave(x_BTD, out)
         memory = self.dec_enc.remember(memory_BSD)
         out = self.dec_enc(self.cross_residual.enter(x_BTD), memory=memory, hidden=hidden)
-        return self.feed_forward(self.cross_residual.leave(x_BTD, out))
+        out_BTD: Tensor = self.feed_forward(self.cross_residual.leave(x_BTD, out))
+        return out_BTD
 
     def step(self, x_B1D: Tensor, state: LayerState, hidden: Tensor) -> Tensor:
         """(B, 1, D) -> (B, 1, D); extends the layer's cache."""
@@ -174,7 +200,8 @@ class DecoderLayer(nn.Module):
         x_B1D = self.self_residual.leave(x_B1D, out)
         entered = self.cross_residual.enter(x_B1D)
         out = self.dec_enc.step(entered, memory=state.memory, hidden=hidden)
-        return self.feed_forward(self.cross_residual.leave(x_B1D, out))
+        out_B1D: Tensor = self.feed_forward(self.cross_residual.leave(x_B1D, out))
+        return out_B1D
 
 
 @dataclass

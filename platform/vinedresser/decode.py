@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vinedresser.batch import BOS, EOS, PAD
+from vinedresser.batch import BOS, EOS
 from vinedresser.model import Seq2Seq
 
 # Rows that are done are dropped once they are this share of the batch: copying caches costs too.
@@ -41,7 +41,7 @@ def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) ->
     limits_B = length_limits(lengths_B, cap)
     B, longest = len(limits_B), int(limits_B.max())
     device = source_BS.device
-    out_BT = torch.full((B, longest), PAD, dtype=torch.int64, device=device)
+    out_BT = torch.full((B, longest), EOS, dtype=torch.int64, device=device)
     nats_B = torch.zeros(B, device=device)
     rows = torch.arange(B, device=device)
     state = model.start(model.encode(source_BS, lengths_B), longest)
@@ -50,7 +50,7 @@ def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) ->
     for t in range(longest):
         logits, state = model.step(state, tokens)
         best, tokens = logits.float().log_softmax(-1).max(-1)
-        out_BT[rows, t] = torch.where(is_open, tokens, PAD)
+        out_BT[rows, t] = torch.where(is_open, tokens, EOS)
         nats_B[rows] -= torch.where(is_open, best, 0.0)
         is_open = is_open & (tokens != EOS) & (t + 1 < limits_B[rows])
         num_open = int(is_open.sum())
@@ -64,8 +64,7 @@ def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) ->
 
 
 def _until_end(row: list[int]) -> list[int]:
-    ends = [i for i, token in enumerate(row) if token in (EOS, PAD)]
-    return row[: ends[0]] if ends else row
+    return row[: row.index(EOS)] if EOS in row else row
 
 
 def length_penalty(length: int, alpha: float) -> float:

@@ -1,13 +1,15 @@
 """Decoded quality of a model on a split, with the teacher-forced loss beside it."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from vinedresser.batch import EOS
 from vinedresser.config import Evaluation, MetricName
-from vinedresser.data.batches import Split, in_order
+from vinedresser.data.batches import Side, Split, in_order
 from vinedresser.data.tokenizers import TextTokenizer
 from vinedresser.decode import Decoded, beam_search, greedy
 from vinedresser.metrics import exact_error_rate, measure
@@ -38,9 +40,9 @@ class Scores:
     sentences: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
+        """Plain JSON, with the value under the metric's own name: `{"per": 11.6, ...}`."""
+        plain = asdict(self)
+        return {self.metric: plain.pop("value"), **plain}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,20 @@ class Evaluated:
         """(source, reference, hypothesis) of the first sentences."""
         rows = zip(self.sources, self.references, self.hypotheses, strict=True)
         return list(rows)[:count]
+
+
+def tokenized(
+    rows: Sequence[tuple[str, str]], source: TextTokenizer, target: TextTokenizer
+) -> Split:
+    """Plain (source, target) texts as a split, by a finished model's own tokenizers."""
+    sources, references = [s for s, _ in rows], [t for _, t in rows]
+    return Split("texts", _side(sources, source), _side(references, target), sources, references)
+
+
+def _side(texts: Sequence[str], tokenizer: TextTokenizer) -> Side:
+    ids = [[*row, EOS] for row in tokenizer.encode_many(list(texts))]
+    offsets = np.cumsum([0, *(len(row) for row in ids)], dtype=np.int64)
+    return Side(np.array([i for row in ids for i in row], dtype=np.int32), offsets)
 
 
 @torch.no_grad()

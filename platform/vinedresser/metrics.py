@@ -53,9 +53,11 @@ def measure(metric: MetricName, hypotheses: Sequence[str], references: Sequence[
         )
     if metric in {"per", "wer", "cer"}:
         return _edits(metric, hypotheses, references)
-    import sacrebleu.metrics as scorers
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu.metrics.ter import TER
 
-    scorer = {"bleu": scorers.BLEU, "chrf": scorers.CHRF, "ter": scorers.TER}[metric]()
+    scorer = {"bleu": BLEU, "chrf": CHRF, "ter": TER}[metric]()
     value = scorer.corpus_score(list(hypotheses), [list(references)]).score
     return Measured(float(value), f"{metric}|{scorer.get_signature()}")
 

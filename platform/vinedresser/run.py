@@ -60,6 +60,7 @@ class Outcome:
         best_step: the update after which it was taken.
         history: one entry an evaluation: step, value, teacher_forced_nats, and heads where gated.
         seconds: wall time of training and evaluation, over all resumptions.
+        last_report: what was reported at the end.
     """
 
     key: str
@@ -69,11 +70,17 @@ class Outcome:
     best_step: int
     history: list[dict[str, float]]
     seconds: float
+    last_report: Mapping[str, float]
+
+    @property
+    def final_report(self) -> dict[str, Any]:
+        """What a scheduler is told at the end, also by a run that was recognised as done."""
+        return {**self.last_report, "is_last": 1.0, "run/bundle": self.bundle}
 
     @property
     def value(self) -> float:
         """The inferred metric on dev."""
-        return float(self.scores["value"])
+        return float(self.scores[self.scores["metric"]])
 
     @property
     def selection_regret(self) -> float:
@@ -104,7 +111,7 @@ def finished(folder: Path) -> Outcome | None:
     return outcome if is_committed(Path(outcome.bundle)) else None
 
 
-Report = Callable[[Mapping[str, float]], None]
+Report = Callable[[Mapping[str, Any]], None]
 
 
 class Run:
@@ -137,6 +144,7 @@ class Run:
         self.best_step = 0
         self.best_scores: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
+        self.last_report: dict[str, float] = {}
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.dev = load_split(shards, "dev") if place.rank == 0 else None
         # A second copy of the model holds the averaged weights while they are judged.
@@ -162,14 +170,17 @@ class Run:
         is_first = place.rank == 0
         effects = Effects(
             log=self.tracker.log,
-            evaluate=self._evaluate if is_first else _nothing,
-            checkpoint=self._checkpoint if is_first else _nothing,
+            evaluate=self._evaluate if is_first else self._follow,
+            checkpoint=self._checkpoint if is_first else lambda _: None,
             log_every=max(1, experiment.steps // _LOG_LINES),
             evaluate_at=evaluation_steps(experiment),
             checkpoint_every=experiment.checkpoint_every,
         )
         fit(steps, self.averaged, effects, clip_norm=experiment.optim.clip_norm)
-        return self._finish() if is_first else None
+        if is_first:
+            return self._finish()
+        self.report({})
+        return None
 
     @property
     def _seconds(self) -> float:
@@ -188,7 +199,7 @@ class Run:
         if gates:
             entry["heads"] = float(sum(int((g.deterministic() > 0).sum()) for g in gates))
         self.history.append(entry)
-        so_far = float(self.best_scores.get("value", worst(metric)))
+        so_far = float(self.best_scores.get(metric, worst(metric)))
         # Gates are still closing while the metric is at its best: with gates the last weights
         # ship, without them the best by the inferred metric (methods.md 13).
         if gates or is_better(metric, scores.value, so_far) or not self.best:
@@ -196,7 +207,7 @@ class Run:
             self.best_step, self.best_scores = step, scores.to_json()
         logged = {
             f"dev/{metric}": scores.value,
-            f"best/{metric}": float(self.best_scores["value"]),
+            f"best/{metric}": float(self.best_scores[metric]),
             "dev/teacher_forced_nats": scores.teacher_forced_nats,
             "dev/teacher_forced_error": scores.teacher_forced_error,
             **_gap(evaluated),
@@ -205,7 +216,16 @@ class Run:
         self.tracker.log(logged, step)
         rows = ["source\treference\thypothesis", *("\t".join(r) for r in evaluated.samples())]
         self.tracker.text("\n".join(rows) + "\n", f"samples/step-{step:08d}.tsv")
-        self.report({**logged, "step": float(step), "seconds": self._seconds})
+        self.last_report = {**logged, "step": float(step), "is_last": 0.0}
+        # The last report follows the outcome: a scheduler that stops a trial at its report must
+        # find it finished.
+        if step < self.experiment.steps:
+            self.report(self.last_report)
+
+    def _follow(self, step: int) -> None:
+        """What ranks other than 0 do meanwhile: each rank reports equally often."""
+        if step < self.experiment.steps:
+            self.report({})
 
     def _judge(self) -> Evaluated:
         assert self.dev is not None
@@ -234,6 +254,7 @@ class Run:
                 "best_scores": self.best_scores,
                 "history": self.history,
                 "seconds": self._seconds,
+                "last_report": self.last_report,
             },
         )
         save_checkpoint(self.folder / "checkpoints", checkpoint)
@@ -252,12 +273,15 @@ class Run:
         scalars = checkpoint.scalars
         self.best_step, self.best_scores = scalars["best_step"], scalars["best_scores"]
         self.history, self.seconds_before = scalars["history"], scalars["seconds"]
+        self.last_report = scalars["last_report"]
         _log.info("resumed %s at step %d", self.folder.name, checkpoint.step)
         return checkpoint.step
 
     def _finish(self) -> Outcome:
+        metric = self.experiment.task.metric
         scores = {
-            "metric": self.experiment.task.metric,
+            "metric": metric,
+            "lower_is_better": is_lower_better(metric),
             "dev": self.best_scores,
             "step": self.best_step,
         }
@@ -277,17 +301,14 @@ class Run:
             self.best_step,
             self.history,
             self._seconds,
+            self.last_report,
         )
         write_file(self.folder / "outcome.json", json.dumps(asdict(outcome), indent=1) + "\n")
         # Checkpoints were there to resume from; the bundle is what is left to use.
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self.tracker.tag({"vinedresser.bundle": str(bundle)})
+        self.report(outcome.final_report)
         return outcome
-
-
-def _nothing(step: int) -> None:
-    """What ranks other than 0 do where rank 0 evaluates or stores."""
-    del step
 
 
 def _gap(evaluated: Evaluated) -> dict[str, float]:

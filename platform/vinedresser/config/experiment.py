@@ -37,6 +37,14 @@ class ModelConfig(Section):
         """The model with fresh weights, drawn from torch's global generator."""
         raise NotImplementedError
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_kind(cls, value: Any) -> Any:
+        """Takes its own `kind` back, so that `override` and `from_json` read what was written."""
+        if isinstance(value, Mapping) and value.get("kind") == cls.__module__:
+            return {key: item for key, item in value.items() if key != "kind"}
+        return value
+
     @model_serializer(mode="wrap")
     def _with_kind(self, handler: Any) -> dict[str, Any]:
         return {"kind": type(self).__module__, **handler(self)}
@@ -134,8 +142,9 @@ class Objective(Section):
     # lambda of the L0 penalty on attention heads: lambda x expected share of open gates
     # (methods.md 82 in the normalised convention of its traps).
     l0: NonNegativeFloat = 0.0
-    # Learning rate of the gates over the model's. At 1 no gate closes within 30 s of training.
-    gate_lr_factor: PositiveFloat = 10.0
+    # Learning rate of the gates over the model's. After 700 updates at 1e-3 and l0 = 0.3, 0 of 24
+    # heads had closed at a factor of 10, 7 at 40.
+    gate_lr_factor: PositiveFloat = 40.0
 
 
 class Batching(Section):

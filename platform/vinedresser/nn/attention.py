@@ -20,7 +20,8 @@ _PLAIN_SCORES = 128 * 128
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A Glorot-uniform linear layer with zero bias; either size may be 0 (all heads removed)."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    # torch leaves skip_init untyped.
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
     if inputs and outputs:
         nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -149,7 +150,8 @@ class MultiHeadAttention(nn.Module):
         if hidden is not None:
             scores_BHTS = scores_BHTS.masked_fill(hidden, -math.inf)
         weights_BHTS = torch.softmax(scores_BHTS, -1, dtype=scores_BHTS.dtype)
-        return self.dropout(weights_BHTS) @ values
+        attended: Tensor = self.dropout(weights_BHTS) @ values
+        return attended
 
     def _merge(self, heads_BHTK: Tensor) -> Tensor:
         B, _, T, _ = heads_BHTK.shape

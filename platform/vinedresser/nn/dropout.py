@@ -8,7 +8,7 @@ class _MaskedScale(torch.autograd.Function):
     """x * mask / (1 - p), keeping one byte an element for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, drop_256: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, drop_256: int) -> Tensor:  # type: ignore[no-untyped-def]
         count = x.numel()
         words = torch.empty((count + 7) // 8, dtype=torch.int64, device=x.device)
         # One 64-bit draw gives eight masks: bernoulli_ was 13% of a training step.
@@ -18,14 +18,14 @@ class _MaskedScale(torch.autograd.Function):
         return x.mul(keep).mul_(ctx.scale)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return grad.mul(ctx.keep).mul_(ctx.scale), None
 
 
 class Dropout(nn.Module):
     """Zeroes elements with probability p and scales the rest by 1 / (1 - p), in training only.
 
-    On a CPU p is rounded to a multiple of 1/256; elsewhere torch's own kernel is used.
+    On a CPU p is rounded to a multiple of 1/256 below 1; elsewhere torch's own kernel is used.
     """
 
     def __init__(self, p: float) -> None:
@@ -40,7 +40,8 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return nn.functional.dropout(x, self.p)
-        dropped: Tensor = _MaskedScale.apply(x, round(self.p * 256))
+        # torch gives neither `ctx` nor `apply` a type.
+        dropped: Tensor = _MaskedScale.apply(x, min(round(self.p * 256), 255))  # type: ignore[no-untyped-call]
         return dropped
 
     def extra_repr(self) -> str:

@@ -4,7 +4,13 @@ Importing does nothing and imports no mlflow; every Ray worker does it. Metrics 
 refuses wait in memory, bounded; a durable spool that survives the process is not built yet.
 """
 
-from vinedresser.tracking.board import LOWER_IS_BETTER, RunRow, leaderboard, run_folder
+from vinedresser.tracking.board import (
+    LOWER_IS_BETTER,
+    RunRow,
+    experiments,
+    leaderboard,
+    run_folder,
+)
 from vinedresser.tracking.remote import MlflowTracker
 from vinedresser.tracking.runs import open_run, reap
 from vinedresser.tracking.store import Store, initialise, store_for
@@ -20,6 +26,7 @@ __all__ = [
     "State",
     "Store",
     "Tracker",
+    "experiments",
     "initialise",
     "leaderboard",
     "open_run",

@@ -123,3 +123,15 @@ def run_folder(store: Store, run_id: str) -> Path | None:
             raise ConfigError(f"no run {run_id} in {store.shown}") from None
     folder = run.data.tags.get(FOLDER)
     return Path(folder) if folder else None
+
+
+def experiments(store: Store) -> list[str]:
+    """Names of the store's experiments that hold runs or may; MLflow's own default is left out.
+
+    Raises:
+        MachineError: the store does not answer.
+    """
+    client = connect(store)
+    with server_errors(store):
+        names = [one.name for one in client.search_experiments()]
+    return sorted(name for name in names if name != "Default")

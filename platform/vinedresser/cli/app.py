@@ -1,0 +1,315 @@
+"""Verbs, and how errors leave the program. Imports of torch, ray and mlflow wait for a verb."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from vinedresser.errors import InterruptedRunError, VinedresserError
+
+app = typer.Typer(
+    help="Train and prune sequence-to-sequence models, selected on decoded quality.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="dotted key=value words", metavar="[KEY=VALUE]...")
+]
+Workspace = Annotated[
+    Path,
+    typer.Option(
+        "--workspace", "-w", envvar="VINEDRESSER_WORKSPACE", help="folder of everything written"
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="print what would be done and with what, then stop")
+]
+HERE = Path("workspace")
+
+
+class _Say:
+    """Progress on stderr, each line with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        sys.stderr.write(f"{time.perf_counter() - self._start:7.1f}s  {text}\n")
+        sys.stderr.flush()
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+def _resolve(name: str, kinds: Sequence[Any], overrides: list[str] | None) -> Any:
+    from vinedresser.config import resolve
+
+    return resolve(name, kinds, overrides=overrides or [])
+
+
+@app.command()
+def prepare(
+    task: Annotated[str, typer.Argument(help="import path or YAML/JSON file of a task")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Turn a corpus into length-bucketed, verified Parquet shards."""
+    from vinedresser.config import Task
+
+    value = _resolve(task, [Task], overrides)
+    if dry_run:
+        return _print_json(value.to_json())
+    from vinedresser.cluster import connect
+    from vinedresser.data.shards import prepare as write
+
+    with connect():
+        shards = write(value, workspace / "shards", executor="ray", say=_Say())
+    result = {"folder": str(shards.folder), "digest": shards.digest, "counts": dict(shards.counts)}
+    return _print_json(result) if as_json else print(shards.folder)
+
+
+@app.command()
+def train(
+    experiment: Annotated[str, typer.Argument(help="import path or file; a study's base will do")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train one experiment and leave its best model, by the decoded metric, as a bundle."""
+    from vinedresser.cli import verbs
+    from vinedresser.config import Experiment
+    from vinedresser.study import Study
+
+    found = _resolve(experiment, [Experiment], overrides) if _is_file(experiment) else None
+    value = found or _base(_resolve(experiment, [Experiment, Study], overrides))
+    if dry_run:
+        return verbs.show_plan(value, as_json=as_json)
+    return verbs.train(value, workspace, _Say(), as_json=as_json)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml", ".json")) or "/" in name
+
+
+def _base(value: Any) -> Any:
+    return getattr(value, "base", value)
+
+
+@app.command()
+def sweep(
+    study: Annotated[str, typer.Argument(help="import path or file of a study")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Search a study's space with Ray Tune and Optuna, judged by the decoded metric."""
+    from vinedresser.cli import verbs
+    from vinedresser.study import Study
+
+    value = _resolve(study, [Study], overrides)
+    if dry_run:
+        return verbs.show_plan(value, as_json=as_json)
+    return verbs.sweep(value, workspace, _Say(), as_json=as_json)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="bundle folder, run id or models:/name@alias")],
+    pruning: Annotated[
+        str, typer.Argument(help="import path or file of a pruning")
+    ] = "search_spaces.heads",
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Close heads of a finished model, remove them, and prove the smaller model equal."""
+    from vinedresser.cli import verbs
+    from vinedresser.pruning import Pruning
+
+    words = overrides or []
+    if "=" in pruning:
+        pruning, words = "search_spaces.heads", [pruning, *words]
+    value = _resolve(pruning, [Pruning], words)
+    if dry_run:
+        return verbs.show_plan(value, as_json=as_json)
+    return verbs.prune(model, value, workspace, _Say(), as_json=as_json)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="bundle folder, run id or models:/name@alias")],
+    name: Annotated[str, typer.Argument(help="name of the registered model")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Register a bundle; it becomes champion only through the gate (split, max_regression)."""
+    from vinedresser.cli import verbs
+
+    verbs.export(model, name, overrides or [], workspace, as_json=as_json)
+
+
+@app.command()
+def retrain(
+    pipeline: Annotated[str, typer.Argument(help="import path or file of a pipeline")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run the whole chain: prepare, sweep, finalist, prune, compact, register."""
+    from vinedresser.cli import verbs
+    from vinedresser.pipeline import Pipeline
+
+    value = _resolve(pipeline, [Pipeline], overrides)
+    if dry_run:
+        return verbs.show_plan(value, as_json=as_json)
+    return verbs.retrain(value, workspace, _Say(), as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="bundle folder, run id or models:/name@alias")],
+    task: Annotated[str, typer.Argument(help="import path or file of a task")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Score a model on a task; `split=dev`, `beam=4` and `length_alpha=0.6` are its own keys."""
+    from vinedresser.cli import verbs
+
+    verbs.evaluate(model, task, overrides or [], workspace, as_json=as_json)
+
+
+@app.command()
+def translate(
+    model: Annotated[str, typer.Argument(help="bundle folder, run id or models:/name@alias")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Translate stdin to stdout, line by line; `beam=4` for beam search."""
+    from vinedresser.cli import verbs
+
+    verbs.translate(model, overrides or [], workspace, as_json=as_json)
+
+
+@app.command()
+def runs(
+    task: Annotated[str, typer.Argument(help="name of one task; all by default")] = "",
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show a leaderboard of sweeps and runs."""
+    from vinedresser.cli import verbs
+
+    verbs.runs(task, workspace, as_json=as_json)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Argument(help="port on loopback")] = 5000,
+    workspace: Workspace = HERE,
+) -> None:
+    """Serve the MLflow pages of the workspace on loopback, in their light form."""
+    from vinedresser.tracking import serve_ui, store_for
+
+    sys.stderr.write(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)\n")
+    code = serve_ui(store_for(workspace, "Default"), port)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def doctor(workspace: Workspace = HERE, as_json: AsJson = False) -> None:
+    """Say what works on this machine and what does not."""
+    from vinedresser.cli.doctor import examine
+
+    if not examine(workspace, as_json=as_json):
+        raise typer.Exit(3)
+
+
+def _quiet_libraries() -> None:
+    """Telemetry off unless the user asks for it, and no chatter of libraries on stderr."""
+    for key, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        os.environ.setdefault(key, value)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("vinedresser").setLevel(logging.INFO)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise InterruptedRunError("told to stop; the same command goes on from the last checkpoint")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Returns:
+        0 fine, 2 wrong input or configuration, 3 environment, 4 training or search failed,
+        75 try again later, 130 interrupted, 1 a fault of ours.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in words or bool(os.environ.get("VINEDRESSER_DEBUG"))
+    words = [word for word in words if word != "--debug"]
+    _quiet_libraries()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        result = app(words, standalone_mode=False)
+    except VinedresserError as error:
+        return _fail(error, str(error), error.exit_code, is_debug=is_debug)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from where it was\n")
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None
+        return 0
+    except typer.Exit as error:
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
+        return _foreign(error, is_debug=is_debug)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(error: BaseException, text: str, code: int, *, is_debug: bool) -> int:
+    if is_debug:
+        raise error
+    sys.stderr.write(text + "\n")
+    return code
+
+
+def _foreign(error: Exception, *, is_debug: bool) -> int:
+    """Usage errors of the command line, and faults that nobody foresaw."""
+    show = getattr(error, "show", None)
+    if show is not None:
+        show()
+        return 2
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = f"error[E-BUG] {type(error).__name__}: {line}; run again with --debug and report it"
+    return _fail(error, text, 1, is_debug=is_debug)

@@ -1,0 +1,118 @@
+"""How results look in a terminal: tables on stdout, plain when it is no terminal."""
+
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vinedresser.bundle import Bundle
+from vinedresser.sweep import SweepOutcome, short_params
+from vinedresser.tracking import RunRow
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout."""
+    print(json.dumps(value, indent=1, default=str, ensure_ascii=False))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def closing_table(table: Mapping[str, Any], workspace: Path) -> None:
+    """What a pipeline reached, and three commands to type next."""
+    metric, split = table["metric"], table["split"]
+    before, after = table["parameters"]
+    slow, fast = table["sentences_per_second"]
+    shown = _table(f"{table['model']}, {split} split", "", "finalist", "pruned")
+    shown.add_row(
+        f"inferred {metric}",
+        f"{table[f'finalist_{metric}']:.2f}",
+        f"{table[f'pruned_{metric}']:.2f}",
+    )
+    shown.add_row(
+        "sentences not exactly right, %",
+        f"{table['finalist_exact_error']:.1f}",
+        f"{table['pruned_exact_error']:.1f}",
+    )
+    shown.add_row("teacher-forced dev loss, nats", f"{table['teacher_forced_nats']:.3f}", "")
+    for kind, heads in table["heads"].items():
+        shown.add_row(f"heads, {kind}", str(heads["total"]), str(heads["kept"]))
+    shown.add_row("heads, all", str(table["heads_total"]), str(table["heads_kept"]))
+    shown.add_row("parameters", f"{before:,}", f"{after:,}")
+    shown.add_row("greedy sentences/s", f"{slow:,.0f}", f"{fast:,.0f}")
+    console = Console()
+    console.print()
+    console.print(shown)
+    console.print(
+        f"\nparity of the pruned model: logits differ by {table['parity_max_abs']:.1e} at most, "
+        f"greedy outputs identical: {'yes' if table['parity_same_output'] else 'no'}"
+    )
+    champion = table["champion_version"]
+    console.print(
+        f"registered: {table['model']} version {table['version']}, champion is version {champion}"
+    )
+    console.print(f"{table['seconds']:.0f} s\n")
+    console.print("Next:", style="bold")
+    at = "" if workspace == Path("workspace") else f" -w {workspace}"
+    for command in (
+        f"vinedresser ui{at}",
+        f"echo vinedresser | vinedresser translate models:/{table['model']}@champion{at}",
+        f"vinedresser sweep {table['study']} num_trials=40 base.steps=4000{at}",
+    ):
+        console.print(f"  {command}", soft_wrap=True, highlight=False)
+
+
+def trials_table(outcome: SweepOutcome) -> None:
+    """A sweep's trials, best first."""
+    shown = _table(Path(outcome.folder).name, "trial", "state", outcome.metric, "parameters")
+    for trial in outcome.trials:
+        shown.add_row(
+            str(trial.number), trial.state, f"{trial.value:.2f}", short_params(trial.params)
+        )
+    Console().print(shown)
+
+
+def scores_table(bundle: Bundle) -> None:
+    """A pruned bundle beside the model that it came from."""
+    scores, metric = bundle.scores, bundle.scores["metric"]
+    split = "test" if "test" in scores else "dev"
+    shown = _table(bundle.folder.name, "", "whole", "pruned")
+    shown.add_row(
+        f"{split} {metric}", f"{scores['finalist'][metric]:.2f}", f"{scores[split][metric]:.2f}"
+    )
+    for kind, heads in scores["heads"].items():
+        shown.add_row(f"heads, {kind}", str(heads["total"]), str(heads["kept"]))
+    before, after = scores["parameters"]
+    shown.add_row("parameters", f"{before:,}", f"{after:,}")
+    slow, fast = scores["sentences_per_second"]
+    shown.add_row("greedy sentences/s", f"{slow:,.0f}", f"{fast:,.0f}")
+    shown.add_row("parity, max |logit|", "", f"{scores['parity_max_abs']:.1e}")
+    Console().print(shown)
+
+
+def runs_table(boards: Mapping[str, list[RunRow]]) -> None:
+    """One leaderboard a task."""
+    console = Console()
+    for task, rows in boards.items():
+        shown = _table(task, "run", "kind", "state", "best", "time", "started (UTC)", "run id")
+        for row in rows:
+            value = "" if row.value is None else f"{row.metric} {row.value:.2f}"
+            shown.add_row(
+                row.name,
+                row.kind,
+                row.state.lower(),
+                value,
+                str(timedelta(seconds=round(row.seconds))),
+                f"{row.started:%Y-%m-%d %H:%M}",
+                row.run_id[:12],
+            )
+        console.print(shown)
+        console.print()

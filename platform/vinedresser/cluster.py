@@ -1,0 +1,121 @@
+"""Ray: join the cluster that the user names, or start a private one on this machine."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vinedresser.errors import MachineError
+
+_log = logging.getLogger("vinedresser")
+
+# Objects in the store are configurations and blocks of 20,000 rows; shards travel as files.
+_OBJECT_STORE_BYTES = 300_000_000
+
+# Read by Ray when it starts and by its child processes. Set unless the user has set them.
+# RAY_AUTH_MODE is not among them: a private cluster asks for a token by default, and setting the
+# variable after `import ray` gives driver and cluster different modes.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker resolves the environment again
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no TensorBoard, CSV and JSON copies
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial without its metric fails alone
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to a Ray cluster."""
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+@contextlib.contextmanager
+def connect(*, cpus: int | None = None, dashboard: bool = False) -> Iterator[None]:
+    """Connects to Ray for the duration of the block; a connection that exists is used as it is.
+
+    `RAY_ADDRESS` names a cluster; without it a private one starts on this machine, never one that
+    happens to be found in /tmp.
+
+    Args:
+        cpus: of the private cluster; all by default.
+        dashboard: starts it on loopback. Trials of several workers need it: Ray asks it whether
+            a stopped trial still holds its placement group (ray#58515).
+
+    Raises:
+        MachineError: the cluster cannot be reached or started.
+    """
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    folder = _start(address, cpus, dashboard)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address != "local":
+        try:
+            ray.init(address=address, **quiet)
+        except Exception as error:  # Ray raises many kinds here
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise MachineError(
+                f"RAY_ADDRESS={address}: {reason}; start the cluster or unset RAY_ADDRESS"
+            ) from error
+        return None
+    # Sockets live in the session folder, whose path may have at most 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="vd-", dir="/tmp"))
+    # umask 077: Ray would create its token 0644 and its session folder 0777.
+    previous = os.umask(0o077)
+    try:
+        _start_local(folder, cpus, dashboard, quiet)
+    except Exception as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MachineError(f"Ray did not start: {reason}; see `vinedresser doctor`") from error
+    finally:
+        os.umask(previous)
+    return folder
+
+
+def _start_local(folder: Path, cpus: int | None, dashboard: bool, quiet: dict[str, Any]) -> None:
+    import ray
+
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=dashboard,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+                **quiet,
+            )
+        except RuntimeError:
+            # The raylet gives its agent 15 s, which a busy machine can miss once (ray#65983).
+            ray.shutdown()
+            if attempt == 2:
+                raise
+        else:
+            return

@@ -1,0 +1,193 @@
+"""One experiment on N workers -> Outcome. N = 1 runs in this process, without a worker group."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vinedresser.config import Compute, Experiment
+from vinedresser.data.shards import open_shards
+from vinedresser.errors import InterruptedRunError, MachineError, TrainingError, VinedresserError
+from vinedresser.run import Outcome, Report, Run, finished, run_folder
+from vinedresser.tracking import NullTracker, Store, Tracker, open_run
+from vinedresser.train import place
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where runs of a command read, write and report; travels to every worker.
+
+    Attributes:
+        shards: folder of the task's shard set.
+        workspace: folder of runs, sweeps and the tracking database.
+        store: tracking store.
+        parent: tracking run that new runs hang under, None for none.
+        kind: what a run is called in the tracking store: trial, train or prune.
+    """
+
+    shards: str
+    workspace: str
+    store: Store
+    parent: str | None = None
+    kind: str = "train"
+
+
+def train(experiment: Experiment, site: Site, *, report: Report) -> Outcome:
+    """Trains to the end, or recognises that it was done.
+
+    The same loop runs in two hosts: in place for one worker, which starts in a fraction of the
+    time, else in a Ray Train worker group. `report` is called in this process either way, except
+    inside a Tune trial of several workers, where Ray Train forwards to Tune.
+
+    Raises:
+        TrainingError: the loss is not finite, or workers failed more often than allowed.
+        MachineError: a device or the disk is in the way.
+    """
+    shards = open_shards(Path(site.shards), task=experiment.task)
+    folder = run_folder(experiment, shards, Path(site.workspace))
+    outcome = finished(folder)
+    if outcome is not None:
+        report(outcome.final_report)
+        return outcome
+    if experiment.compute.workers == 1:
+        outcome = execute(experiment, site, folder=folder, rank=0, report=report)
+    else:
+        _train_in_group(experiment, site, folder)
+        outcome = finished(folder)
+    if outcome is None:
+        raise TrainingError(f"{folder.name} ended without an outcome; see its run for the reason")
+    return outcome
+
+
+def execute(
+    experiment: Experiment, site: Site, *, folder: Path, rank: int, report: Report
+) -> Outcome | None:
+    """One worker of a run, with its tracking run opened and closed around it, on rank 0 only."""
+    shards = open_shards(Path(site.shards), task=experiment.task)
+    where = place(experiment.compute, rank=rank)
+    tracker = _open(experiment, site, folder) if rank == 0 else NullTracker()
+    try:
+        run = Run(experiment, shards, folder, place=where, tracker=tracker, report=report)
+        outcome = run.execute()
+    except SystemExit:
+        # Tune stops a hopeless trial by raising this out of its report.
+        tracker.close("KILLED", "stopped early")
+        raise
+    except (KeyboardInterrupt, InterruptedRunError):
+        tracker.close("KILLED", "interrupted")
+        raise
+    except BaseException as error:
+        tracker.close("FAILED", str(error))
+        raise
+    tracker.close("FINISHED")
+    return outcome
+
+
+def _open(experiment: Experiment, site: Site, folder: Path) -> Tracker:
+    return open_run(
+        site.store,
+        key=folder.name.rsplit("-", 1)[1],
+        name=folder.name,
+        parent=site.parent,
+        params=experiment.to_json(),
+        tags={
+            "vinedresser.kind": site.kind,
+            "vinedresser.metric": experiment.task.metric,
+            "vinedresser.folder": str(folder),
+            "vinedresser.task": experiment.task.name,
+            "vinedresser.model": type(experiment.model).__module__,
+        },
+    )
+
+
+def _train_in_group(experiment: Experiment, site: Site, folder: Path) -> None:
+    """Ray Train with N workers; folders and the tracking store must be shared between nodes."""
+    import ray.train
+    import ray.tune
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    # Ray's stubs describe the first version of Train; at run time these are the second's classes.
+    api: Any = ray.train
+    forward: Any = TuneReportCallback
+
+    compute = experiment.compute
+    require(compute, folder.name)
+    is_cuda = compute.device == "cuda" or (
+        compute.device == "auto" and bool(_cluster().get("GPU", 0))
+    )
+    resources = {"CPU": float(compute.threads)} | ({"GPU": 1.0} if is_cuda else {})
+    in_trial = ray.tune.get_context() is not None and bool(ray.tune.get_context().get_trial_id())
+    with tempfile.TemporaryDirectory(prefix="vd-train-") as scratch:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "experiment": experiment.to_json(), "site": site, "folder": str(folder)
+            },
+            torch_config=TorchConfig(backend="nccl" if is_cuda else "gloo"),
+            scaling_config=api.ScalingConfig(
+                num_workers=compute.workers, use_gpu=is_cuda, resources_per_worker=resources
+            ),
+            run_config=api.RunConfig(
+                name="group",
+                storage_path=scratch,
+                callbacks=[forward()] if in_trial else [],
+                # A finite limit: the default of -1 retries a group that cannot start for ever.
+                failure_config=api.FailureConfig(max_failures=2, controller_failure_limit=3),
+            ),
+        )  # fmt: skip
+        try:
+            trainer.fit()
+        except VinedresserError:
+            raise
+        except Exception as error:
+            raise TrainingError(f"{folder.name}: {_cause(error)}") from error
+
+
+def _cluster() -> dict[str, float]:
+    """All resources of the connected cluster."""
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+def require(compute: Compute, what: str) -> None:
+    """Fails at once where Ray would wait for resources that never come (fault C10).
+
+    Raises:
+        MachineError: the cluster has less in all than one `what` asks for.
+    """
+    have = _cluster()
+    wanted = {"CPU": compute.workers * compute.threads}
+    if compute.device == "cuda":
+        wanted["GPU"] = compute.workers
+    for name, count in wanted.items():
+        if count > have.get(name, 0):
+            raise MachineError(
+                f"{what} wants {count} {name}, the cluster has {have.get(name, 0):g} in all; "
+                "lower compute.workers or compute.threads, or name a larger cluster"
+            )
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost reason that Ray gives."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return str(next(iter(failures.values()))).strip().splitlines()[-1]
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def _worker(config: Mapping[str, Any]) -> None:
+    """What each Ray Train worker runs. Every rank reports equally often: it is a barrier."""
+    import ray.train
+
+    rank = ray.train.get_context().get_world_rank()
+    execute(
+        Experiment.from_json(config["experiment"]),
+        config["site"],
+        folder=Path(config["folder"]),
+        rank=rank,
+        report=lambda metrics: ray.train.report(dict(metrics)),
+    )
