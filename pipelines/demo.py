@@ -14,7 +14,7 @@ PIPELINE = Pipeline(
     study=STUDY,
     # On from the best trial's weights, for longer, on both cores, judged on all dev words.
     finalist={
-        "steps": 2400,
+        "steps": 3000,
         "optim.warmup_steps": 50,
         "optim.lr": 1.5e-3,
         "optim.anneal": 0.5,
@@ -23,7 +23,7 @@ PIPELINE = Pipeline(
     },
     pruning=Pruning(
         overrides={
-            "steps": 700,
+            "steps": 900,
             "optim.warmup_steps": 20,
             "optim.lr": 1e-3,
             "compute.threads": 1,

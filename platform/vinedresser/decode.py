@@ -94,9 +94,9 @@ def beam_search(
 ) -> Decoded:
     """The best finished hypothesis under log p / ((5 + n) / 6)**alpha.
 
-    A sentence is done when `beam` of its hypotheses have finished, or when no open one can still
-    beat the best finished one: log p only falls, so the bound is the open beam's log p over the
-    penalty of the longest output.
+    A sentence is done when `beam` of its hypotheses have finished and the best of them beats every
+    open one as it stands, or when no open one can still beat it: log p only falls, so the bound is
+    the open beam's log p over the penalty of the longest output.
 
     Args:
         model: in eval mode.
@@ -179,8 +179,9 @@ def _advance(
             picks.append(c)
     if is_last or not picks:
         return []
-    bound = step.log_p[group][picks[0]] / length_penalty(limit, alpha)
-    if best.score >= bound or best.finished >= beam:
+    # Counting alone stops at `beam` short, improbable outputs while the right one is still open.
+    counted = step.length if best.finished >= beam else limit
+    if best.score >= step.log_p[group][picks[0]] / length_penalty(counted, alpha):
         return []
     # A vocabulary smaller than the beam leaves slots empty: -1.
     return picks + [-1] * (beam - len(picks))

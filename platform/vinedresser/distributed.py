@@ -71,8 +71,11 @@ def execute(
         run = Run(experiment, shards, folder, place=where, tracker=tracker, report=report)
         outcome = run.execute()
     except SystemExit:
-        # Tune stops a hopeless trial by raising this out of its report.
-        tracker.close("KILLED", "stopped early")
+        # Tune stops a trial by raising this out of its report, also out of the last one.
+        if finished(folder) is None:
+            tracker.close("KILLED", "stopped early")
+        else:
+            tracker.close("FINISHED")
         raise
     except (KeyboardInterrupt, InterruptedRunError):
         tracker.close("KILLED", "interrupted")
@@ -81,6 +84,8 @@ def execute(
         tracker.close("FAILED", str(error))
         raise
     tracker.close("FINISHED")
+    # Every rank reports equally often; a scheduler may end the process at this last report.
+    report(outcome.final_report if outcome is not None else {})
     return outcome
 
 

@@ -213,7 +213,6 @@ class Chain:
             "parity_max_abs": scores["parity_max_abs"],
             "parity_same_output": scores["parity"]["is_same_output"],
             "model": self.pipeline.model_name,
-            "study": self.pipeline.study.name,
             "bundle": str(small.folder),
             "version": registered.version,
             "champion_version": registered.champion_version,

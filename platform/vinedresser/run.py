@@ -177,10 +177,7 @@ class Run:
             checkpoint_every=experiment.checkpoint_every,
         )
         fit(steps, self.averaged, effects, clip_norm=experiment.optim.clip_norm)
-        if is_first:
-            return self._finish()
-        self.report({})
-        return None
+        return self._finish() if is_first else None
 
     @property
     def _seconds(self) -> float:
@@ -217,8 +214,8 @@ class Run:
         rows = ["source\treference\thypothesis", *("\t".join(r) for r in evaluated.samples())]
         self.tracker.text("\n".join(rows) + "\n", f"samples/step-{step:08d}.tsv")
         self.last_report = {**logged, "step": float(step), "is_last": 0.0}
-        # The last report follows the outcome: a scheduler that stops a trial at its report must
-        # find it finished.
+        # The last report is left to the host, after the outcome is written: a scheduler that stops
+        # a trial at a report must find it finished.
         if step < self.experiment.steps:
             self.report(self.last_report)
 
@@ -307,7 +304,6 @@ class Run:
         # Checkpoints were there to resume from; the bundle is what is left to use.
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self.tracker.tag({"vinedresser.bundle": str(bundle)})
-        self.report(outcome.final_report)
         return outcome
 
 

@@ -118,9 +118,11 @@ class Searcher(OptunaSearch):
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """Tells an intermediate value, unless there is none or it is not finite."""
-        if not isinstance(self.metric, str) or trial_id in self._completed_trials:
-            return
-        value = result.get(self.metric)
+        if trial_id not in self._completed_trials:
+            self._tell_value(trial_id, result)
+
+    def _tell_value(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        value = result.get(self.metric) if isinstance(self.metric, str) else None
         if value is not None and math.isfinite(value):
             self._ot_trials[trial_id].report(float(value), int(result["step"]))
 
@@ -144,7 +146,9 @@ class Searcher(OptunaSearch):
         trial.set_user_attr(_OUTCOME, {k: v for k, v in kept.items() if _is_plain(v)})
         if state == TrialState.FAIL:
             trial.set_user_attr(_REASON, "error" if error else "the metric is missing or NaN")
-        # Optuna takes a pruned trial's value from its last intermediate report.
+        if state == TrialState.PRUNED:
+            # Optuna takes its value from the last report, and Tune tells that one here only.
+            self._tell_value(trial_id, result)
         told = values if state == TrialState.COMPLETE else None
         study: Any = self._ot_study
         study.tell(trial, told, state=state)

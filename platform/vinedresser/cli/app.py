@@ -53,10 +53,25 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
-def _resolve(name: str, kinds: Sequence[Any], overrides: list[str] | None) -> Any:
-    from vinedresser.config import resolve
+# Where the task stands in each kind of value, so that `task=FILE` means the same for all of them.
+_TASK_KEYS = {"Experiment": "task", "Study": "base.task", "Pipeline": "study.base.task"}
 
-    return resolve(name, kinds, overrides=overrides or [])
+
+def _resolve(name: str, kinds: Sequence[Any], overrides: list[str] | None, part: str = "") -> Any:
+    """The value behind a name, with dotted overrides and `task=FILE` put in.
+
+    A value of a later kind stands for its `part`: a study for its base, a pipeline for its study.
+    """
+    from vinedresser.config import parse_overrides, resolve
+
+    value = resolve(name, kinds)
+    if not isinstance(value, kinds[0]):
+        value = getattr(value, part)
+    changes = parse_overrides(overrides or [])
+    key = _TASK_KEYS.get(type(value).__name__, "task")
+    if "task" in changes:
+        changes[key] = changes.pop("task")
+    return value.override(changes)
 
 
 @app.command()
@@ -95,24 +110,15 @@ def train(
     from vinedresser.config import Experiment
     from vinedresser.study import Study
 
-    found = _resolve(experiment, [Experiment], overrides) if _is_file(experiment) else None
-    value = found or _base(_resolve(experiment, [Experiment, Study], overrides))
+    value = _resolve(experiment, [Experiment, Study], overrides, "base")
     if dry_run:
         return verbs.show_plan(value, as_json=as_json)
     return verbs.train(value, workspace, _Say(), as_json=as_json)
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml", ".json")) or "/" in name
-
-
-def _base(value: Any) -> Any:
-    return getattr(value, "base", value)
-
-
 @app.command()
 def sweep(
-    study: Annotated[str, typer.Argument(help="import path or file of a study")],
+    study: Annotated[str, typer.Argument(help="import path or file; a pipeline's study will do")],
     overrides: Overrides = None,
     workspace: Workspace = HERE,
     as_json: AsJson = False,
@@ -120,9 +126,10 @@ def sweep(
 ) -> None:
     """Search a study's space with Ray Tune and Optuna, judged by the decoded metric."""
     from vinedresser.cli import verbs
+    from vinedresser.pipeline import Pipeline
     from vinedresser.study import Study
 
-    value = _resolve(study, [Study], overrides)
+    value = _resolve(study, [Study, Pipeline], overrides, "study")
     if dry_run:
         return verbs.show_plan(value, as_json=as_json)
     return verbs.sweep(value, workspace, _Say(), as_json=as_json)
@@ -181,7 +188,7 @@ def retrain(
     value = _resolve(pipeline, [Pipeline], overrides)
     if dry_run:
         return verbs.show_plan(value, as_json=as_json)
-    return verbs.retrain(value, workspace, _Say(), as_json=as_json)
+    return verbs.retrain(value, pipeline, workspace, _Say(), as_json=as_json)
 
 
 @app.command()
@@ -259,7 +266,7 @@ def _quiet_libraries() -> None:
         import warnings
 
         warnings.simplefilter("ignore")
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.ERROR, format="          %(message)s", stream=sys.stderr)
     logging.getLogger("vinedresser").setLevel(logging.INFO)
 
 

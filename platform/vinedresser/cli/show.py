@@ -1,6 +1,7 @@
 """How results look in a terminal: tables on stdout, plain when it is no terminal."""
 
 import json
+import math
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,8 +16,16 @@ from vinedresser.tracking import RunRow
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout."""
-    print(json.dumps(value, indent=1, default=str, ensure_ascii=False))
+    """One JSON value on stdout; JSON knows no NaN, so what has no value is null."""
+    print(json.dumps(_known(value), indent=1, default=str, ensure_ascii=False, allow_nan=False))
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _known(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -26,7 +35,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def closing_table(table: Mapping[str, Any], workspace: Path) -> None:
+def closing_table(table: Mapping[str, Any], pipeline: str, workspace: Path) -> None:
     """What a pipeline reached, and three commands to type next."""
     metric, split = table["metric"], table["split"]
     before, after = table["parameters"]
@@ -65,7 +74,7 @@ def closing_table(table: Mapping[str, Any], workspace: Path) -> None:
     for command in (
         f"vinedresser ui{at}",
         f"echo vinedresser | vinedresser translate models:/{table['model']}@champion{at}",
-        f"vinedresser sweep {table['study']} num_trials=40 base.steps=4000{at}",
+        f"vinedresser sweep {pipeline} num_trials=40 base.steps=4000{at}",
     ):
         console.print(f"  {command}", soft_wrap=True, highlight=False)
 
@@ -74,9 +83,8 @@ def trials_table(outcome: SweepOutcome) -> None:
     """A sweep's trials, best first."""
     shown = _table(Path(outcome.folder).name, "trial", "state", outcome.metric, "parameters")
     for trial in outcome.trials:
-        shown.add_row(
-            str(trial.number), trial.state, f"{trial.value:.2f}", short_params(trial.params)
-        )
+        value = "" if math.isnan(trial.value) else f"{trial.value:.2f}"
+        shown.add_row(str(trial.number), trial.state, value, short_params(trial.params))
     Console().print(shown)
 
 
@@ -102,7 +110,7 @@ def runs_table(boards: Mapping[str, list[RunRow]]) -> None:
     """One leaderboard a task."""
     console = Console()
     for task, rows in boards.items():
-        shown = _table(task, "run", "kind", "state", "best", "time", "started (UTC)", "run id")
+        shown = _table(task, "run", "kind", "state", "best", "time", "id")
         for row in rows:
             value = "" if row.value is None else f"{row.metric} {row.value:.2f}"
             shown.add_row(
@@ -111,8 +119,7 @@ def runs_table(boards: Mapping[str, list[RunRow]]) -> None:
                 row.state.lower(),
                 value,
                 str(timedelta(seconds=round(row.seconds))),
-                f"{row.started:%Y-%m-%d %H:%M}",
-                row.run_id[:12],
+                row.run_id[:8],
             )
         console.print(shown)
         console.print()

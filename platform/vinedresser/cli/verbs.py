@@ -166,12 +166,12 @@ def export(model: str, name: str, overrides: list[str], workspace: Path, *, as_j
     return print(f"{name} version {registered.version}: {verdict}, {registered.reason}")
 
 
-def retrain(pipeline: Pipeline, workspace: Path, say: Say, *, as_json: bool) -> None:
-    """The whole chain and its closing table."""
+def retrain(pipeline: Pipeline, name: str, workspace: Path, say: Say, *, as_json: bool) -> None:
+    """The whole chain and its closing table; `name` is what the pipeline was called by."""
     table = run_pipeline(pipeline, workspace, say=say)
     if as_json:
         return print_json(table)
-    return closing_table(table, workspace)
+    return closing_table(table, name, workspace)
 
 
 class _Scoring(Section):

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -14,6 +15,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
@@ -97,6 +99,21 @@ def _restore_model(value: Any) -> Any:
 
 
 AnyModel = Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_restore_model)]
+
+
+def _read_task(value: Any, info: ValidationInfo) -> Any:
+    """A task may stand as the name of its file or module instead of being written out."""
+    if not isinstance(value, str):
+        return value
+    from vinedresser.config.source import resolve
+
+    base = (info.context or {}).get("base")
+    if base is not None and value.endswith((".yaml", ".yml", ".json")):
+        value = str(Path(base) / value)
+    return resolve(value, [Task])
+
+
+AnyTask = Annotated[Task, BeforeValidator(_read_task)]
 
 
 class Optim(Section):
@@ -184,7 +201,8 @@ class Experiment(Section):
     """Everything that defines one training run; its JSON re-creates it."""
 
     name: SafeName = "experiment"
-    task: Task
+    # Written out, or the name of its YAML/JSON file or module.
+    task: AnyTask
     model: AnyModel
     objective: Objective = Objective()
     optim: Optim = Optim()

@@ -4,6 +4,7 @@ B sentences, T query positions, S key positions, D features, H heads, K features
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,10 @@ _PLAIN_SCORES = 128 * 128
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A Glorot-uniform linear layer with zero bias; either size may be 0 (all heads removed)."""
-    # torch leaves skip_init untyped.
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+        # torch leaves skip_init untyped.
+        layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
     if inputs and outputs:
         nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -11,10 +11,12 @@ from vinedresser.tracking.runs import pages
 from vinedresser.tracking.store import Store, connect, initialise, server_errors
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Run
 
 # Metrics that count errors or surprise; all others grow with quality.
 LOWER_IS_BETTER = frozenset({"per", "wer", "cer", "ter", "nats"})
+RUN_ID_LENGTH = 32
 FOLDER, KIND, METRIC = "vinedresser.folder", "vinedresser.kind", "vinedresser.metric"
 
 
@@ -107,14 +109,20 @@ def leaderboard(
 def run_folder(store: Store, run_id: str) -> Path | None:
     """The folder that a run wrote into its tag `vinedresser.folder`; None if it wrote none.
 
+    Args:
+        store: where.
+        run_id: the whole id, or its beginning where that names one run of the store.
+
     Raises:
-        ConfigError: no such run.
+        ConfigError: no such run, or several.
         MachineError: the store does not answer.
     """
     client = connect(store)
     from mlflow.exceptions import MlflowException
 
     with server_errors(store):
+        if len(run_id) < RUN_ID_LENGTH:
+            run_id = _completed(client, run_id)
         try:
             run = client.get_run(run_id)
         except MlflowException as error:
@@ -123,6 +131,15 @@ def run_folder(store: Store, run_id: str) -> Path | None:
             raise ConfigError(f"no run {run_id} in {store.shown}") from None
     folder = run.data.tags.get(FOLDER)
     return Path(folder) if folder else None
+
+
+def _completed(client: "MlflowClient", beginning: str) -> str:
+    names = {one.experiment_id for one in client.search_experiments()}
+    ids = [run.info.run_id for name in names for run in pages(client, name)]
+    found = [run_id for run_id in ids if run_id.startswith(beginning)]
+    if len(found) > 1:
+        raise ConfigError(f"run {beginning}: {len(found)} runs begin so; give more of the id")
+    return found[0] if found else beginning
 
 
 def experiments(store: Store) -> list[str]:

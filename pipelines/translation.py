@@ -1,0 +1,33 @@
+"""The chain for plain text: `vinedresser retrain pipelines.translation task=FILE`."""
+
+from optuna.distributions import FloatDistribution
+
+from search_spaces.translation import STUDY
+from vinedresser.pipeline import Pipeline
+from vinedresser.pruning import Pruning
+
+PIPELINE = Pipeline(
+    name="translation",
+    study=STUDY,
+    finalist={
+        "steps": 600,
+        "optim.warmup_steps": 50,
+        "optim.lr": 1e-3,
+        "optim.anneal": 0.5,
+        "compute.threads": 2,
+        "evaluation.sentences": 0,
+    },
+    pruning=Pruning(
+        overrides={
+            "steps": 300,
+            "optim.warmup_steps": 20,
+            "optim.lr": 8e-4,
+            "compute.threads": 1,
+            "evaluation.times": 2,
+        },
+        space={"objective.l0": FloatDistribution(0.1, 1.0, log=True)},
+        num_trials=4,
+        max_regression=1.0,
+    ),
+    model_name="translation",
+)
