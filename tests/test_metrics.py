@@ -1,0 +1,88 @@
+import jiwer
+import pytest
+import sacrebleu
+
+from vinedresser.errors import DataError
+from vinedresser.metrics import exact_error_rate, is_better, is_lower_better, measure, worst
+
+HYPOTHESES = ["the cat sat on a mat", "hello there world", "one two three four five"]
+REFERENCES = ["the cat sat on the mat", "hello world", "one two three four five"]
+ALL = ("bleu", "chrf", "ter", "per", "wer", "cer")
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf", "ter"])
+def test_points_equal_sacrebleu(name):
+    wanted = getattr(sacrebleu, f"corpus_{name}")(HYPOTHESES, [REFERENCES]).score
+    found = measure(name, HYPOTHESES, REFERENCES)
+    assert found.value == pytest.approx(wanted)
+    assert 0 < found.value < 100
+    assert f"version:{sacrebleu.__version__}" in found.signature
+
+
+def test_bleu_signature_says_how():
+    signature = measure("bleu", HYPOTHESES, REFERENCES).signature
+    assert signature.startswith("bleu|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|")
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"), [("per", jiwer.wer), ("wer", jiwer.wer), ("cer", jiwer.cer)]
+)
+def test_edit_rates_equal_jiwer_in_percent(name, rate):
+    found = measure(name, HYPOTHESES, REFERENCES)
+    assert found.value == pytest.approx(100 * rate(REFERENCES, HYPOTHESES))
+    assert name in found.signature
+    assert "jiwer:" in found.signature
+
+
+def test_edit_rates_by_hand():
+    # One substitution and one insertion over 6 + 2 + 5 words.
+    assert measure("wer", HYPOTHESES, REFERENCES).value == pytest.approx(100 * 2 / 13)
+    assert measure("per", ["AH B"], ["AH B K"]).value == pytest.approx(100 / 3)
+    assert measure("cer", ["abd"], ["abc"]).value == pytest.approx(100 / 3)
+
+
+def test_an_edit_rate_may_exceed_100():
+    assert measure("per", ["A B C D"], ["X"]).value == 400
+
+
+def test_corpus_rates_weigh_by_length_not_by_sentence():
+    found = measure("per", ["A", "A A A A A A A A A"], ["B", "A A A A A A A A A"])
+    assert found.value == pytest.approx(10)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_said_is_scored_as_bad(name):
+    said_nothing = measure(name, [""] * 3, REFERENCES).value
+    assert said_nothing == (100 if is_lower_better(name) else 0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_identical_is_perfect(name):
+    value = measure(name, REFERENCES, REFERENCES).value
+    assert value == pytest.approx(0 if is_lower_better(name) else 100)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_direction(name):
+    good = measure(name, HYPOTHESES, REFERENCES).value
+    bad = measure(name, HYPOTHESES[::-1], REFERENCES).value
+    assert is_better(name, good, bad)
+    assert not is_better(name, bad, good)
+    assert not is_better(name, good, good)
+    assert not is_better(name, float("nan"), good)
+    assert is_better(name, bad, worst(name))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("hypotheses", "references"), [(["a", "b"], ["a"]), (["a"], ["a", "b"]), ([], [])]
+)
+def test_lengths_must_match_and_be_something(name, hypotheses, references):
+    with pytest.raises(DataError, match=f"{len(hypotheses)} hypotheses for {len(references)}"):
+        measure(name, hypotheses, references)
+
+
+def test_exact_error_is_a_share_of_sentences_in_percent():
+    assert exact_error_rate(HYPOTHESES, REFERENCES) == pytest.approx(200 / 3)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        exact_error_rate(["a"], ["a", "b"])
