@@ -39,6 +39,15 @@ def is_connected() -> bool:
     return bool(ray.is_initialized())
 
 
+def probe() -> str:
+    """Runs a task on the connected cluster, for at most a minute; Ray's version."""
+    import ray
+
+    answer = ray.remote(lambda: os.getpid())
+    ray.get(answer.remote(), timeout=60)
+    return str(ray.__version__)
+
+
 @contextlib.contextmanager
 def connect(*, cpus: int | None = None, dashboard: bool = False) -> Iterator[None]:
     """Connects to Ray for the duration of the block; a connection that exists is used as it is.

@@ -71,11 +71,9 @@ def execute(
         run = Run(experiment, shards, folder, place=where, tracker=tracker, report=report)
         outcome = run.execute()
     except SystemExit:
-        # Tune stops a trial by raising this out of its report, also out of the last one.
-        if finished(folder) is None:
-            tracker.close("KILLED", "stopped early")
-        else:
-            tracker.close("FINISHED")
+        # Tune stops a trial by raising this out of its report; out of the last one too, when the
+        # run is closed already.
+        tracker.close("KILLED", "stopped early")
         raise
     except (KeyboardInterrupt, InterruptedRunError):
         tracker.close("KILLED", "interrupted")

@@ -31,10 +31,10 @@ from ray.tune.search.optuna import OptunaSearch
 from vinedresser.commit import digest_of, verify, write_file
 from vinedresser.config import Experiment
 from vinedresser.distributed import Site, require, train
-from vinedresser.errors import BusyError, InterruptedRunError, TrainingError
+from vinedresser.errors import BusyError, InterruptedRunError, MachineError, TrainingError
 from vinedresser.metrics import is_lower_better
 from vinedresser.study import Study
-from vinedresser.tracking import Tracker, open_run
+from vinedresser.tracking import Tracker, end_children, open_run
 
 _log = logging.getLogger("vinedresser")
 
@@ -265,7 +265,10 @@ def _sweep(
             say(f"{folder.name}: {done} of {study.num_trials} trials known, going on")
         if done < study.num_trials:
             children = Site(site.shards, site.workspace, site.store, tracker.run_id, site.kind)
-            _tune(study, children, storage, study.num_trials - done, say)
+            try:
+                _tune(study, children, storage, study.num_trials - done, say)
+            finally:
+                _end_trials(children)
         trials = _rank(_counted(opened.get_trials()), metric)
         outcome = SweepOutcome(key, str(folder), metric, trials, tracker.run_id)
         if not outcome.complete:
@@ -285,6 +288,15 @@ def _sweep(
         raise
     tracker.close("FINISHED")
     return outcome
+
+
+def _end_trials(site: Site) -> None:
+    """Tune kills a stopped trial's process, often before that could close its tracking run."""
+    if site.parent:
+        try:
+            end_children(site.store, site.parent, "stopped early")
+        except MachineError as error:
+            _log.warning("%s; stopped trials may stay RUNNING there", error.args[0])
 
 
 def _open_parent(study: Study, site: Site, folder: Path, key: str) -> Tracker:

@@ -36,14 +36,10 @@ def _torch() -> str:
 
 
 def _ray() -> str:
-    from vinedresser.cluster import connect
+    from vinedresser.cluster import connect, probe
 
     with connect(cpus=1):
-        import ray
-
-        answer = ray.remote(lambda: os.getpid())
-        ray.get(answer.remote(), timeout=60)
-        return f"ray {ray.__version__}, a task ran; usage statistics are off"
+        return f"ray {probe()}, a task ran; usage statistics are off"
 
 
 def _mlflow(workspace: Path) -> str:

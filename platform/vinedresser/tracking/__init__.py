@@ -12,7 +12,7 @@ from vinedresser.tracking.board import (
     run_folder,
 )
 from vinedresser.tracking.remote import MlflowTracker
-from vinedresser.tracking.runs import open_run, reap
+from vinedresser.tracking.runs import end_children, open_run, reap
 from vinedresser.tracking.store import Store, initialise, store_for
 from vinedresser.tracking.tracker import MemoryTracker, NullTracker, State, Tracker
 from vinedresser.tracking.ui import serve_ui
@@ -26,6 +26,7 @@ __all__ = [
     "State",
     "Store",
     "Tracker",
+    "end_children",
     "experiments",
     "initialise",
     "leaderboard",

@@ -194,6 +194,20 @@ def reap(store: Store) -> list[str]:
     return closed
 
 
+def end_children(store: Store, parent: str, reason: str) -> None:
+    """Closes as KILLED what is RUNNING under a run whose parts are over, whoever owned them.
+
+    Raises:
+        MachineError: the store does not answer.
+    """
+    client, experiment = connect(store), initialise(store)
+    query = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent}'"
+    with server_errors(store):
+        for run in pages(client, experiment, query):
+            client.set_tag(run.info.run_id, REASON, reason)
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
 def _close(client: "MlflowClient", store: Store, run: "Run") -> bool:
     """Closes an orphan unless somebody re-opened it since it was found."""
     run_id = run.info.run_id
