@@ -10,7 +10,7 @@ help:  ## print the targets
 
 setup: .venv/.installed  ## create .venv and install the pinned dependencies
 
-demo: setup  ## the main job: prepare, sweep, retrain and export on a small corpus
+demo: setup  ## the main job: CMUdict to a pruned, verified, registered model
 	$(BIN)/vinedresser retrain pipelines.demo $(ARGS)
 
 test: setup  ## run the tests: make test ARGS="-k commit"

@@ -1,0 +1,66 @@
+"""Multi30k German-English: BLEU on test_2016_flickr after a fixed number of updates, and the time.
+
+`make bench NAME=translation`, five to seven minutes on two cores. The corpus is looked for in
+`../shared/data/multi30k`; `ARGS=FOLDER` names another place.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from search_spaces.translation import EXPERIMENT
+from vinedresser.bundle import load_bundle
+from vinedresser.config import Evaluation, Pair, TextCorpus
+from vinedresser.data.batches import load_split
+from vinedresser.data.shards import prepare
+from vinedresser.distributed import Site, train
+from vinedresser.evaluate import evaluate
+from vinedresser.tracking import store_for
+
+STEPS = 900
+
+
+def pair(folder: Path, name: str) -> Pair:
+    """Both sides of a split."""
+    return Pair(source=str(folder / f"{name}.de"), target=str(folder / f"{name}.en"))
+
+
+def main() -> None:
+    """Trains once, scores greedy and with beam 4, prints both and the figures as JSON."""
+    default = Path(__file__).parents[2] / "shared/data/multi30k"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    corpus = TextCorpus(
+        train=pair(folder, "train"), dev=pair(folder, "val"), test=pair(folder, "test_2016_flickr")
+    )
+    task = EXPERIMENT.task.model_copy(update={"name": "multi30k", "corpus": corpus})
+    experiment = EXPERIMENT.model_copy(update={"task": task, "steps": STEPS})
+    with tempfile.TemporaryDirectory() as workspace:
+        shards = prepare(task, Path(workspace) / "shards", executor="in_process")
+        site = Site(str(shards.folder), workspace, store_for(Path(workspace), task.name))
+        load, started = os.getloadavg()[0], time.perf_counter()
+        outcome = train(experiment, site, report=lambda metrics: print(dict(metrics)))
+        seconds = time.perf_counter() - started
+        bundle = load_bundle(Path(outcome.bundle))
+        scores = {
+            beam: evaluate(
+                bundle.model,
+                load_split(shards, "test"),
+                bundle.target_tokenizer,
+                metric="bleu",
+                config=Evaluation(beam=beam),
+                cap=task.max_target_length,
+            ).scores
+            for beam in (1, 4)
+        }
+    print(f"{STEPS} updates in {seconds:.0f} s, evaluation included (load before: {load:.1f})")
+    for beam, score in scores.items():
+        print(f"beam {beam}: BLEU {score.value:.2f}  {score.signature}")
+    figures = {"bleu_greedy": scores[1].value, "bleu_beam4": scores[4].value, "seconds": seconds}
+    print(json.dumps({key: round(value, 2) for key, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
