@@ -1,9 +1,14 @@
 """What every room's tests may ask for."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from vinedresser.data.shards import ShardSet
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +37,31 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
+def reversal(tmp_path_factory: pytest.TempPathFactory) -> "ShardSet":
+    """Shards of a corpus anybody can solve: `a b c` becomes `c b a`; 400 train, 40 dev rows."""
+    from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
+    from vinedresser.data.shards import prepare
+
+    folder, draw, pairs = tmp_path_factory.mktemp("reversal"), random.Random(0), {}
+    for split, count in (("train", 400), ("dev", 40)):
+        rows = [draw.choices("abcdef", k=draw.randint(2, 6)) for _ in range(count)]
+        for side, step in (("source", 1), ("target", -1)):
+            lines = (" ".join(row[::step]) + "\n" for row in rows)
+            (folder / f"{split}.{side}").write_text("".join(lines))
+        source, target = (str(folder / f"{split}.{side}") for side in ("source", "target"))
+        pairs[split] = Pair(source=source, target=target)
+    task = Task(
+        name="reversal",
+        corpus=TextCorpus(**pairs),
+        tokenizer=Tokenizer(kind="symbols"),
+        metric="per",
+        max_source_length=20,
+        max_target_length=20,
+    )
+    return prepare(task, folder / "shards", executor="in_process")
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One local Ray for the whole session, never the user's cluster; for tests marked `ray`."""
     from vinedresser.cluster import connect
@@ -40,3 +70,20 @@ def local_ray() -> Iterator[None]:
         environment.delenv("RAY_ADDRESS", raising=False)
         with connect(cpus=2):
             yield
+
+
+@pytest.fixture
+def tiny_study(reversal: "ShardSet") -> dict[str, Any]:
+    """A study of that corpus as plain JSON, as a file holds it; a trial trains for a second."""
+    model = {
+        "kind": "transformer", "d_model": 32, "d_ff": 64, "num_heads": 4, "encoder_layers": 1,
+        "decoder_layers": 1, "dropout": 0, "attention_dropout": 0,
+    }  # fmt: skip
+    base = {
+        "name": "tiny", "task": reversal.task.to_json(), "model": model,
+        "optim": {"lr": 5e-3, "warmup_steps": 10}, "batch": {"tokens": 256},
+        "evaluation": {"times": 3}, "compute": {"device": "cpu", "precision": "fp32"},
+        "steps": 60, "checkpoint_every": 20,
+    }  # fmt: skip
+    space = {"optim.lr": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}}
+    return {"name": "tiny-lr", "base": base, "space": space, "num_trials": 4}
