@@ -223,6 +223,31 @@ class Chain:
         numbers = {k: float(v) for k, v in table.items() if isinstance(v, int | float)}
         tracker.log({f"final/{key}": value for key, value in numbers.items()}, 1)
         tracker.log({f"best/{self.metric}": numbers[f"pruned_{self.metric}"]}, 1)
+        tracker.tag({"mlflow.note.content": _markdown(table)})
         content = json.dumps(table, indent=1) + "\n"
         tracker.text(content, "closing_table.json")
         write_file(self.workspace / f"{self.pipeline.name}.json", content)
+
+
+def _markdown(table: Mapping[str, Any]) -> str:
+    """The closing table as the description of the pipeline's run."""
+    metric = table["metric"]
+    slow, fast = table["sentences_per_second"]
+    before, after = table["parameters"]
+    rows = [
+        ("", "finalist", "pruned"),
+        ("---", "---", "---"),
+        (f"inferred {metric}", table[f"finalist_{metric}"], table[f"pruned_{metric}"]),
+        ("heads", table["heads_total"], table["heads_kept"]),
+        ("parameters", before, after),
+        ("greedy sentences/s", slow, fast),
+    ]
+    lines = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(
+        [
+            f"Version {table['version']} of {table['model']}; champion is version "
+            f"{table['champion_version']}. Parity: {table['parity_max_abs']:.1e}.",
+            "",
+            *lines,
+        ]
+    )
