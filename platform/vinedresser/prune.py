@@ -137,21 +137,26 @@ def certify(model: Seq2Seq, smaller: Seq2Seq, batches: Iterator[Batch], *, cap: 
     Raises:
         TrainingError: they are not the same function.
     """
-    worst, same, sentences, tokens = 0.0, True, 0, 0
+    largest, same, sentences, tokens = torch.zeros(()), True, 0, 0
     for batch in batches:
         real = batch.is_real_BT
         ours, theirs = (m.logits(m(batch)[real]) for m in (model.eval(), smaller.eval()))
-        worst = max(worst, float((ours - theirs).abs().max()))
+        # torch.maximum keeps a NaN, Python's max may drop it.
+        largest = torch.maximum(largest, (ours - theirs).abs().max().cpu())
         outputs = [
             greedy(m, batch.source_BS, batch.source_lengths_B, cap=cap).ids
             for m in (model, smaller)
         ]
         same = same and outputs[0] == outputs[1]
         sentences, tokens = sentences + len(batch.rows_B), tokens + int(batch.tokens)
-    parity = Parity(worst, same, sentences, tokens)
+    if not sentences:
+        raise TrainingError(
+            "no sentences to compare the compacted model on; name a split with some"
+        )
+    parity = Parity(float(largest), same, sentences, tokens)
     if not parity.holds:
         raise TrainingError(
-            f"the compacted model is not the trained one: logits differ by {worst:.2e} "
+            f"the compacted model is not the trained one: logits differ by {float(largest):.2e} "
             f"(at most {TOLERANCE} wanted), greedy outputs {'agree' if same else 'differ'}"
         )
     return parity
