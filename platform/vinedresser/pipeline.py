@@ -18,9 +18,11 @@ from vinedresser.cluster import connect
 from vinedresser.commit import digest_of, write_file
 from vinedresser.config import Experiment, MetricName, SafeName, Section
 from vinedresser.data.shards import ShardSet, prepare
+from vinedresser.diagnostics.plots import curves, heads_against_quality
 from vinedresser.distributed import Site, train
 from vinedresser.errors import InterruptedRunError
 from vinedresser.export import Gate, Registered, register
+from vinedresser.prune import count_heads
 from vinedresser.pruning import Pruner, Pruning, Say
 from vinedresser.run import Outcome
 from vinedresser.study import Study
@@ -73,11 +75,12 @@ def retrain(pipeline: Pipeline, workspace: Path, *, say: Say) -> dict[str, Any]:
     workspace = workspace.absolute()
     task = pipeline.study.base.task
     store = store_for(workspace, task.name)
-    initialise(store)
-    for run_id in reap(store):
-        say(f"tracking: run {run_id[:8]} of a killed process closed")
     with connect(dashboard=pipeline.study.base.compute.workers > 1):
+        # The corpus comes first: a bad one leaves no database behind.
         shards = prepare(task, workspace / "shards", executor="ray", say=say)
+        initialise(store)
+        for run_id in reap(store):
+            say(f"tracking: run {run_id[:8]} of a killed process closed")
         chain = Chain(pipeline, shards, workspace, store, say)
         return chain.run(started)
 
@@ -102,7 +105,11 @@ class Chain:
             self.site = replace(self.site, parent=tracker.run_id)
             trials = self.search()
             finalist = self.train_finalist(trials)
-            small = self.prune(finalist)
+            tracker.figure(
+                curves(finalist.history, metric=self.metric, chosen=finalist.best_step),
+                "finalist.png",
+            )
+            small = self.prune(finalist, tracker)
             registered = self.register(small, tracker)
             table = self.table(finalist, load_bundle(small), registered)
             table["seconds"] = round(time.perf_counter() - started, 1)
@@ -166,16 +173,30 @@ class Chain:
 
         return report
 
-    def prune(self, finalist: Outcome) -> Path:
+    def prune(self, finalist: Outcome, tracker: Tracker) -> Path:
         """Steps 4 and 5: fewer heads, then the compacted bundle with its certificate."""
-        return Pruner(
+        pruner = Pruner(
             self.pipeline.name,
             self.pipeline.pruning,
             Path(finalist.bundle),
             shards=self.shards,
             site=self.site,
             say=self.say,
-        ).run()
+        )
+        trials = pruner.search()
+        chosen = pruner.choose(trials)
+        points = [(trial.heads or 0.0, trial.value) for trial in trials.complete]
+        total = sum(heads.total for heads in count_heads(pruner.whole.model).values())
+        tracker.figure(
+            heads_against_quality(
+                points,
+                metric=self.metric,
+                whole=(total, finalist.value),
+                taken=chosen.heads or 0.0,
+            ),
+            "heads.png",
+        )
+        return pruner.compact(chosen)
 
     def register(self, bundle: Path, tracker: Tracker) -> Registered:
         """Step 6: a version in the registry; the champion alias moves last, through the gate."""

@@ -36,6 +36,8 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="print what would be done and with what, then stop")
 ]
 HERE = Path("workspace")
+# 128 + SIGINT, as shells have it.
+_INTERRUPTED = 130
 
 
 class _Say:
@@ -270,9 +272,25 @@ def _quiet_libraries() -> None:
     logging.getLogger("vinedresser").setLevel(logging.INFO)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise InterruptedRunError("told to stop; the same command goes on from the last checkpoint")
+class _Stopper:
+    """SIGTERM as a KeyboardInterrupt, the one exception that Ray lets through its waits."""
+
+    def __init__(self) -> None:
+        self.is_told = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self.is_told = True
+        raise KeyboardInterrupt
+
+    def exit_code(self) -> int:
+        """After an interruption: says how to go on."""
+        if self.is_told:
+            error = InterruptedRunError("told to stop; the same command goes on from where it was")
+            sys.stderr.write(f"{error}\n")
+            return error.exit_code
+        sys.stderr.write("interrupted; the same command goes on from where it was\n")
+        return _INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -286,19 +304,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_debug = "--debug" in words or bool(os.environ.get("VINEDRESSER_DEBUG"))
     words = [word for word in words if word != "--debug"]
     _quiet_libraries()
-    signal.signal(signal.SIGTERM, _stop)
+    stopper = _Stopper()
+    signal.signal(signal.SIGTERM, stopper)
     try:
         result = app(words, standalone_mode=False)
     except VinedresserError as error:
         return _fail(error, str(error), error.exit_code, is_debug=is_debug)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from where it was\n")
-        return 130
+        return stopper.exit_code()
     except BrokenPipeError:
         sys.stdout = None
         return 0
     except typer.Exit as error:
-        return error.exit_code
+        # Typer makes one of Ctrl-C.
+        return stopper.exit_code() if error.exit_code == _INTERRUPTED else error.exit_code
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
         return _foreign(error, is_debug=is_debug)
     return result if isinstance(result, int) else 0

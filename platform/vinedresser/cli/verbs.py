@@ -1,8 +1,10 @@
 """What the verbs do once their configuration is read."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +74,6 @@ def _site(shards: ShardSet, workspace: Path, store: Store) -> Site:
 
 def train(experiment: Experiment, workspace: Path, say: Say, *, as_json: bool) -> None:
     """One run; Ray is started for several workers only."""
-    store = _open(experiment.task, workspace, say)
     metric = experiment.task.metric
 
     def report(metrics: Mapping[str, Any]) -> None:
@@ -83,29 +84,23 @@ def train(experiment: Experiment, workspace: Path, say: Say, *, as_json: bool) -
                 f"teacher-forced {metrics['dev/teacher_forced_nats']:.3f} nats"
             )
 
-    if experiment.compute.workers > 1:
-        with connect():
-            outcome = _train(experiment, workspace, store, report, say)
-    else:
-        outcome = _train(experiment, workspace, store, report, say)
+    with connect() if experiment.compute.workers > 1 else contextlib.nullcontext():
+        shards = write_shards(experiment.task, workspace / "shards", say=say)
+        # The corpus comes first: a bad one leaves no database behind.
+        site = _site(shards, workspace, _open(experiment.task, workspace, say))
+        outcome = run_experiment(experiment, site, report=report)
     if as_json:
         return print_json({"bundle": outcome.bundle, "scores": outcome.scores})
     say(f"dev {metric} {outcome.value:.2f} at step {outcome.best_step}")
     return print(outcome.bundle)
 
 
-def _train(experiment: Experiment, workspace: Path, store: Store, report: Any, say: Say) -> Any:
-    shards = write_shards(experiment.task, workspace / "shards", say=say)
-    return run_experiment(experiment, _site(shards, workspace, store), report=report)
-
-
 def sweep(study: Study, workspace: Path, say: Say, *, as_json: bool) -> None:
     """A search, its table of trials, best first."""
-    store = _open(study.base.task, workspace, say)
     with connect(dashboard=study.base.compute.workers > 1):
         shards = write_shards(study.base.task, workspace / "shards", say=say)
-        site = _site(shards, workspace, store)
-        trial_site = Site(site.shards, site.workspace, store, kind="trial")
+        site = _site(shards, workspace, _open(study.base.task, workspace, say))
+        trial_site = replace(site, kind="trial")
         outcome = run_study(study, trial_site, shards_digest=shards.digest, say=say)
     if as_json:
         return print_json(
@@ -141,10 +136,9 @@ def prune(model: str, pruning: Pruning, workspace: Path, say: Say, *, as_json: b
     """Prunes a finished model and prints what was gained and lost."""
     folder = locate(model, workspace).absolute()
     whole = load_bundle(folder)
-    store = _open(whole.experiment.task, workspace, say)
     with connect():
         shards = write_shards(whole.experiment.task, workspace / "shards", say=say)
-        site = _site(shards, workspace, store)
+        site = _site(shards, workspace, _open(whole.experiment.task, workspace, say))
         name = whole.experiment.name
         pruner = Pruner(name, pruning, folder, shards=shards, site=site, say=say)
         small = load_bundle(pruner.run())

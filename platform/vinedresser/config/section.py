@@ -84,7 +84,9 @@ def _replace(tree: dict[str, Any], owner: Any, path: Sequence[str], value: Any, 
     if isinstance(owner, Section):
         known = [*type(owner).model_fields, *(["kind"] if "kind" in tree else [])]
         if head not in known:
-            raise ConfigError(f"{key}: unknown key{did_you_mean(head, known)}")
+            below = _one_level_below(owner, head)
+            hint = f"; did you mean {below}.{key}?" if below else did_you_mean(head, known)
+            raise ConfigError(f"{key}: unknown key{hint}")
     child = getattr(owner, head, None)
     if not rest:
         tree[head] = value
@@ -97,6 +99,17 @@ def _replace(tree: dict[str, Any], owner: Any, path: Sequence[str], value: Any, 
         _replace(tree[head], None, rest, value, key)
     else:
         raise ConfigError(f"{key}: {head} is a single value, it has no part {'.'.join(rest)}")
+
+
+def _one_level_below(owner: Section, head: str) -> str | None:
+    """The part of a section that knows a key which the section itself does not."""
+    parts = {name: getattr(owner, name) for name in type(owner).model_fields}
+    knowing = [
+        name
+        for name, part in parts.items()
+        if isinstance(part, Section) and head in type(part).model_fields
+    ]
+    return knowing[0] if knowing else None
 
 
 def did_you_mean(found: str, known: Sequence[str]) -> str:

@@ -1,0 +1,1 @@
+"""What shows how a run went."""

@@ -1,0 +1,67 @@
+"""Figures that belong to a run in the tracking store."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SIZE = (7.0, 4.2)  # inches; 700 x 420 pixels in a browser
+
+
+def curves(history: Sequence[Mapping[str, float]], *, metric: str, chosen: int) -> "Figure":
+    """Teacher-forced loss and inferred metric over the steps, the shipped step marked.
+
+    Where the two part ways is exposure bias (methods.md 15).
+
+    Args:
+        history: entries with step, value and teacher_forced_nats.
+        metric: name of the value.
+        chosen: step of the model that ships.
+    """
+    from matplotlib.figure import Figure
+
+    steps = [entry["step"] for entry in history]
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    left.plot(steps, [e["value"] for e in history], "o-", color="tab:blue")
+    right.plot(steps, [e["teacher_forced_nats"] for e in history], "s--", color="tab:orange")
+    left.axvline(chosen, color="0.6", linewidth=1)
+    left.set_xlabel("optimizer updates (line: the model that ships)")
+    left.set_ylabel(f"inferred dev {metric}", color="tab:blue")
+    right.set_ylabel("teacher-forced dev loss, nats a token", color="tab:orange")
+    return figure
+
+
+def heads_against_quality(
+    points: Sequence[tuple[float, float]], *, metric: str, whole: tuple[float, float], taken: float
+) -> "Figure":
+    """Open heads against the inferred metric of each pruning trial.
+
+    Args:
+        points: (heads, value) a trial.
+        metric: name of the value.
+        whole: the same of the model before pruning.
+        taken: heads of the chosen trial.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.plot([p[0] for p in points], [p[1] for p in points], "o", label="pruning trials")
+    axes.plot(*whole, "D", color="tab:orange", label="before pruning")
+    chosen = [p for p in points if p[0] == taken]
+    axes.plot(
+        [p[0] for p in chosen],
+        [p[1] for p in chosen],
+        "o",
+        markersize=14,
+        markerfacecolor="none",
+        color="tab:green",
+        label="taken",
+    )
+    axes.set_xlabel("open heads")
+    axes.set_ylabel(f"inferred dev {metric}")
+    axes.legend()
+    return figure
