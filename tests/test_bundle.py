@@ -1,0 +1,237 @@
+"""The one form in which a trained model leaves a run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from vinedresser.batch import EOS, pad_ids
+from vinedresser.bundle import Bundle, load_bundle, save_bundle, vocabulary_of, warm_start
+from vinedresser.commit import commit
+from vinedresser.config import Experiment
+from vinedresser.data.shards import ShardSet, tokenizers
+from vinedresser.decode import beam_search, greedy
+from vinedresser.errors import DamagedError, DataError
+from vinedresser.model import Seq2Seq
+from vinedresser.nn.gates import head_gates
+from vinedresser.prune import count_heads, pruning_experiment
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = {"d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+SENTENCES = ["a b c", "f", "d e f a b", "c c", "a b c d e f a b c"]
+
+
+@pytest.fixture(scope="module")
+def experiment(reversal: ShardSet) -> Experiment:
+    return Experiment.from_json(
+        {"task": reversal.task.to_json(), "model": {"kind": "transformer", **TINY}}
+    )
+
+
+def built(experiment: Experiment, shards: ShardSet, seed: int = 0) -> Seq2Seq:
+    torch.manual_seed(seed)
+    joint = shards.task.has_joint_vocabulary
+    return experiment.model.build(vocabulary_of(*tokenizers(shards), joint=joint)).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(experiment, reversal, tmp_path_factory) -> Path:
+    model = built(experiment, reversal)
+    return save_bundle(
+        tmp_path_factory.mktemp("bundle") / "bundle",
+        experiment=experiment,
+        weights=model.state_dict(),
+        tokenizers=tokenizers(reversal),
+        scores={"metric": "per", "dev": {"per": 12.5}},
+    )
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def bundle(saved) -> Bundle:
+    return load_bundle(saved)
+
+
+def test_what_was_saved_is_loaded(bundle, saved, experiment, reversal):
+    model = built(experiment, reversal)
+    assert bundle.folder == saved
+    assert bundle.experiment == experiment
+    assert bundle.scores == {"metric": "per", "dev": {"per": 12.5}}
+    assert not bundle.model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(bundle.model.state_dict()[name], tensor)
+    assert bundle.source_tokenizer.encode("a b") == tokenizers(reversal)[0].encode("a b")
+    assert (saved / "weights.safetensors").is_file()
+    assert not any(path.suffix in {".pt", ".pkl", ".bin"} for path in saved.iterdir())
+
+
+def test_a_digest_names_the_content(bundle, saved, experiment, reversal, tmp_path):
+    def digest(seed: int, name: str) -> str:
+        model = built(experiment, reversal, seed)
+        target = save_bundle(
+            tmp_path / name,
+            experiment=experiment,
+            weights=model.state_dict(),
+            tokenizers=tokenizers(reversal),
+            scores={"metric": "per", "dev": {"per": 12.5}},
+        )
+        return load_bundle(target).digest
+
+    assert digest(0, "same") == bundle.digest
+    assert digest(1, "other") != bundle.digest
+
+
+def test_a_bundle_that_is_there_is_left_as_it_is(folder, experiment, reversal):
+    before = load_bundle(folder).digest
+    save_bundle(
+        folder,
+        experiment=experiment,
+        weights=built(experiment, reversal, seed=1).state_dict(),
+        tokenizers=tokenizers(reversal),
+        scores={},
+    )
+    assert load_bundle(folder).digest == before
+
+
+class TestTranslate:
+    @pytest.mark.parametrize("beam", [1, 3])
+    def test_equals_the_search_one_sentence_at_a_time(self, bundle, beam):
+        cap = bundle.experiment.task.max_target_length
+        alpha = bundle.experiment.evaluation.length_alpha
+        wanted = []
+        for text in SENTENCES:
+            source = pad_ids([[*bundle.source_tokenizer.encode(text), EOS]])
+            decoded = (
+                greedy(bundle.model, *source, cap=cap)
+                if beam == 1
+                else beam_search(bundle.model, *source, beam=beam, alpha=alpha, cap=cap)
+            )
+            wanted.append(bundle.target_tokenizer.decode(decoded.ids[0]))
+        assert bundle.translate(SENTENCES, beam=beam) == wanted
+        assert bundle.translate(SENTENCES[::-1], beam=beam) == wanted[::-1]
+
+    def test_more_sentences_than_a_batch_keep_their_order(self, bundle):
+        one = dict(zip(SENTENCES, bundle.translate(SENTENCES), strict=True))
+        many = [SENTENCES[i % 5] for i in range(150)]
+        assert bundle.translate(many) == [one[text] for text in many]
+
+    def test_nothing_to_translate(self, bundle):
+        assert bundle.translate([]) == []
+
+    @pytest.mark.parametrize("text", ["", "   "])
+    def test_an_empty_sentence_is_refused(self, bundle, text):
+        with pytest.raises(DataError, match="line 2: nothing to read"):
+            bundle.translate(["a", text])
+
+    def test_the_longest_sentence_is_read_and_a_longer_one_refused(self, bundle):
+        limit = bundle.experiment.task.max_source_length
+        assert len(bundle.translate([" ".join("a" * (limit - 1))])) == 1
+        with pytest.raises(DataError, match=f"line 1: {limit + 1} tokens; wanted 1 to {limit - 1}"):
+            bundle.translate([" ".join("a" * limit)])
+
+    def test_an_unknown_symbol_is_read_as_such(self, bundle):
+        assert len(bundle.translate(["a zebra b"])) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["weights.safetensors", "experiment.json", "scores.json", "source.json", "manifest.json"],
+)
+def test_one_changed_byte_is_refused(folder, name):
+    path = folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedError):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "target.json", "manifest.json"])
+def test_a_missing_file_is_refused(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(DamagedError):
+        load_bundle(folder)
+
+
+def test_another_kind_of_folder_is_refused(reversal, tmp_path):
+    with pytest.raises(DataError, match="not a model bundle"):
+        load_bundle(reversal.folder)
+    with pytest.raises(DamagedError, match="incomplete"):
+        load_bundle(tmp_path)
+    with pytest.raises(DamagedError):
+        load_bundle(tmp_path / "nowhere")
+
+
+def copied(folder: Path, target: Path, **meta: object) -> Path:
+    """A committed folder with the same files and another account of them."""
+    with commit(target) as staging:
+        for path in folder.iterdir():
+            shutil.copy(path, staging.path)
+        staging.meta |= {"kind": "bundle", "format": 1, **meta}
+    return target
+
+
+def test_another_format_is_refused(saved, tmp_path):
+    with pytest.raises(DataError, match=r"bundle format 99, this version reads 1"):
+        load_bundle(copied(saved, tmp_path / "new", format=99))
+
+
+def test_weights_of_another_shape_are_refused(folder, tmp_path):
+    plain = json.loads((folder / "experiment.json").read_text())
+    plain["model"]["d_ff"] = 64
+    (folder / "experiment.json").write_text(json.dumps(plain))
+    with pytest.raises(DataError, match=r"do not fit the model: .*size mismatch"):
+        load_bundle(copied(folder, tmp_path / "wide"))
+
+
+class TestWarmStart:
+    """methods.md 76, 83."""
+
+    def test_every_weight_is_taken(self, bundle, experiment, reversal):
+        model = built(experiment, reversal, seed=5)
+        account = warm_start(model, bundle)
+        for name, tensor in bundle.model.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor)
+        assert account.startswith(f"{len(model.state_dict())} tensors from {bundle.folder}")
+        assert account.endswith("0 gate vectors fresh and open")
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        assert not torch.equal(next(model.parameters()), next(bundle.model.parameters()))
+
+    def test_gates_that_are_new_stay_open_and_change_no_output(self, bundle, reversal):
+        config = pruning_experiment(bundle, {"objective.l0": 0.5}, kinds=["enc_self", "dec_enc"])
+        assert config.init == str(bundle.folder)
+        model = built(config, reversal, seed=5)
+        account = warm_start(model, bundle)
+        assert account.endswith("2 gate vectors fresh and open")
+        assert len(head_gates(model)) == 2
+        assert all(h.kept == h.total and not h.undecided for h in count_heads(model).values())
+        source = pad_ids([[4, 5, 6, EOS], [7, EOS]])
+        states = [m.encode(*source).states_BSD for m in (model, bundle.model)]
+        assert torch.equal(*states)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"model.d_ff": 64}, r"0 tensors missing, 0 unknown, 6 of another shape"),
+            ({"model.encoder_layers": 2}, r"\d+ tensors missing, 0 unknown, 0 of another shape"),
+            ({"model.norm": "post"}, r"0 tensors missing, 4 unknown, 0 of another shape"),
+        ],
+        ids=str,
+    )
+    def test_what_does_not_fit_is_refused_and_left_alone(
+        self, bundle, experiment, reversal, changes, message
+    ):
+        model = built(experiment.override(changes), reversal, seed=5)
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        with pytest.raises(DataError, match=message + r".*use the same model section"):
+            warm_start(model, bundle)
+        assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
