@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -130,28 +131,34 @@ class Searcher(OptunaSearch):
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tells the final state, once; terminal states are final."""
-        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
-            return
-        self._completed_trials.add(trial_id)
+        if error or trial_id in self._completed_trials or trial_id not in self._ot_trials:
+            return  # Tune tells of an error before it knows the reason; `fail` follows
         trial, result = self._ot_trials[trial_id], result or {}
         metrics = self.metric if isinstance(self.metric, list) else [self.metric]
         values = [float(result.get(metric, math.nan)) for metric in metrics]
-        if error or not all(math.isfinite(value) for value in values):
-            state = TrialState.FAIL
-        elif result.get("is_last"):
-            state = TrialState.COMPLETE
-        else:
-            state = TrialState.PRUNED
+        if not all(math.isfinite(value) for value in values):
+            self.fail(trial_id, f"{metrics[0]} is missing or not finite")
+            return
+        self._completed_trials.add(trial_id)
         kept = {key: result[key] for key in result if isinstance(key, str) and "/" in key}
         trial.set_user_attr(_OUTCOME, {k: v for k, v in kept.items() if _is_plain(v)})
-        if state == TrialState.FAIL:
-            trial.set_user_attr(_REASON, "error" if error else "the metric is missing or NaN")
-        if state == TrialState.PRUNED:
+        study: Any = self._ot_study
+        if result.get("is_last"):
+            study.tell(trial, values, state=TrialState.COMPLETE)
+        else:
             # Optuna takes its value from the last report, and Tune tells that one here only.
             self._tell_value(trial_id, result)
-        told = values if state == TrialState.COMPLETE else None
+            study.tell(trial, state=TrialState.PRUNED)
+
+    def fail(self, trial_id: str, reason: str) -> None:
+        """Tells that a trial failed and why."""
+        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
+            return
+        self._completed_trials.add(trial_id)
+        trial = self._ot_trials[trial_id]
+        trial.set_user_attr(_REASON, reason)
         study: Any = self._ot_study
-        study.tell(trial, told, state=state)
+        study.tell(trial, state=TrialState.FAIL)
 
     def number_of(self, trial_id: str) -> int:
         """Optuna's number of a Tune trial."""
@@ -270,6 +277,11 @@ def _sweep(
             finally:
                 _end_trials(children)
         trials = _rank(_counted(opened.get_trials()), metric)
+        if len(trials) < study.num_trials:
+            raise InterruptedRunError(
+                f"{folder.name}: stopped after {len(trials)} of {study.num_trials} trials; the "
+                "same command goes on"
+            )
         outcome = SweepOutcome(key, str(folder), metric, trials, tracker.run_id)
         if not outcome.complete:
             reasons = sorted({t.reason for t in trials if t.reason})
@@ -419,7 +431,10 @@ class Progress(tune.Callback):
         """Called by Tune in the driver."""
         del iteration, trials
         last = str(trial.get_error() or "").strip().splitlines()[-1:] or ["no reason given"]
-        self._say(f"  trial {self._number(trial)}  failed: {last[0]}")
+        # `vinedresser.errors.TrainingError: error[E-TRAIN] step 20: ...` without its beginnings.
+        reason = re.sub(r"^[\w.]*: error\[[\w-]*\] ", "", last[0])
+        self._searcher.fail(trial.trial_id, reason)
+        self._say(f"  trial {self._number(trial)}  failed: {reason}")
 
     def _number(self, trial: Any) -> int:
         return self._searcher.number_of(trial.trial_id)

@@ -316,10 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except typer.Exit as error:
-        # Typer makes one of Ctrl-C.
-        return stopper.exit_code() if error.exit_code == _INTERRUPTED else error.exit_code
+        return error.exit_code
     except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
         return _foreign(error, is_debug=is_debug)
+    if result == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+        return stopper.exit_code()
     return result if isinstance(result, int) else 0
 
 
