@@ -13,6 +13,9 @@ from vinedresser.run import Outcome, Report, Run, finished, run_folder
 from vinedresser.tracking import NullTracker, Store, Tracker, open_run
 from vinedresser.train import place
 
+# What a trial of several workers takes while it waits for them; Tune refuses 0.
+TRIAL_CPUS = 0.01
+
 
 @dataclass(frozen=True)
 class Site:
@@ -120,8 +123,10 @@ def _train_in_group(experiment: Experiment, site: Site, folder: Path) -> None:
     is_cuda = compute.device == "cuda" or (
         compute.device == "auto" and bool(_cluster().get("GPU", 0))
     )
-    resources = {"CPU": float(compute.threads)} | ({"GPU": 1.0} if is_cuda else {})
     in_trial = ray.tune.get_context() is not None and bool(ray.tune.get_context().get_trial_id())
+    # The trial holds a share of a CPU itself: without room for it the group would wait for ever.
+    threads = compute.threads - (TRIAL_CPUS if in_trial else 0.0)
+    resources = {"CPU": threads} | ({"GPU": 1.0} if is_cuda else {})
     with tempfile.TemporaryDirectory(prefix="vd-train-") as scratch:
         trainer = TorchTrainer(
             _worker,
@@ -162,16 +167,24 @@ def require(compute: Compute, what: str) -> None:
     Raises:
         MachineError: the cluster has less in all than one `what` asks for.
     """
-    have = _cluster()
-    wanted = {"CPU": compute.workers * compute.threads}
-    if compute.device == "cuda":
-        wanted["GPU"] = compute.workers
+    have, wanted = _cluster(), _wanted(compute)
     for name, count in wanted.items():
         if count > have.get(name, 0):
             raise MachineError(
                 f"{what} wants {count} {name}, the cluster has {have.get(name, 0):g} in all; "
                 "lower compute.workers or compute.threads, or name a larger cluster"
             )
+
+
+def num_groups(compute: Compute) -> int:
+    """How many worker groups the connected cluster holds at a time."""
+    have = _cluster()
+    return min(int(have.get(name, 0) // count) for name, count in _wanted(compute).items())
+
+
+def _wanted(compute: Compute) -> dict[str, int]:
+    wanted = {"CPU": compute.workers * compute.threads}
+    return wanted | ({"GPU": compute.workers} if compute.device == "cuda" else {})
 
 
 def _cause(error: BaseException) -> str:

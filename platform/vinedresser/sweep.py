@@ -31,7 +31,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from vinedresser.commit import digest_of, verify, write_file
 from vinedresser.config import Experiment
-from vinedresser.distributed import Site, require, train
+from vinedresser.distributed import TRIAL_CPUS, Site, num_groups, require, train
 from vinedresser.errors import BusyError, InterruptedRunError, MachineError, TrainingError
 from vinedresser.metrics import is_lower_better
 from vinedresser.study import Study
@@ -331,6 +331,7 @@ def _open_parent(study: Study, site: Site, folder: Path, key: str) -> Tracker:
 def _tune(
     study: Study, site: Site, storage: JournalStorage, count: int, say: Callable[[str], None]
 ) -> None:
+    require(study.base.compute, f"a trial of {study.name}")
     metric = study.base.task.metric
     mode = "min" if is_lower_better(metric) else "max"
     known = len(storage.get_all_trials(storage.get_study_id_from_name(study.name)))
@@ -353,7 +354,7 @@ def _tune(
                 search_alg=searcher,
                 scheduler=_scheduler(study, mode),
                 num_samples=count,
-                max_concurrent_trials=study.concurrent or None,
+                max_concurrent_trials=_concurrent(study),
                 # A new actor imports torch and mlflow again: 1.5 s a trial quiet, 5 s busy.
                 reuse_actors=study.base.compute.workers == 1,
             ),
@@ -370,11 +371,18 @@ def _tune(
 
 def _resources(study: Study) -> Any:
     compute = study.base.compute
-    require(compute, f"a trial of {study.name}")
     if compute.workers > 1:
         # The trial only waits for its worker group.
-        return {"CPU": 0.01}
+        return {"CPU": TRIAL_CPUS}
     return {"CPU": compute.threads, "GPU": 1.0 if compute.device == "cuda" else 0.0}
+
+
+def _concurrent(study: Study) -> int | None:
+    """Trials at a time; those of several workers must not wait for each other's workers."""
+    if study.base.compute.workers == 1:
+        return study.concurrent or None
+    fitting = num_groups(study.base.compute)
+    return min(study.concurrent or fitting, fitting)
 
 
 def _scheduler(study: Study, mode: str) -> TrialScheduler:
