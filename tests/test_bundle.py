@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vinedresser.batch import EOS, pad_ids
+from vinedresser.batch import EOS, UNK, pad_ids
 from vinedresser.bundle import Bundle, load_bundle, save_bundle, vocabulary_of, warm_start
 from vinedresser.commit import commit
 from vinedresser.config import Experiment
@@ -38,6 +38,7 @@ def built(experiment: Experiment, shards: ShardSet, seed: int = 0) -> Seq2Seq:
     for name, parameter in model.named_parameters():
         if "gates" not in name:  # loud enough that sentences differ in what they become
             torch.nn.init.normal_(parameter, std=0.5)
+    model.output.bias.data[: UNK + 1] = -100.0
     return model
 
 
