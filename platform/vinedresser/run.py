@@ -213,7 +213,9 @@ class Run:
         self.tracker.log(logged, step)
         rows = ["source\treference\thypothesis", *("\t".join(r) for r in evaluated.samples())]
         self.tracker.text("\n".join(rows) + "\n", f"samples/step-{step:08d}.tsv")
-        self.last_report = {**logged, "step": float(step), "is_last": 0.0}
+        # A resumed or recognised run is compared at the evaluation where it is, not at its first.
+        where = {"step": float(step), "evaluation": float(len(self.history))}
+        self.last_report = {**logged, **where, "is_last": 0.0}
         # The last report is left to the host, after the outcome is written: a scheduler that stops
         # a trial at a report must find it finished.
         if step < self.experiment.steps:

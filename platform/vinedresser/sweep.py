@@ -389,6 +389,7 @@ def _scheduler(study: Study, mode: str) -> TrialScheduler:
     if study.stopping is None:
         return FIFOScheduler()  # type: ignore[no-untyped-call]
     return ASHAScheduler(
+        time_attr="evaluation",
         metric=f"best/{study.base.task.metric}",
         mode=mode,
         grace_period=study.stopping.grace,

@@ -181,8 +181,8 @@ class Evaluation(Section):
     beam: PositiveInt = 1
     # Exponent of the length penalty ((5 + n) / 6)**alpha of beams (methods.md 92).
     length_alpha: NonNegativeFloat = 0.6
-    # Padded tokens of a decoding batch.
-    tokens: Annotated[int, Field(ge=16)] = 8192
+    # Padded tokens of a decoding batch. 4,096 keep the scores over a vocabulary of 8,000 at 130 MB.
+    tokens: Annotated[int, Field(ge=16)] = 4096
 
 
 class Compute(Section):
