@@ -211,7 +211,7 @@ class Experiment(Section):
     compute: Compute = Compute()
     # Optimizer updates of the whole run.
     steps: PositiveInt = 2000
-    # A checkpoint every so many updates, and one at the end.
+    # A checkpoint to resume from every so many updates; at the end the bundle takes its place.
     checkpoint_every: PositiveInt = 500
     # A model folder whose weights the run starts from (methods.md 76, 83).
     init: DataPath | None = None
