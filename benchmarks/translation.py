@@ -1,4 +1,4 @@
-"""Multi30k German-English: BLEU on test_2016_flickr after a fixed number of updates, and the time.
+"""Multi30k German-English: BLEU on test_2016_flickr after the preset's updates, and the time.
 
 `make bench NAME=translation`, five to seven minutes on two cores. The corpus is looked for in
 `../shared/data/multi30k`; `ARGS=FOLDER` names another place.
@@ -20,8 +20,6 @@ from vinedresser.distributed import Site, train
 from vinedresser.evaluate import evaluate
 from vinedresser.tracking import store_for
 
-STEPS = 900
-
 
 def pair(folder: Path, name: str) -> Pair:
     """Both sides of a split."""
@@ -36,7 +34,7 @@ def main() -> None:
         train=pair(folder, "train"), dev=pair(folder, "val"), test=pair(folder, "test_2016_flickr")
     )
     task = EXPERIMENT.task.model_copy(update={"name": "multi30k", "corpus": corpus})
-    experiment = EXPERIMENT.model_copy(update={"task": task, "steps": STEPS})
+    experiment = EXPERIMENT.model_copy(update={"task": task})
     with tempfile.TemporaryDirectory() as workspace:
         shards = prepare(task, Path(workspace) / "shards", executor="in_process")
         site = Site(str(shards.folder), workspace, store_for(Path(workspace), task.name))
@@ -55,7 +53,9 @@ def main() -> None:
             ).scores
             for beam in (1, 4)
         }
-    print(f"{STEPS} updates in {seconds:.0f} s, evaluation included (load before: {load:.1f})")
+    print(
+        f"{experiment.steps} updates in {seconds:.0f} s, evaluation included (load before: {load:.1f})"
+    )
     for beam, score in scores.items():
         print(f"beam {beam}: BLEU {score.value:.2f}  {score.signature}")
     figures = {"bleu_greedy": scores[1].value, "bleu_beam4": scores[4].value, "seconds": seconds}

@@ -10,7 +10,7 @@ PIPELINE = Pipeline(
     name="translation",
     study=STUDY,
     finalist={
-        "steps": 600,
+        "steps": 900,
         "optim.warmup_steps": 50,
         "optim.lr": 1e-3,
         "optim.anneal": 0.5,
@@ -19,7 +19,7 @@ PIPELINE = Pipeline(
     },
     pruning=Pruning(
         overrides={
-            "steps": 300,
+            "steps": 400,
             "optim.warmup_steps": 20,
             "optim.lr": 8e-4,
             "compute.threads": 1,
