@@ -86,7 +86,7 @@ def connect(*, cpus: int | None = None, dashboard: bool = False) -> Iterator[Non
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keeps what this process does on SIGTERM: `ray.init` would have it print a stack and exit."""
+    """Keeps our handler of SIGTERM; `ray.init` puts one there that prints a stack and exits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -94,7 +94,8 @@ def _own_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if callable(previous):
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:

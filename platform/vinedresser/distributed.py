@@ -1,6 +1,6 @@
 """One experiment on N workers -> Outcome. N = 1 runs in this process, without a worker group."""
 
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from vinedresser.train import place
 
 # What a trial of several workers takes while it waits for them; Tune refuses 0.
 TRIAL_CPUS = 0.01
+# Under this key a worker reports its placement group.
+_GROUP = "placement_group"
 
 
 @dataclass(frozen=True)
@@ -127,30 +129,34 @@ def _train_in_group(experiment: Experiment, site: Site, folder: Path) -> None:
     # The trial holds a share of a CPU itself: without room for it the group would wait for ever.
     threads = compute.threads - (TRIAL_CPUS if in_trial else 0.0)
     resources = {"CPU": threads} | ({"GPU": 1.0} if is_cuda else {})
-    with tempfile.TemporaryDirectory(prefix="vd-train-") as scratch:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={
-                "experiment": experiment.to_json(), "site": site, "folder": str(folder)
-            },
-            torch_config=TorchConfig(backend="nccl" if is_cuda else "gloo"),
-            scaling_config=api.ScalingConfig(
-                num_workers=compute.workers, use_gpu=is_cuda, resources_per_worker=resources
-            ),
-            run_config=api.RunConfig(
-                name="group",
-                storage_path=scratch,
-                callbacks=[forward()] if in_trial else [],
-                # A finite limit: the default of -1 retries a group that cannot start for ever.
-                failure_config=api.FailureConfig(max_failures=2, controller_failure_limit=3),
-            ),
-        )  # fmt: skip
-        try:
-            trainer.fit()
-        except VinedresserError:
-            raise
-        except Exception as error:
-            raise TrainingError(f"{folder.name}: {_cause(error)}") from error
+    # Ray Train's own notes, which resume by name: ours start empty, the checkpoints are ours too.
+    scratch = folder / "group"
+    shutil.rmtree(scratch, ignore_errors=True)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "experiment": experiment.to_json(), "site": site, "folder": str(folder)
+        },
+        torch_config=TorchConfig(backend="nccl" if is_cuda else "gloo"),
+        scaling_config=api.ScalingConfig(
+            num_workers=compute.workers, use_gpu=is_cuda, resources_per_worker=resources
+        ),
+        run_config=api.RunConfig(
+            name="group",
+            storage_path=str(scratch),
+            callbacks=[forward()] if in_trial else [],
+            # A finite limit: the default of -1 retries a group that cannot start for ever.
+            failure_config=api.FailureConfig(max_failures=2, controller_failure_limit=3),
+        ),
+    )  # fmt: skip
+    try:
+        trainer.fit()
+    except VinedresserError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"{folder.name}: {_cause(error)}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _cluster() -> dict[str, float]:
@@ -200,10 +206,21 @@ def _worker(config: Mapping[str, Any]) -> None:
     import ray.train
 
     rank = ray.train.get_context().get_world_rank()
+    group = ray.util.get_current_placement_group()
+    mine = {} if group is None else {_GROUP: group.id.hex()}
     execute(
         Experiment.from_json(config["experiment"]),
         config["site"],
         folder=Path(config["folder"]),
         rank=rank,
-        report=lambda metrics: ray.train.report(dict(metrics)),
+        report=lambda metrics: ray.train.report({**metrics, **mine}),
     )
+
+
+def release_group(report: Mapping[str, Any]) -> None:
+    """Removes the placement group that a report of `_worker` came from, if it is still there."""
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    if _GROUP in report:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(report[_GROUP])))

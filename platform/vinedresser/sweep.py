@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 import warnings
@@ -31,8 +30,14 @@ from ray.tune.search.optuna import OptunaSearch
 
 from vinedresser.commit import digest_of, verify, write_file
 from vinedresser.config import Experiment
-from vinedresser.distributed import TRIAL_CPUS, Site, num_groups, require, train
-from vinedresser.errors import BusyError, InterruptedRunError, MachineError, TrainingError
+from vinedresser.distributed import TRIAL_CPUS, Site, num_groups, release_group, require, train
+from vinedresser.errors import (
+    BusyError,
+    InterruptedRunError,
+    MachineError,
+    TrainingError,
+    VinedresserError,
+)
 from vinedresser.metrics import is_lower_better
 from vinedresser.study import Study
 from vinedresser.tracking import Tracker, end_children, open_run
@@ -41,6 +46,9 @@ _log = logging.getLogger("vinedresser")
 
 # User attributes of Optuna trials.
 _OUTCOME, _ORPHAN, _REASON = "outcome", "orphan", "reason"
+
+# An exception in a trial is reported; what Tune alone knows of is the end of its process.
+_DIED = "its process died; too little memory is the usual reason"
 
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -131,34 +139,26 @@ class Searcher(OptunaSearch):
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
         """Tells the final state, once; terminal states are final."""
-        if error or trial_id in self._completed_trials or trial_id not in self._ot_trials:
-            return  # Tune tells of an error before it knows the reason; `fail` follows
+        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
+            return
+        self._completed_trials.add(trial_id)
         trial, result = self._ot_trials[trial_id], result or {}
         metrics = self.metric if isinstance(self.metric, list) else [self.metric]
         values = [float(result.get(metric, math.nan)) for metric in metrics]
-        if not all(math.isfinite(value) for value in values):
-            self.fail(trial_id, f"{metrics[0]} is missing or not finite")
+        study: Any = self._ot_study
+        if error or not all(math.isfinite(value) for value in values):
+            missing = _DIED if error else f"{metrics[0]} is missing or not finite"
+            trial.set_user_attr(_REASON, str(result.get(_REASON, missing)))
+            study.tell(trial, state=TrialState.FAIL)
             return
-        self._completed_trials.add(trial_id)
         kept = {key: result[key] for key in result if isinstance(key, str) and "/" in key}
         trial.set_user_attr(_OUTCOME, {k: v for k, v in kept.items() if _is_plain(v)})
-        study: Any = self._ot_study
         if result.get("is_last"):
             study.tell(trial, values, state=TrialState.COMPLETE)
         else:
             # Optuna takes its value from the last report, and Tune tells that one here only.
             self._tell_value(trial_id, result)
             study.tell(trial, state=TrialState.PRUNED)
-
-    def fail(self, trial_id: str, reason: str) -> None:
-        """Tells that a trial failed and why."""
-        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
-            return
-        self._completed_trials.add(trial_id)
-        trial = self._ot_trials[trial_id]
-        trial.set_user_attr(_REASON, reason)
-        study: Any = self._ot_study
-        study.tell(trial, state=TrialState.FAIL)
 
     def number_of(self, trial_id: str) -> int:
         """Optuna's number of a Tune trial."""
@@ -332,6 +332,7 @@ def _tune(
     study: Study, site: Site, storage: JournalStorage, count: int, say: Callable[[str], None]
 ) -> None:
     require(study.base.compute, f"a trial of {study.name}")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints stacks of what we report
     metric = study.base.task.metric
     mode = "min" if is_lower_better(metric) else "max"
     known = len(storage.get_all_trials(storage.get_study_id_from_name(study.name)))
@@ -362,7 +363,7 @@ def _tune(
                 storage_path=scratch,
                 name=study.name,
                 verbose=0,
-                callbacks=[Progress(study, say, searcher)],
+                callbacks=[Progress(study, say, searcher), Release()],
             ),
         )
         tuner.fit()
@@ -388,7 +389,7 @@ def _concurrent(study: Study) -> int | None:
 def _scheduler(study: Study, mode: str) -> TrialScheduler:
     if study.stopping is None:
         return FIFOScheduler()  # type: ignore[no-untyped-call]
-    return ASHAScheduler(
+    return Halving(
         time_attr="evaluation",
         metric=f"best/{study.base.task.metric}",
         mode=mode,
@@ -400,8 +401,42 @@ def _scheduler(study: Study, mode: str) -> TrialScheduler:
 
 def _trial(config: Mapping[str, Any], base: Mapping[str, Any], site: Site) -> None:
     """What runs inside a Tune trial: the base with the proposed values, in place."""
-    experiment = Experiment.from_json(base).override(config)
-    train(experiment, site, report=lambda metrics: tune.report(dict(metrics)))
+    try:
+        experiment = Experiment.from_json(base).override(config)
+        train(experiment, site, report=lambda metrics: tune.report(dict(metrics)))
+    except Exception as error:  # noqa: BLE001 (whatever it is, this trial failed and others go on)
+        message = error.args[0] if isinstance(error, VinedresserError) else repr(error)
+        tune.report({_REASON: str(message).splitlines()[0]})
+
+
+class Halving(ASHAScheduler):
+    """Successive halving that lets a trial at its end go by itself.
+
+    The stock class stops it at its last report, in the middle of closing what it opened.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Called by Tune in the driver."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if result.get("is_last") else decision
+
+
+class Release(tune.Callback):
+    """Frees the worker group of a trial that was stopped.
+
+    Ray Train's own cleaner gives up where two clusters run on a host (ray#65447), and the next
+    trial would wait for the workers of the last one for ever.
+    """
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Called by Tune in the driver."""
+        del iteration, trials
+        release_group(trial.last_result or {})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Called by Tune in the driver."""
+        del iteration, trials
+        release_group(trial.last_result or {})
 
 
 class Progress(tune.Callback):
@@ -421,6 +456,9 @@ class Progress(tune.Callback):
     ) -> None:
         """Called by Tune in the driver."""
         del iteration, trials
+        if _REASON in result:
+            self._say(f"  trial {self._number(trial)}  failed: {result[_REASON]}")
+            return
         metric = self._study.base.task.metric
         value = float(result.get(f"dev/{metric}", math.nan))
         self._best = _better(metric, self._best, value)
@@ -433,17 +471,14 @@ class Progress(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Called by Tune in the driver."""
         del iteration, trials
-        if not (trial.last_result or {}).get("is_last"):
+        last = trial.last_result or {}
+        if not (last.get("is_last") or _REASON in last):
             self._say(f"  trial {self._number(trial)}  stopped early")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Called by Tune in the driver."""
         del iteration, trials
-        last = str(trial.get_error() or "").strip().splitlines()[-1:] or ["no reason given"]
-        # `vinedresser.errors.TrainingError: error[E-TRAIN] step 20: ...` without its beginnings.
-        reason = re.sub(r"^[\w.]*: error\[[\w-]*\] ", "", last[0])
-        self._searcher.fail(trial.trial_id, reason)
-        self._say(f"  trial {self._number(trial)}  failed: {reason}")
+        self._say(f"  trial {self._number(trial)}  failed: {_DIED}")
 
     def _number(self, trial: Any) -> int:
         return self._searcher.number_of(trial.trial_id)
