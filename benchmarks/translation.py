@@ -53,9 +53,7 @@ def main() -> None:
             ).scores
             for beam in (1, 4)
         }
-    print(
-        f"{experiment.steps} updates in {seconds:.0f} s, evaluation included (load before: {load:.1f})"
-    )
+    print(f"{experiment.steps} updates in {seconds:.0f} s, evaluation included (load {load:.1f})")
     for beam, score in scores.items():
         print(f"beam {beam}: BLEU {score.value:.2f}  {score.signature}")
     figures = {"bleu_greedy": scores[1].value, "bleu_beam4": scores[4].value, "seconds": seconds}
