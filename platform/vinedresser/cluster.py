@@ -1,15 +1,19 @@
 """Ray: join the cluster that the user names, or start a private one on this machine."""
 
 import contextlib
+import getpass
 import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from vinedresser.errors import MachineError
 
@@ -17,6 +21,9 @@ _log = logging.getLogger("vinedresser")
 
 # Objects in the store are configurations and blocks of 20,000 rows; shards travel as files.
 _OBJECT_STORE_BYTES = 300_000_000
+
+# To reach a cluster that the user names.
+_CONNECT_SECONDS = 10
 
 # Read by Ray when it starts and by its child processes. Set unless the user has set them.
 # RAY_AUTH_MODE is not among them: a private cluster asks for a token by default, and setting the
@@ -103,6 +110,7 @@ def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address != "local":
+        _require_answer(address)
         try:
             ray.init(address=address, **quiet)
         except Exception as error:  # Ray raises many kinds here
@@ -112,7 +120,8 @@ def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
             ) from error
         return None
     # Sockets live in the session folder, whose path may have at most 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="vd-", dir="/tmp"))
+    _remove_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix=f"vd-{os.getpid()}-", dir="/tmp"))
     # umask 077: Ray would create its token 0644 and its session folder 0777.
     previous = os.umask(0o077)
     try:
@@ -124,6 +133,28 @@ def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
     finally:
         os.umask(previous)
     return folder
+
+
+def _require_answer(address: str) -> None:
+    """Knocks at host:port first: where nobody listens, `ray.init` ends the whole process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise MachineError(
+            f"RAY_ADDRESS={address}: {reason}; start the cluster or unset RAY_ADDRESS"
+        ) from None
+
+
+def _remove_abandoned() -> None:
+    """Session folders of killed processes, tens of megabytes each."""
+    for left in Path("/tmp").glob("vd-*-*"):  # noqa: S108 (ours, by name and owner)
+        pid = left.name.split("-")[1]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)) and left.owner() == getpass.getuser():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _start_local(folder: Path, cpus: int | None, dashboard: bool, quiet: dict[str, Any]) -> None:

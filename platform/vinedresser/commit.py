@@ -102,10 +102,25 @@ def _blamed(error: OSError, target: Path) -> str:
     return named if named and not named.startswith(f"{target.parent}/") else str(target)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder with its parents, unless it is there.
+
+    Raises:
+        MachineError: a file is in the way, or the disk does not let us.
+    """
+    with _disk_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise MachineError(
+                f"{folder}: a file is in the way; move it or name another workspace"
+            ) from None
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes one file so that readers see the old content or the new, never a part of it."""
     with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _write_file(path, content.encode() if isinstance(content, str) else content)
 
 
@@ -184,7 +199,7 @@ def commit(target: Path) -> Iterator[Staging]:
         DamagedError: the target is there already, and not as a committed folder.
     """
     with _disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         _remove_abandoned(target)
         path = target.parent / f".{target.name}.tmp-{this_process()}~{uuid.uuid4().hex[:8]}"
         path.mkdir()

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from vinedresser.commit import digest_of, verify, write_file
+from vinedresser.commit import digest_of, make_folder, verify, write_file
 from vinedresser.config import Experiment
 from vinedresser.distributed import TRIAL_CPUS, Site, num_groups, release_group, require, train
 from vinedresser.errors import (
@@ -43,6 +42,8 @@ from vinedresser.study import Study
 from vinedresser.tracking import Tracker, end_children, open_run
 
 _log = logging.getLogger("vinedresser")
+
+Say = Callable[[str], None]
 
 # User attributes of Optuna trials.
 _OUTCOME, _ORPHAN, _REASON = "outcome", "orphan", "reason"
@@ -220,9 +221,7 @@ def _counted(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     return [t for t in trials if t.state in _DONE and not t.user_attrs.get(_ORPHAN)]
 
 
-def sweep(
-    study: Study, site: Site, *, shards_digest: str, say: Callable[[str], None]
-) -> SweepOutcome:
+def sweep(study: Study, site: Site, *, shards_digest: str, say: Say) -> SweepOutcome:
     """Runs what is left of a study's trials and ranks all of them. Ray must be connected.
 
     Raises:
@@ -235,7 +234,7 @@ def sweep(
         content["init"] = verify(Path(study.base.init)).digest
     key = digest_of(content)
     folder = Path(site.workspace) / "sweeps" / f"{study.name}-{key[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -247,7 +246,7 @@ def sweep(
         lock.release()
 
 
-def _finished(folder: Path, say: Callable[[str], None]) -> SweepOutcome | None:
+def _finished(folder: Path, say: Say) -> SweepOutcome | None:
     try:
         plain = json.loads((folder / "outcome.json").read_text())
     except (OSError, ValueError):
@@ -260,9 +259,7 @@ def _finished(folder: Path, say: Callable[[str], None]) -> SweepOutcome | None:
     return outcome
 
 
-def _sweep(
-    study: Study, site: Site, folder: Path, key: str, say: Callable[[str], None]
-) -> SweepOutcome:
+def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepOutcome:
     metric = study.base.task.metric
     tracker = _open_parent(study, site, folder, key)
     try:
@@ -273,7 +270,8 @@ def _sweep(
         if done < study.num_trials:
             children = Site(site.shards, site.workspace, site.store, tracker.run_id, site.kind)
             try:
-                _tune(study, children, storage, study.num_trials - done, say)
+                count = study.num_trials - done
+                _tune(study, children, folder, _searcher(study, storage), count, say)
             finally:
                 _end_trials(children)
         trials = _rank(_counted(opened.get_trials()), metric)
@@ -328,15 +326,11 @@ def _open_parent(study: Study, site: Site, folder: Path, key: str) -> Tracker:
     )
 
 
-def _tune(
-    study: Study, site: Site, storage: JournalStorage, count: int, say: Callable[[str], None]
-) -> None:
-    require(study.base.compute, f"a trial of {study.name}")
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints stacks of what we report
+def _searcher(study: Study, storage: JournalStorage) -> Searcher:
     metric = study.base.task.metric
-    mode = "min" if is_lower_better(metric) else "max"
+    mode = _mode(study)
     known = len(storage.get_all_trials(storage.get_study_id_from_name(study.name)))
-    searcher = Searcher(
+    return Searcher(
         dict(study.space),
         metric=[f"dev/{metric}", "dev/heads"] if _has_two(study) else f"best/{metric}",
         mode=[mode, "min"] if _has_two(study) else mode,
@@ -345,29 +339,42 @@ def _tune(
         study_name=study.name,
         storage=storage,
     )
-    with tempfile.TemporaryDirectory(prefix="vd-tune-") as scratch:
-        tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(_trial, base=study.base.to_json(), site=site),
-                _resources(study),
-            ),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=_scheduler(study, mode),
-                num_samples=count,
-                max_concurrent_trials=_concurrent(study),
-                # A new actor imports torch and mlflow again: 1.5 s a trial quiet, 5 s busy.
-                reuse_actors=study.base.compute.workers == 1,
-            ),
-            run_config=tune.RunConfig(
-                storage_path=scratch,
-                name=study.name,
-                verbose=0,
-                callbacks=[Progress(study, say, searcher), Release()],
-            ),
-        )
+
+
+def _mode(study: Study) -> str:
+    return "min" if is_lower_better(study.base.task.metric) else "max"
+
+
+def _tune(study: Study, site: Site, folder: Path, searcher: Searcher, count: int, say: Say) -> None:
+    require(study.base.compute, f"a trial of {study.name}")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints stacks of what we report
+    # Tune's own notes, pickles that nobody reads; a killed sweep's are in the way.
+    scratch = folder / "tune"
+    shutil.rmtree(scratch, ignore_errors=True)
+    tuner = tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(_trial, base=study.base.to_json(), site=site),
+            _resources(study),
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=_scheduler(study),
+            num_samples=count,
+            max_concurrent_trials=_concurrent(study),
+            # A new actor imports torch and mlflow again: 1.5 s a trial quiet, 5 s busy.
+            reuse_actors=study.base.compute.workers == 1,
+        ),
+        run_config=tune.RunConfig(
+            storage_path=str(scratch),
+            name=study.name,
+            verbose=0,
+            callbacks=[Progress(study, say, searcher), Release()],
+        ),
+    )
+    try:
         tuner.fit()
-        shutil.rmtree(Path(scratch) / study.name, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _resources(study: Study) -> Any:
@@ -386,13 +393,13 @@ def _concurrent(study: Study) -> int | None:
     return min(study.concurrent or fitting, fitting)
 
 
-def _scheduler(study: Study, mode: str) -> TrialScheduler:
+def _scheduler(study: Study) -> TrialScheduler:
     if study.stopping is None:
         return FIFOScheduler()  # type: ignore[no-untyped-call]
     return Halving(
         time_attr="evaluation",
         metric=f"best/{study.base.task.metric}",
-        mode=mode,
+        mode=_mode(study),
         grace_period=study.stopping.grace,
         reduction_factor=study.stopping.factor,
         max_t=max(study.base.evaluation.times, study.stopping.grace + 1),
@@ -442,7 +449,7 @@ class Release(tune.Callback):
 class Progress(tune.Callback):
     """One line an evaluation: which trial, how far, how good, and the best so far."""
 
-    def __init__(self, study: Study, say: Callable[[str], None], searcher: Searcher) -> None:
+    def __init__(self, study: Study, say: Say, searcher: Searcher) -> None:
         self._study, self._say, self._searcher = study, say, searcher
         self._best: float | None = None
 

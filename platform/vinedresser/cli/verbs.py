@@ -109,18 +109,33 @@ def sweep(study: Study, workspace: Path, say: Say, *, as_json: bool) -> None:
     return trials_table(outcome)
 
 
+def _existing(workspace: Path) -> Store:
+    """The workspace's tracking store for reading, which must not make one.
+
+    Raises:
+        ConfigError: there is none yet.
+    """
+    store = store_for(workspace, "Default")
+    file = store.uri.removeprefix("sqlite:///")
+    if file != store.uri and not Path(file).exists():
+        raise ConfigError(
+            f"{workspace}: no runs and no models yet; `vinedresser train` makes some, or name "
+            "another folder with --workspace"
+        )
+    return store
+
+
 def locate(model: str, workspace: Path) -> Path:
     """The bundle folder behind a folder, a run id or a registry URI.
 
     Raises:
         ConfigError: nothing of that name.
     """
-    store = store_for(workspace, "Default")
     if model.startswith("models:/"):
-        return fetch(model, store=store, cache=workspace / "cache")
+        return fetch(model, store=_existing(workspace), cache=workspace / "cache")
     folder = Path(model)
     if not folder.is_dir():
-        found = run_folder(store, model) if "/" not in model else None
+        found = run_folder(_existing(workspace), model) if "/" not in model else None
         if found is None:
             raise ConfigError(
                 f"{model}: no such folder or run; name a bundle folder, a run id or "
@@ -229,9 +244,7 @@ def runs(task: str, workspace: Path, *, as_json: bool) -> None:
     from vinedresser.cli.show import runs_table
     from vinedresser.tracking import experiments, leaderboard
 
-    if not (workspace / "mlflow.db").exists() and not store_for(workspace, "x").is_server:
-        raise ConfigError(f"{workspace}: no runs yet; `vinedresser train` makes one")
-    store = store_for(workspace, task or "Default")
+    store = _existing(workspace)
     names = [task] if task else experiments(store)
     boards = {name: leaderboard(store, experiment=name) for name in names}
     if as_json:
