@@ -24,7 +24,7 @@ from vinedresser.errors import InterruptedRunError
 from vinedresser.export import Gate, Registered, register
 from vinedresser.prune import count_heads
 from vinedresser.pruning import Pruner, Pruning, Say
-from vinedresser.run import Outcome
+from vinedresser.run import Outcome, finished, run_folder
 from vinedresser.study import Study
 from vinedresser.sweep import SweepOutcome, TrialRow, short_params, sweep
 from vinedresser.tracking import Store, Tracker, initialise, open_run, reap, store_for
@@ -154,7 +154,9 @@ class Chain:
     def train_finalist(self, trials: SweepOutcome) -> Outcome:
         """Step 3: the best configuration, trained on."""
         experiment = self.pipeline.finalist_experiment(trials.best)
-        self.say(f"finalist: {experiment.steps} steps from trial {trials.best.number}")
+        folder = run_folder(experiment, self.shards, self.workspace)
+        known = " unchanged," if finished(folder) else ""
+        self.say(f"finalist:{known} {experiment.steps} steps from trial {trials.best.number}")
         outcome = train(experiment, self.site, report=self._progress(experiment))
         self.say(
             f"finalist: dev {self.metric} {outcome.value:.2f} at step {outcome.best_step}; "

@@ -1,0 +1,165 @@
+"""The whole chain from text files to a champion, through the command line."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vinedresser import tracking
+from vinedresser.errors import ConfigError
+from vinedresser.pipeline import Pipeline
+from vinedresser.sweep import TrialRow
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+
+MAIN = [sys.executable, "-c", "import sys; from vinedresser.cli import main; sys.exit(main())"]
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+# What the closing JSON promises; everything else in it may change.
+PROMISED = (
+    "finalist_per", "pruned_per", "teacher_forced_nats", "heads_kept", "heads_total",
+    "parity_max_abs", "champion_version", "seconds",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("chain")
+
+
+@pytest.fixture(scope="module")
+def cli(place: Path) -> Cli:
+    unwanted = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VINEDRESSER_DEBUG", "VINEDRESSER_WORKSPACE")
+    environment = {key: value for key, value in os.environ.items() if key not in unwanted}
+
+    def run(*words: object, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*MAIN, *map(str, words)],
+            input=stdin, capture_output=True, text=True, cwd=place, timeout=240, check=False,
+            env={**environment, "COLUMNS": "120"},
+        )  # fmt: skip
+
+    return run
+
+
+def pipeline_of(study: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trials, a finalist and two prunings of some seconds in all, as plain JSON."""
+    base = {**study["base"], "task": {**study["base"]["task"], "corpus": corpus}}
+    return {
+        "name": "mirror",
+        "study": {**study, "base": base, "num_trials": 2, "stopping": None},
+        "finalist": {"steps": 400, "optim.lr": 5e-3},
+        "pruning": {
+            "overrides": {"steps": 80, "evaluation.times": 2, "optim.lr": 2e-3},
+            "space": {"objective.l0": {"type": "float", "low": 0.3, "high": 1.5, "log": True}},
+            "num_trials": 2,
+            "max_regression": 30.0,
+        },
+        "model_name": "mirror",
+    }
+
+
+def write_corpus(folder: Path) -> dict[str, dict[str, str]]:
+    draw, corpus = random.Random(5), dict[str, dict[str, str]]()
+    for split, many in (("train", 400), ("dev", 40), ("test", 40)):
+        rows = [draw.choices("abcdef", k=draw.randint(2, 6)) for _ in range(many)]
+        corpus[split] = {}
+        for side, step in (("source", 1), ("target", -1)):
+            path = folder / f"{split}.{side}"
+            path.write_text("".join(" ".join(row[::step]) + "\n" for row in rows))
+            corpus[split][side] = path.name
+    return corpus
+
+
+def test_a_pipeline_survives_json_and_seeds_all_its_parts(tiny_study: dict[str, Any]) -> None:
+    plain = pipeline_of(tiny_study, tiny_study["base"]["task"]["corpus"])
+    pipeline = Pipeline.from_json(plain)
+    assert Pipeline.from_json(json.loads(json.dumps(pipeline.to_json()))) == pipeline
+    assert pipeline.seeded() == pipeline
+    seeded = pipeline.override({"seed": 7}).seeded()
+    assert (seeded.study.seed, seeded.study.base.seed, seeded.seed) == (7, 7, None)
+
+
+def test_the_finalist_goes_on_from_the_best_trial(tiny_study: dict[str, Any]) -> None:
+    plain = pipeline_of(tiny_study, tiny_study["base"]["task"]["corpus"])
+    best = TrialRow(1, "complete", {"optim.lr": 3e-3}, 10.0, None, "/trials/1/bundle")
+    own = Pipeline.from_json({**plain, "finalist": {"steps": 500}}).finalist_experiment(best)
+    assert (own.init, own.steps, own.optim.lr) == ("/trials/1/bundle", 500, 3e-3)
+    assert own.name == "mirror-finalist"
+    with pytest.raises(ConfigError, match="did you mean steps"):
+        Pipeline.from_json({**plain, "finalist": {"stepps": 5}}).finalist_experiment(best)
+
+
+@pytest.mark.slow
+def test_the_chain_makes_a_champion_and_recognises_it(
+    cli: Cli, place: Path, tiny_study: dict[str, Any]
+) -> None:
+    file = place / "mirror.json"
+    file.write_text(json.dumps(pipeline_of(tiny_study, write_corpus(place))))
+
+    first = cli("retrain", file, "--json")
+    assert first.returncode == 0, first.stderr
+    table = json.loads(first.stdout)
+    assert all(isinstance(table[key], int | float) for key in PROMISED), table
+    assert table["finalist_per"] < 40
+    assert table["heads_total"] == 12
+    assert 0 <= table["heads_kept"] <= 12
+    assert table["parity_max_abs"] < 1e-4
+    assert table["parity_same_output"] is True
+    assert (table["version"], table["champion_version"], table["split"]) == (1, 1, "test")
+    assert json.loads((place / "workspace" / "mirror.json").read_text()) == table
+
+    store = tracking.store_for(place / "workspace", "reversal")
+    rows = tracking.leaderboard(store, limit=100)
+    assert {row.state for row in rows} == {"FINISHED"}
+    kinds = Counter(row.kind for row in rows)
+    assert kinds == {"pipeline": 1, "sweep": 2, "trial": 2, "train": 1, "prune": 2}
+    (top,) = [row for row in rows if row.kind == "pipeline"]
+    assert all(row.parent for row in rows if row.kind != "pipeline")
+    assert {row.parent for row in rows if row.kind in ("sweep", "train")} == {top.run_id}
+
+    second = cli("retrain", file)
+    assert second.returncode == 0, second.stderr
+    for step in ("prepare", "tiny-lr", "finalist", "mirror-heads", "compact", "register"):
+        assert any(step in line and "unchanged" in line for line in second.stderr.split("\n")), step
+    assert "version 1" in second.stdout
+    again = json.loads((place / "workspace" / "mirror.json").read_text())
+    varying = ("seconds",)
+    assert {k: v for k, v in again.items() if k not in varying} == {
+        k: v for k, v in table.items() if k not in varying
+    }
+    assert again["seconds"] < table["seconds"] / 2
+    assert len(tracking.leaderboard(store, limit=100)) == len(rows)
+
+    words = cli("translate", "models:/mirror@champion", stdin="a b c\n\nf e\n")
+    assert words.returncode == 0, words.stderr
+    assert len(words.stdout.split("\n")) == 4
+    assert words.stdout.split("\n")[1] == ""
+
+    task = {
+        **tiny_study["base"]["task"],
+        "corpus": json.loads(file.read_text())["study"]["base"]["task"]["corpus"],
+    }
+    (place / "task.json").write_text(json.dumps(task))
+    scored = cli("evaluate", "models:/mirror@champion", "task.json", "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["per"] == pytest.approx(table["pruned_per"], abs=1e-3)
+
+    board = cli("runs", "--json")
+    assert board.returncode == 0, board.stderr
+    assert {row["run_id"] for row in json.loads(board.stdout)["reversal"]} == {
+        row.run_id for row in rows
+    }
+
+    exported = cli("export", table["bundle"], "mirror", "--json")
+    assert exported.returncode == 0, exported.stderr
+    registered = json.loads(exported.stdout)
+    assert (registered["version"], registered["already"]) == (1, True)
+    assert registered["champion_version"] == 1
