@@ -15,7 +15,7 @@ PIPELINE = Pipeline(
     # On from the best trial's weights, for longer, judged on all dev words. A second thread gains
     # nothing at this width, and loses a lot where another process wants the core.
     finalist={
-        "steps": 3000,
+        "steps": 2000,
         "optim.warmup_steps": 50,
         "optim.lr": 1.5e-3,
         "optim.anneal": 0.5,
@@ -23,7 +23,7 @@ PIPELINE = Pipeline(
     },
     pruning=Pruning(
         overrides={
-            "steps": 900,
+            "steps": 700,
             "optim.warmup_steps": 20,
             "optim.lr": 1e-3,
             "evaluation.times": 2,
