@@ -29,7 +29,7 @@ from vinedresser.data.shards import ShardSet
 from vinedresser.distributed import Site
 from vinedresser.errors import BusyError, ConfigError, TrainingError
 from vinedresser.study import Study
-from vinedresser.sweep import Searcher, SweepOutcome, TrialRow, _rank, mend_journal, sweep
+from vinedresser.sweep import Searcher, SweepOutcome, TrialRow, mend_journal, rank, sweep
 from vinedresser.tracking import RunRow, Store
 
 # MLflow's and Optuna's own imports warn; none of it is ours to change.
@@ -196,7 +196,7 @@ def test_complete_trials_come_first_and_best_first(metric: str, best_first: list
         made.number = number
         return made
 
-    ranked = _rank(
+    ranked = rank(
         [
             trial(0, TrialState.COMPLETE, 40.0),
             trial(2, TrialState.FAIL, None),

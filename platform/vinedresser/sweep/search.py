@@ -1,0 +1,140 @@
+"""sweep(): runs what is left of a study, ranks all of its trials and tells the tracking store."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from vinedresser.commit import digest_of, make_folder, verify, write_file
+from vinedresser.distributed import Site
+from vinedresser.errors import BusyError, InterruptedRunError, MachineError, TrainingError
+from vinedresser.study import Study
+from vinedresser.sweep.journal import counted, open_study
+from vinedresser.sweep.outcome import SweepOutcome, TrialRow, rank
+from vinedresser.sweep.trials import Say, run_trials, searcher_for
+from vinedresser.tracking import Tracker, end_children, open_run
+
+_log = logging.getLogger("vinedresser")
+
+
+def sweep(study: Study, site: Site, *, shards_digest: str, say: Say) -> SweepOutcome:
+    """Runs what is left of a study's trials and ranks all of them. Ray must be connected.
+
+    Raises:
+        TrainingError: no trial ran to its end.
+        BusyError: another process runs this very sweep.
+        MachineError: one trial wants more than the whole cluster.
+    """
+    content = {**study.model_dump(mode="json"), "name": "", "task": shards_digest}
+    if study.base.init is not None:
+        content["init"] = verify(Path(study.base.init)).digest
+    key = digest_of(content)
+    folder = Path(site.workspace) / "sweeps" / f"{study.name}-{key[:12]}"
+    make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"sweep {folder.name} is run by another process; wait for it") from None
+    try:
+        return _finished(folder, say) or _sweep(study, site, folder, key, say)
+    finally:
+        lock.release()
+
+
+def _finished(folder: Path, say: Say) -> SweepOutcome | None:
+    try:
+        plain = json.loads((folder / "outcome.json").read_text())
+    except (OSError, ValueError):
+        return None
+    trials = [TrialRow(**row) for row in plain.pop("trials")]
+    outcome = SweepOutcome(**plain, trials=trials)
+    if not all(Path(trial.bundle).is_dir() for trial in outcome.complete):
+        return None
+    say(f"{folder.name}: unchanged, {len(trials)} trials known")
+    return outcome
+
+
+def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepOutcome:
+    metric = study.base.task.metric
+    tracker = _open_parent(study, site, folder, key)
+    try:
+        storage, opened = open_study(folder, study, metric)
+        done = len(counted(opened.get_trials(deepcopy=False)))
+        if done:
+            say(f"{folder.name}: {done} of {study.num_trials} trials known, going on")
+        if done < study.num_trials:
+            children = Site(site.shards, site.workspace, site.store, tracker.run_id, site.kind)
+            try:
+                count = study.num_trials - done
+                run_trials(study, children, folder, searcher_for(study, storage), count, say)
+            finally:
+                _end_trials(children)
+        trials = rank(counted(opened.get_trials()), metric)
+        if len(trials) < study.num_trials:
+            raise InterruptedRunError(
+                f"{folder.name}: stopped after {len(trials)} of {study.num_trials} trials; the "
+                "same command goes on"
+            )
+        outcome = SweepOutcome(key, str(folder), metric, trials, tracker.run_id)
+        if not outcome.complete:
+            reasons = sorted({t.reason for t in trials if t.reason})
+            raise TrainingError(
+                f"{folder.name}: none of {len(trials)} trials ran to its end "
+                f"({'; '.join(reasons[:3])}); widen the space or lower optim.lr"
+            )
+        plain = {**asdict(outcome), "trials": [asdict(trial) for trial in trials]}
+        write_file(folder / "outcome.json", json.dumps(plain, indent=1) + "\n")
+        _summarise(tracker, outcome)
+    except (KeyboardInterrupt, InterruptedRunError):
+        tracker.close("KILLED", "interrupted")
+        raise
+    except BaseException as error:
+        tracker.close("FAILED", str(error))
+        raise
+    tracker.close("FINISHED")
+    return outcome
+
+
+def _end_trials(site: Site) -> None:
+    """Tune kills a stopped trial's process, often before that could close its tracking run."""
+    if site.parent:
+        try:
+            end_children(site.store, site.parent, "stopped early")
+        except MachineError as error:
+            _log.warning("%s; stopped trials may stay RUNNING there", error.args[0])
+
+
+def _open_parent(study: Study, site: Site, folder: Path, key: str) -> Tracker:
+    return open_run(
+        site.store,
+        key=key[:12],
+        name=folder.name,
+        parent=site.parent,
+        params={"study": study.name, "base": study.base.to_json()},
+        tags={
+            "vinedresser.kind": "sweep",
+            "vinedresser.metric": study.base.task.metric,
+            "vinedresser.folder": str(folder),
+            "vinedresser.task": study.base.task.name,
+            "vinedresser.space": ", ".join(study.space),
+        },
+    )
+
+
+def _summarise(tracker: Tracker, outcome: SweepOutcome) -> None:
+    best = outcome.best
+    tracker.log({f"best/{outcome.metric}": best.value}, len(outcome.trials))
+    tracker.tag({"vinedresser.best_trial": str(best.number)})
+    keys = sorted({key for trial in outcome.trials for key in trial.params})
+    tracker.table(
+        {
+            "trial": [t.number for t in outcome.trials],
+            "state": [t.state for t in outcome.trials],
+            outcome.metric: [t.value for t in outcome.trials],
+            **{key: [t.params.get(key) for t in outcome.trials] for key in keys},
+        },
+        "trials.json",
+    )
