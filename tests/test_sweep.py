@@ -402,7 +402,7 @@ def is_gone(process: psutil.Process) -> bool:
 def test_after_kill_9_the_same_command_goes_on(
     command: Any, tmp_path: Path, tiny_study: dict[str, Any]
 ) -> None:
-    study = {**tiny_study, "num_trials": 4, "concurrent": 2, "stopping": None}
+    study = {**tiny_study, "num_trials": 3, "concurrent": 2, "stopping": None}
     study["base"] = {**study["base"], "steps": 300, "checkpoint_every": 100}
     workspace = tmp_path / "space"
     driver = command(study)
@@ -430,13 +430,13 @@ def test_after_kill_9_the_same_command_goes_on(
     again = command(study)
     assert again.wait(timeout=120) == 0, (tmp_path / "log-1").read_text()
     log = (tmp_path / "log-1").read_text()
-    assert f"{len(before)} of 4 trials known, going on" in log
+    assert f"{len(before)} of 3 trials known, going on" in log
     assert "of a killed process closed" in log
     after = journal_states(workspace)
     assert {n: after[n] for n in before} == before
-    assert Counter(after.values())["COMPLETE"] == 4
+    assert Counter(after.values())["COMPLETE"] == 3
     assert "RUNNING" not in after.values()
     assert {path: path.stat().st_mtime_ns for path in times} == times
     rows = board(tracking.store_for(workspace, "reversal"))
     assert {one.state for one in rows} == {"FINISHED"}
-    assert Counter(one.kind for one in rows) == {"sweep": 1, "trial": 4}
+    assert Counter(one.kind for one in rows) == {"sweep": 1, "trial": 3}

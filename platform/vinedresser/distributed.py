@@ -8,9 +8,9 @@ from typing import Any
 
 from vinedresser.config import Compute, Experiment
 from vinedresser.data.shards import open_shards
-from vinedresser.errors import InterruptedRunError, MachineError, TrainingError, VinedresserError
+from vinedresser.errors import MachineError, TrainingError, VinedresserError
 from vinedresser.run import Outcome, Report, Run, finished, run_folder
-from vinedresser.tracking import NullTracker, Store, Tracker, open_run
+from vinedresser.tracking import NullTracker, Store, Tracker, ending, open_run
 from vinedresser.train import place
 
 # What a trial of several workers takes while it waits for them; Tune refuses 0.
@@ -72,21 +72,9 @@ def execute(
     shards = open_shards(Path(site.shards), task=experiment.task)
     where = place(experiment.compute, rank=rank)
     tracker = _open(experiment, site, folder) if rank == 0 else NullTracker()
-    try:
+    with ending(tracker):
         run = Run(experiment, shards, folder, place=where, tracker=tracker, report=report)
         outcome = run.execute()
-    except SystemExit:
-        # Tune stops a trial by raising this out of its report; out of the last one too, when the
-        # run is closed already.
-        tracker.close("KILLED", "stopped early")
-        raise
-    except (KeyboardInterrupt, InterruptedRunError):
-        tracker.close("KILLED", "interrupted")
-        raise
-    except BaseException as error:
-        tracker.close("FAILED", str(error))
-        raise
-    tracker.close("FINISHED")
     # Every rank reports equally often; a scheduler may end the process at this last report.
     report(outcome.final_report if outcome is not None else {})
     return outcome

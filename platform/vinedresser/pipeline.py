@@ -20,14 +20,13 @@ from vinedresser.config import Experiment, MetricName, SafeName, Section
 from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.diagnostics.plots import curves, heads_against_quality
 from vinedresser.distributed import Site, train
-from vinedresser.errors import InterruptedRunError
 from vinedresser.export import Gate, Registered, register
 from vinedresser.prune import count_heads
 from vinedresser.pruning import Pruner, Pruning, Say
 from vinedresser.run import Outcome, finished, run_folder
 from vinedresser.study import Study
 from vinedresser.sweep import SweepOutcome, TrialRow, short_params, sweep
-from vinedresser.tracking import Store, Tracker, initialise, open_run, reap, store_for
+from vinedresser.tracking import Store, Tracker, ending, initialise, open_run, reap, store_for
 
 
 class Pipeline(Section):
@@ -101,7 +100,7 @@ class Chain:
     def run(self, started: float) -> dict[str, Any]:
         """All steps under one tracking run."""
         tracker = self._open()
-        try:
+        with ending(tracker):
             self.site = replace(self.site, parent=tracker.run_id)
             trials = self.search()
             finalist = self.train_finalist(trials)
@@ -114,13 +113,6 @@ class Chain:
             table = self.table(finalist, load_bundle(small), registered)
             table["seconds"] = round(time.perf_counter() - started, 1)
             self._close(tracker, table)
-        except (KeyboardInterrupt, InterruptedRunError):
-            tracker.close("KILLED", "interrupted")
-            raise
-        except BaseException as error:
-            tracker.close("FAILED", str(error))
-            raise
-        tracker.close("FINISHED")
         return table
 
     def _open(self) -> Tracker:

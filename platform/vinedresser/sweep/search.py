@@ -14,7 +14,7 @@ from vinedresser.study import Study
 from vinedresser.sweep.journal import counted, open_study
 from vinedresser.sweep.outcome import SweepOutcome, TrialRow, rank
 from vinedresser.sweep.trials import Say, run_trials, searcher_for
-from vinedresser.tracking import Tracker, end_children, open_run
+from vinedresser.tracking import Tracker, end_children, ending, open_run
 
 _log = logging.getLogger("vinedresser")
 
@@ -60,7 +60,7 @@ def _finished(folder: Path, say: Say) -> SweepOutcome | None:
 def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepOutcome:
     metric = study.base.task.metric
     tracker = _open_parent(study, site, folder, key)
-    try:
+    with ending(tracker):
         storage, opened = open_study(folder, study, metric)
         done = len(counted(opened.get_trials(deepcopy=False)))
         if done:
@@ -88,13 +88,6 @@ def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepO
         plain = {**asdict(outcome), "trials": [asdict(trial) for trial in trials]}
         write_file(folder / "outcome.json", json.dumps(plain, indent=1) + "\n")
         _summarise(tracker, outcome)
-    except (KeyboardInterrupt, InterruptedRunError):
-        tracker.close("KILLED", "interrupted")
-        raise
-    except BaseException as error:
-        tracker.close("FAILED", str(error))
-        raise
-    tracker.close("FINISHED")
     return outcome
 
 

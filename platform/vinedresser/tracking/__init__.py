@@ -14,7 +14,7 @@ from vinedresser.tracking.board import (
 from vinedresser.tracking.remote import MlflowTracker
 from vinedresser.tracking.runs import end_children, open_run, reap
 from vinedresser.tracking.store import Store, initialise, store_for
-from vinedresser.tracking.tracker import MemoryTracker, NullTracker, State, Tracker
+from vinedresser.tracking.tracker import MemoryTracker, NullTracker, State, Tracker, ending
 from vinedresser.tracking.ui import serve_ui
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Store",
     "Tracker",
     "end_children",
+    "ending",
     "experiments",
     "initialise",
     "leaderboard",

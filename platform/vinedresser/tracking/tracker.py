@@ -1,8 +1,11 @@
 """Tracker: what training may say to a tracking store; in memory for tests, null for silence."""
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from vinedresser.errors import InterruptedRunError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,3 +103,24 @@ class MemoryTracker:
         """Keeps the first state."""
         if self.state is None:
             self.state, self.reason = state, reason
+
+
+@contextlib.contextmanager
+def ending(tracker: Tracker) -> Iterator[None]:
+    """Closes a run with the state that the block's end deserves; whatever it raises passes.
+
+    FINISHED; KILLED for a trial that Tune stops (by SystemExit out of its report), for Ctrl-C and
+    for SIGTERM; FAILED with the reason for everything else.
+    """
+    try:
+        yield
+    except SystemExit:
+        tracker.close("KILLED", "stopped early")
+        raise
+    except (KeyboardInterrupt, InterruptedRunError):
+        tracker.close("KILLED", "interrupted")
+        raise
+    except BaseException as error:
+        tracker.close("FAILED", str(error))
+        raise
+    tracker.close("FINISHED")
