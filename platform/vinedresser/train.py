@@ -6,7 +6,6 @@ The gradient of a step is that of sum(nats) / sum(tokens) over all ranks, whatev
 import ctypes
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -76,12 +75,7 @@ def place(compute: Compute, *, rank: int = 0) -> Place:
 
 
 def _keep_freed_memory() -> None:
-    """Keeps glibc from handing freed memory back after every step: 1.08x fp32, 1.19x bf16.
-
-    Bounds oneDNN's cache of compiled products in turn: every batch shape adds to it, and at its
-    1,024 entries a run of the small Transformer held 2.6 GB, at 64 it holds 2.0, as fast.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    """Keeps glibc from handing freed memory back after every step: 1.08x fp32, 1.19x bf16."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
