@@ -1,6 +1,6 @@
 """The demo's chain with three seeds, each in a workspace of its own: quality, size, parity, time.
 
-`make bench NAME=demo`; about 15 minutes on two cores. `ARGS="1 2"` names other seeds.
+`make bench NAME=demo`; about 12 minutes on two cores. `ARGS="1 2"` names other seeds.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The main job: CMUdict -> sweep -> finalist -> pruned, certified, registered model.
 
-`make demo` runs it; about five minutes on two cores.
+`make demo` runs it; about four minutes on two cores.
 """
 
 from optuna.distributions import FloatDistribution
