@@ -1,6 +1,8 @@
 """How results look in a terminal: tables on stdout, plain when it is no terminal."""
 
 import json
+import shutil
+import sys
 import math
 from collections.abc import Mapping
 from datetime import timedelta
@@ -70,11 +72,13 @@ def closing_table(table: Mapping[str, Any], pipeline: str, workspace: Path) -> N
     )
     console.print(f"{table['seconds']:.0f} s\n")
     console.print("Next:", style="bold")
+    # Without an activated environment the program is found by its path only.
+    program = "vinedresser" if shutil.which("vinedresser") else sys.argv[0]
     at = "" if workspace == Path("workspace") else f" -w {workspace}"
     for command in (
-        f"vinedresser ui{at}",
-        f"echo vinedresser | vinedresser translate models:/{table['model']}@champion{at}",
-        f"vinedresser sweep {pipeline} num_trials=40 base.steps=4000{at}",
+        f"{program} ui{at}",
+        f"echo vinedresser | {program} translate models:/{table['model']}@champion{at}",
+        f"{program} sweep {pipeline} num_trials=40 base.steps=4000{at}",
     ):
         console.print(f"  {command}", soft_wrap=True, highlight=False)
 
