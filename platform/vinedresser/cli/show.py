@@ -1,9 +1,9 @@
 """How results look in a terminal: tables on stdout, plain when it is no terminal."""
 
 import json
+import math
 import shutil
 import sys
-import math
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
