@@ -22,6 +22,7 @@ from pydantic import (
 
 from vinedresser.config.section import Section
 from vinedresser.config.task import DataPath, SafeName, Task
+from vinedresser.errors import ConfigError
 
 if TYPE_CHECKING:
     from vinedresser.model import Seq2Seq, Vocabulary
@@ -110,7 +111,11 @@ def _read_task(value: Any, info: ValidationInfo) -> Any:
     base = (info.context or {}).get("base")
     if base is not None and value.endswith((".yaml", ".yml", ".json")):
         value = str(Path(base) / value)
-    return resolve(value, [Task])
+    try:
+        return resolve(value, [Task])
+    except ConfigError as error:
+        # Told with the place of the name in the file that holds it.
+        raise ValueError("; ".join(error.args[0].splitlines())) from None
 
 
 AnyTask = Annotated[Task, BeforeValidator(_read_task)]
