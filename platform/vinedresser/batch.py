@@ -19,8 +19,8 @@ class Batch:
     """Parallel sentences, padded on the right with PAD.
 
     Attributes:
-        source_BS: int64, each row ends in EOS.
-        source_lengths_B: int64, EOS included, >= 1.
+        source_BS: int64, each row ends in EOS; or float32 frames (B, S, F), 0 on padding.
+        source_lengths_B: int64, >= 1; ids count EOS, frames have none.
         target_BT: int64, what the decoder shall say, each row ends in EOS.
         target_lengths_B: int64, EOS included, >= 1.
         rows_B: int64, the sentence's position in its split.

@@ -7,18 +7,28 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vinedresser.batch import Batch
+from vinedresser.nn.record import recording
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sizes of the two id spaces; `joint` says that they are one and the same."""
+    """Sizes of the two id spaces; `joint` says that they are one and the same.
+
+    Attributes:
+        source: ids of the source side; 0 where the source is frames.
+        target: ids of the target side.
+        joint: one vocabulary for both sides.
+        features: 0 for ids, else the source is float frames of so many features (speech).
+    """
 
     source: int
     target: int
     joint: bool = False
+    features: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Seq2Seq(nn.Module):
 
     @abstractmethod
     def encode(self, source_BS: Tensor, source_lengths_B: Tensor) -> Memory:
-        """Encodes once per source."""
+        """Encodes once per source: ids (B, S), or float frames (B, S, F)."""
 
     @abstractmethod
     def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
@@ -70,3 +80,22 @@ class Seq2Seq(nn.Module):
         """Teacher-forced states (B, T, D) of a batch."""
         memory = self.encode(batch.source_BS, batch.source_lengths_B)
         return self.decode(memory, batch.inputs_BT)
+
+    @torch.no_grad()
+    def attention(self, batch: Batch) -> dict[str, Tensor]:
+        """Module's name -> its attention weights (B, H, T, S) under teacher forcing, no dropout.
+
+        Weights of a query sum to 1 over real keys and are exactly 0 on padding. A module that
+        attends once a step has its steps put together along T. Empty for a model that does not
+        attend.
+        """
+        was_training = self.training
+        self.eval()
+        with recording() as found:
+            self(batch)
+        self.train(was_training)
+        names = {module: name for name, module in self.named_modules()}
+        steps: dict[str, list[Tensor]] = {}
+        for module, weights_BHTS in found:
+            steps.setdefault(names[module], []).append(weights_BHTS)
+        return {name: torch.cat(weights, 2) for name, weights in steps.items()}

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -20,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from vinedresser.config.section import Section
+from vinedresser.config.section import Section, did_you_mean
 from vinedresser.config.task import DataPath, SafeName, Task
 from vinedresser.errors import ConfigError
 
@@ -90,13 +91,36 @@ def model_config_class(kind: str) -> type[ModelConfig]:
     return found[0]
 
 
+def presets() -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Preset's name -> the trainable that has it and what it changes; imports the whole zoo."""
+    zoo = importlib.import_module("trainables")
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for module in sorted(info.name for info in pkgutil.iter_modules(zoo.__path__)):
+        holder = importlib.import_module(f"trainables.{module}")
+        found |= {
+            name: (module, changes) for name, changes in getattr(holder, "PRESETS", {}).items()
+        }
+    return found
+
+
 def _restore_model(value: Any) -> Any:
+    """A model by the name of its file or of a preset, alone or as `kind` beside its settings."""
+    if isinstance(value, str):
+        value = {"kind": value}
     if not isinstance(value, Mapping):
         return value
     if "kind" not in value:
         raise ValueError("`kind` is missing, for example `kind: transformer`")
+    kind = str(value["kind"])
+    changes: Mapping[str, Any] = {}
+    # Presets carry a hyphen, which no module's name can.
+    if "-" in kind:
+        known = presets()
+        if kind not in known:
+            raise ValueError(f"there is no preset {kind}{did_you_mean(kind, sorted(known))}")
+        kind, changes = known[kind]
     rest = {key: item for key, item in value.items() if key != "kind"}
-    return model_config_class(str(value["kind"])).model_validate(rest)
+    return model_config_class(kind).model_validate({**changes, **rest})
 
 
 AnyModel = Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_restore_model)]

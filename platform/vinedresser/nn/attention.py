@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vinedresser.nn.dropout import Dropout
 from vinedresser.nn.gates import HeadGates
+from vinedresser.nn.record import is_recording, record
 
 # Up to 128 x 128 scores a head, plain matmul and softmax beat the CPU's fused kernel: its
 # backward pass took 32% of a step at 15 tokens a sentence. Same numbers either way.
@@ -138,7 +139,8 @@ class MultiHeadAttention(nn.Module):
         is_causal: bool,
     ) -> Tensor:
         T, S = queries.shape[2], keys.shape[2]
-        if queries.device.type != "cpu" or T * S > _PLAIN_SCORES:
+        is_long = queries.device.type != "cpu" or T * S > _PLAIN_SCORES
+        if is_long and not is_recording():
             return F.scaled_dot_product_attention(
                 queries,
                 keys,
@@ -153,6 +155,7 @@ class MultiHeadAttention(nn.Module):
         if hidden is not None:
             scores_BHTS = scores_BHTS.masked_fill(hidden, -math.inf)
         weights_BHTS = torch.softmax(scores_BHTS, -1, dtype=scores_BHTS.dtype)
+        record(self, weights_BHTS)
         attended: Tensor = self.dropout(weights_BHTS) @ values
         return attended
 
