@@ -1,0 +1,257 @@
+"""Training speed of the zoo against JoeyNMT: real target tokens per processor second, one thread.
+
+`make bench NAME=train`; the settings are those of JoeyNMT's counterparts: Multi30k De-En, a joint
+BPE of 8,000 pieces tied three ways, dropout .1, label smoothing .1, batches of 4,096 padded
+tokens. JoeyNMT lives in an environment of its own, made once under `.peers/joeynmt`, and gets the
+very same pieces. Rounds alternate; a ratio is the median over rounds of the ratios in one round.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PEERS = ROOT / ".peers"
+WARM_UP = 3
+# Ours -> JoeyNMT's counterpart. Its attention LSTM feeds the attentional state back.
+PEER_OF = {"transformer-small": "transformer", "rnn-small": "lstm"}
+
+EMBEDDINGS = "{embedding_dim: 256, scale: %s, dropout: 0.1}"
+JOEY_MODELS = {
+    "transformer": f"""
+  tied_embeddings: true
+  tied_softmax: true
+  encoder: {{type: transformer, num_layers: 3, num_heads: 4, embeddings: {EMBEDDINGS % "true"},
+    hidden_size: 256, ff_size: 1024, dropout: 0.1, layer_norm: pre}}
+  decoder: {{type: transformer, num_layers: 3, num_heads: 4, embeddings: {EMBEDDINGS % "true"},
+    hidden_size: 256, ff_size: 1024, dropout: 0.1, layer_norm: pre}}
+""",
+    "lstm": f"""
+  tied_embeddings: true
+  tied_softmax: true
+  encoder: {{type: recurrent, rnn_type: lstm, embeddings: {EMBEDDINGS % "false"},
+    hidden_size: 256, bidirectional: true, dropout: 0.1, num_layers: 1}}
+  decoder: {{type: recurrent, rnn_type: lstm, embeddings: {EMBEDDINGS % "false"},
+    hidden_size: 256, dropout: 0.1, num_layers: 1, input_feeding: true, attention: luong,
+    init_hidden: bridge}}
+""",
+}
+JOEY = """
+name: bench
+joeynmt_version: "2.3.0"
+model_dir: "{folder}/{model}-{run}"
+use_cuda: false
+fp16: false
+random_seed: {run}
+data:
+  train: "{folder}/train"
+  dev: "{folder}/dev"
+  dataset_type: plain
+  src: {{lang: de, level: word, lowercase: false, max_length: 256, voc_file: "{folder}/voc.txt"}}
+  trg: {{lang: en, level: word, lowercase: false, max_length: 256, voc_file: "{folder}/voc.txt"}}
+testing: {{batch_size: 4096, batch_type: token, eval_metrics: [bleu]}}
+training:
+  optimizer: adamw
+  learning_rate: 0.001
+  scheduling: warmupinversesquareroot
+  learning_rate_warmup: 100
+  normalization: tokens
+  loss: crossentropy
+  label_smoothing: 0.1
+  clip_grad_norm: 1.0
+  batch_size: 4096
+  batch_type: token
+  epochs: 100
+  validation_freq: 1000000
+  logging_freq: 1000000
+  shuffle: true
+  overwrite: true
+model:
+  initializer: xavier_uniform
+{sizes}
+"""
+
+
+def corpus(folder: Path) -> Path:
+    """Prepares Multi30k; answers the shards' folder."""
+    from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
+    from vinedresser.data import prepare
+
+    data = Path(os.environ.get("MULTI30K", ROOT.parent / "shared/data/multi30k"))
+    if not data.is_dir():
+        sys.exit(f"{data}: Multi30k is not here. Fix: set MULTI30K to its folder")
+    train, dev = (
+        Pair(source=str(data / f"{name}.de"), target=str(data / f"{name}.en"))
+        for name in ("train", "val")
+    )
+    task = Task(
+        name="multi30k",
+        corpus=TextCorpus(train=train, dev=dev),
+        tokenizer=Tokenizer(kind="bpe", vocab_size=8000),
+        metric="bleu",
+    )
+    return prepare(task, folder, executor="in_process").folder
+
+
+def write_pieces(shards: Path, folder: Path) -> None:
+    """The same pieces as words, for a peer that reads text; and their vocabulary."""
+    import sentencepiece
+
+    from vinedresser.batch import EOS
+    from vinedresser.data import load_split, open_shards
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(shards / "joint.model"))
+    names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
+    (folder / "voc.txt").write_text("\n".join(["<unk>", "<pad>", "<s>", "</s>", *names[4:]]) + "\n")
+    opened = open_shards(shards)
+    for split in ("train", "dev"):
+        rows = load_split(opened, split)
+        for side, language in ((rows.source, "de"), (rows.target, "en")):
+            ids = (side.values[a:b] for a, b in itertools.pairwise(side.offsets))
+            lines = (" ".join(names[i] for i in row if i != EOS) for row in ids)
+            (folder / f"{split}.{language}").write_text("\n".join(lines) + "\n")
+
+
+def environment() -> Path:
+    """JoeyNMT's own Python; installed at the first call, about two minutes."""
+    python = PEERS / "joeynmt/bin/python"
+    if not python.exists():
+        print("installing JoeyNMT 2.3.0 into .peers/joeynmt", flush=True)
+        # Its pins (protobuf < 3.21) and sentencepiece 0.2.3 do not work together: no dependencies
+        # of its own choice.
+        needs = "numpy tensorboard sacrebleu sacremoses sentencepiece==0.2.0 subword-nmt pyyaml "
+        needs += "packaging datasets pandas matplotlib seaborn six setuptools importlib_metadata"
+        subprocess.run([sys.executable, "-m", "venv", str(PEERS / "joeynmt")], check=True)
+        for wanted in (["torch==2.13.0"], ["--no-deps", "joeynmt==2.3.0"], needs.split()):
+            command = [str(python), "-m", "pip", "install", "-q", *wanted]
+            subprocess.run(command, check=True)
+    return python
+
+
+def _last_json(command: list[str]) -> dict[str, float]:
+    plain = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=plain, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        sys.exit(f"{' '.join(command)} said no figures:\n{done.stdout[-500:]}{done.stderr[-1500:]}")
+    figures: dict[str, float] = json.loads(lines[-1])
+    return figures
+
+
+def measure_joeynmt(python: Path, model: str, seconds: float, folder: Path, run: int) -> float:
+    """Tokens a processor second of JoeyNMT's loop."""
+    config = folder / f"{model}-{run}.yaml"
+    config.write_text(JOEY.format(folder=folder, model=model, run=run, sizes=JOEY_MODELS[model]))
+    script = ROOT / "benchmarks/peers/joeynmt_steps.py"
+    command = [str(python), str(script), str(config), str(seconds)]
+    return _last_json(command)["tokens_per_cpu_second"]
+
+
+def measure_ours(model: str, precision: str, seconds: float, shards: Path, run: int) -> float:
+    """The same of ours, in a process of its own."""
+    command = [sys.executable, __file__, "--worker", model, precision, str(seconds), str(shards)]
+    return _last_json([*command, str(run)])["tokens_per_cpu_second"]
+
+
+def work(model: str, precision: str, seconds: float, shards: Path, seed: int) -> None:
+    """Trains for some processor seconds and prints the rate; the loop is training_steps()."""
+    import torch
+
+    from vinedresser.config import Experiment
+    from vinedresser.data import open_shards, stream
+    from vinedresser.model import Vocabulary
+    from vinedresser.optim import build_optimizer
+    from vinedresser.train import place, training_steps
+
+    opened = open_shards(shards)
+    plain = {
+        "task": opened.task.to_json(),
+        "model": {"kind": model, "tie": "all"},
+        "objective": {"label_smoothing": 0.1},
+        "optim": {"lr": 1e-3},
+        "compute": {"threads": 1, "precision": precision, "device": "cpu"},
+        "steps": 10**6,
+        "seed": seed,
+    }
+    experiment = Experiment.from_json(plain)
+    here = place(experiment.compute)
+    torch.manual_seed(seed)
+    size = opened.source_size
+    built = experiment.model.build(Vocabulary(size, size, joint=True)).train()
+    optimizer = build_optimizer(built, experiment.optim, gate_lr_factor=1.0)
+    batches = stream(opened, tokens=4096, seed=seed)
+    marks, tokens = [], 0
+    for step in training_steps(built, batches, optimizer, experiment, place=here):
+        tokens += int(step.tokens)
+        marks.append((time.process_time(), tokens))
+        if len(marks) > WARM_UP + 1 and marks[-1][0] - marks[WARM_UP][0] > seconds:
+            break
+    (begun, before), (ended, after) = marks[WARM_UP], marks[-1]
+    figures = {
+        "tokens_per_cpu_second": (after - before) / (ended - begun),
+        "steps": len(marks) - 1 - WARM_UP,
+        "parameters": sum(p.numel() for p in built.parameters()),
+    }
+    print(json.dumps(figures))
+
+
+def rounds(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, float]]:
+    """One measurement of everything a round, in alternating order."""
+    shards = corpus(folder)
+    write_pieces(shards, folder)
+    python = environment()
+    wanted = list(arguments.models)
+    for run in range(1, arguments.rounds + 1):
+        found: dict[str, float] = {}
+        for model in wanted if run % 2 else wanted[::-1]:
+            peer = PEER_OF.get(model)
+            if peer:
+                name = f"joeynmt {peer}"
+                found[name] = measure_joeynmt(python, peer, arguments.seconds, folder, run)
+            for precision in ("fp32", "auto"):
+                rate = measure_ours(model, precision, arguments.seconds, shards, run)
+                found[f"{model} {precision}"] = rate
+        print(f"round {run}: " + ", ".join(f"{k} {v:.0f}" for k, v in found.items()), flush=True)
+        yield found
+
+
+def main() -> None:
+    """Runs the rounds and prints a table and the ratios."""
+    if sys.argv[1:2] == ["--worker"]:
+        model, precision, seconds, shards, seed = sys.argv[2:]
+        work(model, precision, float(seconds), Path(shards), int(seed))
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=15.0, help="processor seconds a run")
+    parser.add_argument("--models", nargs="+", default=[*PEER_OF, "conv-small"])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = list(rounds(arguments, Path(folder)))
+    print(f"{'':28}{'median':>8}{'min':>8}{'max':>8}  target tokens per CPU-second, one thread")
+    for name in found[0]:
+        values = [run[name] for run in found]
+        print(f"{name:28}{statistics.median(values):8.0f}{min(values):8.0f}{max(values):8.0f}")
+    figures: dict[str, float] = {}
+    for model, peer in PEER_OF.items():
+        if model not in arguments.models:
+            continue
+        short = "" if peer == "transformer" else f"{peer}_"
+        for precision, label in (("fp32", "fp32"), ("auto", "default")):
+            ratios = [run[f"{model} {precision}"] / run[f"joeynmt {peer}"] for run in found]
+            figures[f"{short}{label}_vs_joeynmt"] = round(statistics.median(ratios), 3)
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            print(f"{model} {label} against JoeyNMT: {statistics.median(ratios):.2f} ({spread})")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
