@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vinedresser.batch import is_real
 from vinedresser.config.section import Section
 from vinedresser.nn.attention import linear
+from vinedresser.nn.convolution import windows
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -116,13 +117,11 @@ class Subsample(nn.Module):
     def _gather(self, x_BSD: Tensor) -> Tensor:
         """Each output's inputs side by side, the first position's features first."""
         factor, S = self.config.factor, x_BSD.shape[1]
-        U = self.config.reduced(S)
         if self.config.kind == "concat":
+            U = self.config.reduced(S)
             return F.pad(x_BSD, (0, 0, 0, U * factor - S)).reshape(len(x_BSD), U, -1)
         kernel, padding = self.config.kernel, self.config.padding
-        x_BSD = F.pad(x_BSD, (0, 0, padding, padding))
-        last = (U - 1) * factor + 1
-        return torch.cat([x_BSD[:, i : i + last : factor] for i in range(kernel)], -1)
+        return windows(x_BSD, kernel, left=padding, right=padding, stride=factor)
 
     def _pool(self, x_BSD: Tensor, is_real_BS1: Tensor) -> Tensor:
         """Max or mean over the real positions of each window; 0 where there are none."""
