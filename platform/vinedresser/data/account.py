@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from vinedresser.config.task import Task, TextCorpus
 from vinedresser.data.corpus import Corpus
+from vinedresser.data.encode import LENGTHS
 from vinedresser.data.order import arrange, padding
 from vinedresser.data.row import FIRST_LINES, Account, Row
 from vinedresser.errors import DamagedError, DataError
@@ -94,6 +96,21 @@ class Facts:
         parts = [result[f"{side}_lengths"] for result in self.of(split)]
         return np.concatenate(parts).astype(np.int64)
 
+    def histogram(self) -> pa.Table:
+        """The rows of `lengths.parquet`, in its order."""
+        parts = []
+        for split in ("train", "dev", "test"):
+            for result in self.of(split):
+                keys = np.stack([result["source_lengths"], result["target_lengths"]], axis=1)
+                cells, counts = np.unique(keys, axis=0, return_counts=True)
+                names = pa.DictionaryArray.from_arrays(
+                    pa.array(np.zeros(len(cells), np.int32)), pa.array([split])
+                )
+                block = np.full(len(cells), result["block"], np.int32)
+                columns = [names, block, cells[:, 0], cells[:, 1], counts.astype(np.int64)]
+                parts.append(pa.table(columns, schema=LENGTHS))
+        return pa.concat_tables(parts).unify_dictionaries()
+
     def refuse_missing(self, folder: Path) -> None:
         """Refuses to commit a set that lacks a shard.
 
@@ -166,8 +183,7 @@ def _lengths(facts: Facts, split: str) -> dict[str, Any]:
 def _padding(facts: Facts) -> dict[str, Any]:
     """Real share of a train epoch at 4096 tokens a batch."""
     source, target = facts.lengths("train", "source"), facts.lengths("train", "target")
-    order = arrange(source, target, tokens=PADDING_TOKENS)
-    found = padding(source, target, order.batches())
+    found = padding(source, target, arrange(source, target, tokens=PADDING_TOKENS))
     shares = {"source": found.source, "target": found.target, "both": found.both}
     rounded = {side: round(share, 4) for side, share in shares.items()}
     return {"tokens": PADDING_TOKENS, "batches": found.batches, **rounded}

@@ -34,6 +34,25 @@ RESULT = pa.schema(
     }
 )
 
+# `lengths.parquet`: how many kept rows of a block have which lengths, in tokens or frames. Sorted
+# by split (train, dev, test), block, source, target. All that planning batches needs: the row
+# groups of a shard are its block's distinct buckets, ascending.
+LENGTHS_FILE = "lengths.parquet"
+LENGTHS = pa.schema(
+    {
+        "split": pa.dictionary(pa.int32(), pa.string()),
+        "block": pa.int32(),
+        "source": pa.int32(),
+        "target": pa.int32(),
+        "count": pa.int64(),
+    }
+)
+
+
+def write_lengths(folder: Path, table: pa.Table) -> None:
+    """Writes a table of the schema `LENGTHS` beside the shards."""
+    pq.write_table(table, folder / LENGTHS_FILE, compression="zstd", write_page_checksum=True)
+
 
 @dataclass(frozen=True)
 class BlockJob:
@@ -45,7 +64,7 @@ class BlockJob:
         target_name: the target side's; the same for a joint vocabulary.
         max_source: tokens, EOS included; longer train rows are dropped.
         max_target: the same for targets.
-        bucket_width: source lengths of one bucket.
+        bucket_width: lengths of the longer side in one bucket.
     """
 
     folder: str
@@ -122,7 +141,7 @@ def encode_block(table: pa.Table, job: BlockJob) -> pa.Table:
 
     The shard is written beside its place and renamed, so that a task that Ray runs twice, or that
     dies in the middle, is harmless. Its bytes depend on the rows and the job alone. Ids carry EOS
-    on both sides; bucket = (source length - 1) // bucket_width, one row group each. Too long rows
+    on both sides; bucket = (longer side - 1) // bucket_width, one row group each. Too long rows
     are dropped from train only: dev and test scores must be comparable between models.
 
     Args:
@@ -160,7 +179,8 @@ def _shard_table(
     table: pa.Table, kept: NDArray[np.int64], sides: tuple[_Side, _Side], job: BlockJob
 ) -> pa.Table:
     source, target = sides
-    buckets = (source.lengths[kept] - 1) // job.bucket_width
+    longest = np.maximum(source.lengths[kept], target.lengths[kept])
+    buckets = (longest - 1) // job.bucket_width
     order = np.argsort(buckets, kind="stable")
     rows = kept[order]
     columns = {

@@ -18,12 +18,18 @@ from vinedresser.commit import Staging, commit, digest_of, quarantine, verify
 from vinedresser.config.task import Task, TextCorpus
 from vinedresser.data.account import Clean, Facts, describe, overlap
 from vinedresser.data.corpus import Corpus, open_corpus
-from vinedresser.data.encode import BLOCK_ROWS, BlockJob, block_table, encode_block
+from vinedresser.data.encode import (
+    BLOCK_ROWS,
+    BlockJob,
+    block_table,
+    encode_block,
+    write_lengths,
+)
 from vinedresser.data.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
 from vinedresser.errors import DamagedError, DataError, MachineError
 
 # Raised whenever the same task and files would give other shards.
-SCHEMA = 1
+SCHEMA = 2
 # Rows that SentencePiece learns from, at most: it holds them in memory, about 1 GB a million.
 MAX_TRAINING_ROWS = 1_000_000
 
@@ -44,6 +50,7 @@ class ShardSet:
         target_size: ids of the target vocabulary; equal to `source_size` when joint.
         is_joint: whether both sides share one vocabulary.
         meta: the manifest's account: drops, lengths, padding, sources, overlap, notes.
+        features: numbers of a source frame; 0 where the source is ids.
     """
 
     folder: Path
@@ -54,6 +61,7 @@ class ShardSet:
     target_size: int
     is_joint: bool
     meta: Mapping[str, Any]
+    features: int = 0
 
     def reference_digest(self, split: str) -> str:
         """SHA-256 of a dev or test split's references: equal for models scored on one set."""
@@ -134,6 +142,7 @@ def _build(task: Task, corpus: Corpus, staging: Staging, run: "Run", say: Say) -
     for partial in staging.path.glob(".*"):
         partial.unlink()
     facts.refuse_missing(staging.path)
+    write_lengths(staging.path, facts.histogram())
     source, target = (load_tokenizer(staging.path, n) for n in (job.source_name, job.target_name))
     staging.meta |= describe(task, corpus, clean, facts)
     staging.meta["overlap"] = overlap(clean, staging.meta["notes"])
