@@ -1,0 +1,271 @@
+"""Recurrent encoder and decoder with attention (Bahdanau et al. 2015; Luong et al. 2015).
+
+With order `luong` the new state attends: h_t = f(h_{t-1}, e_t), c_t = attend(h_t), and the output
+comes from the attentional state a_t = tanh(W [h_t; c_t]). With `input_feeding` the cell reads
+[e_t; a_{t-1}] instead of e_t. With order `bahdanau` the previous state attends and the context
+enters the cell: c_t = attend(h_{t-1}), h_t = f(h_{t-1}, [e_t; c_t]) (methods.md 40); its output is
+tanh(W [h_t; c_t]) too, where the paper has a maxout layer.
+
+Only `luong` without input feeding knows all inputs of its cells beforehand: it runs the whole
+sequence through the fused kernel and attends once for all positions. The other two take a step a
+token.
+
+B sentences, S source positions, T target positions, D features, M features of an encoder state,
+V vocabulary, G features of a cell's gates.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from vinedresser.config import ModelConfig
+from vinedresser.model import Memory, Seq2Seq, Vocabulary
+from vinedresser.nn.attention import linear
+from vinedresser.nn.dropout import Dropout
+from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
+from vinedresser.nn.recurrent import (
+    Cell,
+    CellKind,
+    Recurrent,
+    RecurrentEncoder,
+    Stack,
+    State,
+    check_pyramid,
+)
+from vinedresser.nn.scores import Attention, ScoreKind, Source, check_widths
+from vinedresser.nn.subsampling import SubsamplingConfig
+
+
+class AttentionRnnConfig(ModelConfig):
+    """The defaults are Luong's model without input feeding: the fastest to train."""
+
+    cell: CellKind = "lstm"
+    # Features of embeddings, decoder states and attentional states.
+    width: PositiveInt = 256
+    # Of each encoder layer in each direction.
+    encoder_units: PositiveInt = 256
+    bidirectional: bool = True
+    encoder_layers: PositiveInt = 1
+    decoder_layers: PositiveInt = 1
+    # LayerNorm on the outputs of every layer (methods.md 46).
+    layer_norm: bool = False
+    score: ScoreKind = "general"
+    order: Literal["luong", "bahdanau"] = "luong"
+    # luong only: the cell reads the previous attentional state too.
+    input_feeding: bool = False
+    # Of embeddings, between layers, and of what the output layer reads.
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    # output: target embedding and output layer share weights.
+    tie: Literal["none", "output"] = "output"
+    embedding: SourceEmbeddingConfig = SourceEmbeddingConfig()
+    # Reductions between the encoder's layers.
+    subsampling: SubsamplingConfig = SubsamplingConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        check_widths(self.score, self.width, self.encoder_units * (1 + self.bidirectional))
+        check_pyramid(self.encoder_layers, self.subsampling)
+        if self.order == "bahdanau" and self.input_feeding:
+            raise ValueError(
+                "order bahdanau feeds the context into the cell already; input_feeding belongs to "
+                "order luong. Fix: input_feeding false or order luong"
+            )
+        return self
+
+    def build(self, vocabulary: Vocabulary) -> "AttentionRnn":
+        """A model with fresh weights."""
+        return AttentionRnn(self, vocabulary)
+
+
+_SMALL = {"width": 32, "encoder_units": 16}
+_DEEP = {**_SMALL, "encoder_layers": 3, "decoder_layers": 2}
+
+# Forms that the conformance suite tries besides the defaults: name -> overrides.
+VARIANTS: Mapping[str, Mapping[str, object]] = {
+    "lstm": _SMALL,
+    "gru": {**_SMALL, "cell": "gru", "tie": "none"},
+    "one_way": {**_SMALL, "bidirectional": False, "decoder_layers": 2},
+    "feeding": {**_SMALL, "input_feeding": True},
+    "gru_feeding": {**_SMALL, "input_feeding": True, "cell": "gru", "decoder_layers": 2},
+    "bahdanau": {**_SMALL, "order": "bahdanau", "score": "additive", "encoder_units": 20},
+    "gru_bahdanau": {**_SMALL, "order": "bahdanau", "cell": "gru", "layer_norm": True},
+    "additive": {**_SMALL, "score": "additive"},
+    "cosine": {**_SMALL, "score": "cosine"},
+    "dot": {**_SMALL, "score": "dot"},
+    "scaled_dot": {**_SMALL, "score": "scaled_dot", "input_feeding": True},
+    "layer_norm": {**_DEEP, "layer_norm": True, "input_feeding": True},
+    "deep": _DEEP,
+    "pyramid_conv": {**_DEEP, "subsampling.kind": "conv"},
+    "pyramid_pool": {**_DEEP, "subsampling.kind": "pool", "subsampling.factor": 3},
+    "pyramid_concat": {**_DEEP, "subsampling.kind": "concat", "cell": "gru"},
+}
+
+# The sizes that performance.md compares; and Listen, Attend and Spell (Chan et al. 2016): a
+# layer, three more each after a reduction by 2 (concatenation), so 8 frames a state; halved width.
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "rnn-small": {"input_feeding": True},
+    "listener": {
+        "encoder_layers": 4,
+        "decoder_layers": 2,
+        "score": "additive",
+        "order": "bahdanau",
+        "subsampling": {"kind": "concat", "factor": 2, "layers": 3},
+    },
+}
+
+
+@dataclass(frozen=True)
+class AttentionRnnState:
+    """Between two steps.
+
+    Attributes:
+        source: keys and values of the encoded source.
+        cells: the weights of each layer, laid out for steps.
+        layers: state of each layer.
+        attentional_BD: a_t, what the output layer reads; zeros before the first step.
+    """
+
+    source: Source
+    cells: list[Cell]
+    layers: list[State]
+    attentional_BD: Tensor
+
+
+class AttentionRnn(Seq2Seq):
+    """A recurrent encoder, perhaps pyramidal, and a recurrent decoder that attends to it."""
+
+    def __init__(self, config: AttentionRnnConfig, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.config = config
+        D = config.width
+        self.scale = D**0.5
+        self.source_embedding = SourceEmbedding(vocabulary, D, config.embedding, scale=self.scale)
+        self.target_embedding = token_table(vocabulary.target, D)
+        self.dropout = Dropout(config.dropout)
+        self.encoder = RecurrentEncoder(
+            _stack(config, config.encoder_units, config.encoder_layers),
+            D,
+            bidirectional=config.bidirectional,
+            subsampling=config.subsampling,
+        )
+        M, stack = self.encoder.width, _stack(config, D, config.decoder_layers)
+        # What a step feeds to the first cell beside the token: context, attentional state, nothing.
+        self.num_fed = M if config.order == "bahdanau" else D * config.input_feeding
+        self.decoder = nn.ModuleList(
+            Recurrent(config.cell, D + (self.num_fed if i == 0 else 0), D)
+            for i in range(config.decoder_layers)
+        )
+        self.norms = nn.ModuleList(stack.norm(D) for _ in self.decoder)
+        # h (and c) of every decoder layer from the encoder's last outputs.
+        self.bridge = linear(M, config.decoder_layers * D * (2 if config.cell == "lstm" else 1))
+        self.attend = Attention(config.score, D, M)
+        # W [h; c] in two halves; the right one is applied to the memory, once a source.
+        self.from_state = linear(D, D)
+        self.from_context = nn.Linear(M, D, bias=False)
+        nn.init.xavier_uniform_(self.from_context.weight)
+        self.output = linear(D, vocabulary.target)
+        if config.tie == "output":
+            self.output.weight = self.target_embedding.weight
+
+    def encode(self, source_BS: Tensor, source_lengths_B: Tensor) -> Memory:
+        """See Seq2Seq. A pyramid's memory has fewer positions than the source."""
+        x_BSD = self.dropout(self.source_embedding(source_BS, source_lengths_B))
+        return Memory(*self.encoder(x_BSD, source_lengths_B))
+
+    def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
+        """See Seq2Seq."""
+        x_BTD = self._embed(inputs_BT)
+        if self.num_fed == 0:
+            return self._whole(memory, x_BTD)
+        state = self.start(memory, inputs_BT.shape[1])
+        found = []
+        for known_BG in state.cells[0].known(x_BTD).unbind(1):
+            state = self._advance(state, known_BG)
+            found.append(state.attentional_BD)
+        states_BTD: Tensor = self.dropout(torch.stack(found, 1))
+        return states_BTD
+
+    def logits(self, states: Tensor) -> Tensor:
+        """See Seq2Seq."""
+        scores: Tensor = self.output(states)
+        return scores
+
+    def start(self, memory: Memory, max_length: int) -> AttentionRnnState:  # noqa: ARG002 nothing grows
+        """See Seq2Seq."""
+        layers = self._first(memory)
+        cells = [
+            layer.cell(self.num_fed if i == 0 else 0)
+            for i, layer in enumerate(self.decoder)
+            if isinstance(layer, Recurrent)
+        ]
+        return AttentionRnnState(
+            self._remember(memory), cells, layers, torch.zeros_like(layers[0][0])
+        )
+
+    def step(self, state: AttentionRnnState, tokens_B: Tensor) -> tuple[Tensor, AttentionRnnState]:
+        """See Seq2Seq."""
+        state = self._advance(state, state.cells[0].known(self._embed(tokens_B)))
+        return self.logits(self.dropout(state.attentional_BD)), state
+
+    def select(self, state: AttentionRnnState, rows: Tensor) -> AttentionRnnState:
+        """See Seq2Seq."""
+        layers = [tuple(part.index_select(0, rows) for part in layer) for layer in state.layers]
+        attentional_BD = state.attentional_BD.index_select(0, rows)
+        return AttentionRnnState(state.source.select(rows), state.cells, layers, attentional_BD)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self.dropout(self.target_embedding(ids) * self.scale)
+        return embedded
+
+    def _remember(self, memory: Memory) -> Source:
+        """Keys and values: the memory's states in order `bahdanau`, else their half of W [h; c]."""
+        states_BSM = memory.states_BSD
+        is_fed = self.config.order == "bahdanau"
+        values = states_BSM if is_fed else self.from_context(states_BSM)
+        return self.attend.remember(states_BSM, values, memory.is_real_BS)
+
+    def _first(self, memory: Memory) -> list[State]:
+        """The state of each decoder layer before the first step: tanh(W last + b)."""
+        last_BM = self.encoder.last(memory.states_BSD, memory.is_real_BS)
+        num_parts = 2 if self.config.cell == "lstm" else 1
+        parts = torch.split(torch.tanh(self.bridge(last_BM)), self.config.width, -1)
+        return [tuple(parts[i : i + num_parts]) for i in range(0, len(parts), num_parts)]
+
+    def _whole(self, memory: Memory, x_BTD: Tensor) -> Tensor:
+        """Decoder states (B, T, D) of a model that feeds nothing back."""
+        source = self._remember(memory)
+        for i, (layer, state) in enumerate(zip(self.decoder, self._first(memory), strict=True)):
+            x_BTD = self.norms[i](layer(self.dropout(x_BTD) if i else x_BTD, state))
+        context_BTD = self.attend(x_BTD, source)
+        states_BTD: Tensor = self.dropout(torch.tanh(self.from_state(x_BTD) + context_BTD))
+        return states_BTD
+
+    def _advance(self, state: AttentionRnnState, known_BG: Tensor) -> AttentionRnnState:
+        """One step from the first cell's part of the gates that the token makes up."""
+        is_bahdanau = self.config.order == "bahdanau"
+        fed_BF = state.attentional_BD if self.config.input_feeding else None
+        if is_bahdanau:
+            fed_BF = self._context(self.norms[-1](state.layers[-1][0]), state.source)
+        layers: list[State] = []
+        h_BD = known_BG
+        for i, (cell, norm) in enumerate(zip(state.cells, self.norms, strict=True)):
+            if i > 0:
+                known_BG = cell.known(self.dropout(h_BD))
+            layers.append(cell.step(known_BG, fed_BF if i == 0 else None, state.layers[i]))
+            h_BD = norm(layers[i][0])
+        read = self.from_context(fed_BF) if is_bahdanau else self._context(h_BD, state.source)
+        attentional_BD = torch.tanh(self.from_state(h_BD) + read)
+        return AttentionRnnState(state.source, state.cells, layers, attentional_BD)
+
+    def _context(self, query_BD: Tensor, source: Source) -> Tensor:
+        """(B, D) -> what is averaged of the source, (B, D) or (B, M)."""
+        context_BM: Tensor = self.attend(query_BD[:, None], source)[:, 0]
+        return context_BM
+
+
+def _stack(config: AttentionRnnConfig, units: int, layers: int) -> Stack:
+    return Stack(config.cell, units, layers, config.layer_norm, config.dropout)
