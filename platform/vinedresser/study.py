@@ -1,6 +1,7 @@
 """Study: what a search varies, as plain data that is checked before anything starts."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from optuna.distributions import (
@@ -95,17 +96,23 @@ class Study(Section):
     stopping: Stopping | None = Stopping()
     seed: NonNegativeInt = 1
 
+    def _corners(self, key: str) -> Iterator[dict[str, Any]]:
+        """Both ends of a key, under both ends of each key that holds it: model of model.dropout."""
+        names = [key, *(name for name in self.space if key.startswith(f"{name}."))]
+        for values in itertools.product(*(ends(self.space[name]) for name in names)):
+            yield dict(zip(names, values, strict=True))
+
     @model_validator(mode="after")
     def _both_ends_are_valid(self) -> Self:
         if not self.space:
             raise ValueError("space is empty; name at least one key to vary")
-        for key, distribution in self.space.items():
-            for value in ends(distribution):
+        for key in self.space:
+            for values in self._corners(key):
                 try:
-                    self.base.override({key: value})
+                    self.base.override(values)
                 except ConfigError as error:
-                    reason = error.args[0]
-                    raise ValueError(f"space.{key} at {value}: {reason}") from None
+                    at = ", ".join(f"space.{name} at {value}" for name, value in values.items())
+                    raise ValueError(f"{at}: {error.args[0]}") from None
         if self.objective == "inferred_and_heads" and self.stopping is not None:
             raise ValueError(
                 "stopping ranks trials by one metric; set stopping: null for a Pareto front"

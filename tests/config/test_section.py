@@ -131,7 +131,7 @@ def test_a_typo_in_the_model(experiment):
         ({"kind": "tiny_zoo.empty"}, "holds 0 model configurations"),
         ({"kind": "tiny_zoo.needy"}, "needs a_package_that_is_not_there, which is not installed"),
         ({"kind": "os.path"}, "outside the allowed packages"),
-        ({"kind": None}, "there is no trainable None"),
+        ({"kind": None}, "there is no model None"),
         (3, "model"),
     ],
 )

@@ -55,12 +55,13 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, default=str))
 
 
-# Where the task stands in each kind of value, so that `task=FILE` means the same for all of them.
-_TASK_KEYS = {"Experiment": "task", "Study": "base.task", "Pipeline": "study.base.task"}
+# Where the experiment stands in each kind of value, so that `task=FILE`, `model=NAME` and
+# `model.dropout=0.2` mean the same for all of them.
+_EXPERIMENT_AT = {"Experiment": "", "Study": "base.", "Pipeline": "study.base."}
 
 
 def _resolve(name: str, kinds: Sequence[Any], overrides: list[str] | None, part: str = "") -> Any:
-    """The value behind a name, with dotted overrides and `task=FILE` put in.
+    """The value behind a name, with dotted overrides put in.
 
     A value of a later kind stands for its `part`: a study for its base, a pipeline for its study.
     """
@@ -69,10 +70,11 @@ def _resolve(name: str, kinds: Sequence[Any], overrides: list[str] | None, part:
     value = resolve(name, kinds)
     if not isinstance(value, kinds[0]):
         value = getattr(value, part)
-    changes = parse_overrides(overrides or [])
-    key = _TASK_KEYS.get(type(value).__name__, "task")
-    if "task" in changes:
-        changes[key] = changes.pop("task")
+    at = _EXPERIMENT_AT.get(type(value).__name__, "")
+    changes = {
+        f"{at}{key}" if key.split(".")[0] in ("task", "model") else key: change
+        for key, change in parse_overrides(overrides or []).items()
+    }
     return value.override(changes)
 
 

@@ -91,11 +91,16 @@ def model_config_class(kind: str) -> type[ModelConfig]:
     return found[0]
 
 
+def zoo_modules() -> list[str]:
+    """The trainables, by the names of their files; imports none of them."""
+    zoo = importlib.import_module("trainables")
+    return sorted(info.name for info in pkgutil.iter_modules(zoo.__path__))
+
+
 def presets() -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Preset's name -> the trainable that has it and what it changes; imports the whole zoo."""
-    zoo = importlib.import_module("trainables")
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for module in sorted(info.name for info in pkgutil.iter_modules(zoo.__path__)):
+    for module in zoo_modules():
         holder = importlib.import_module(f"trainables.{module}")
         found |= {
             name: (module, changes) for name, changes in getattr(holder, "PRESETS", {}).items()
@@ -103,24 +108,45 @@ def presets() -> dict[str, tuple[str, Mapping[str, Any]]]:
     return found
 
 
+def named_model(name: str, changes: Mapping[str, Any] | None = None) -> ModelConfig:
+    """A model by the name of its module or of a preset, with some settings replaced.
+
+    Args:
+        name: `transformer`, `transformer-small`, or `my_zoo.mine` from an allowed package.
+        changes: field -> value. A section inside a preset keeps what `changes` do not name.
+
+    Raises:
+        ValueError: no such model (with the nearest name), or refused settings.
+    """
+    if "." in name or name in (modules := zoo_modules()):
+        return model_config_class(name).model_validate(changes or {})
+    known = presets()
+    if name not in known:
+        raise ValueError(f"there is no model {name}{did_you_mean(name, [*modules, *known])}")
+    module, settings = known[name]
+    base = model_config_class(module)().override(settings)
+    return type(base).model_validate(_merged(base.to_json(), changes or {}))
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, `above` where they differ; mappings inside both are merged in the same way."""
+    return {**below, **above} | {
+        key: _merged(below[key], item)
+        for key, item in above.items()
+        if isinstance(item, Mapping) and isinstance(below.get(key), Mapping)
+    }
+
+
 def _restore_model(value: Any) -> Any:
-    """A model by the name of its file or of a preset, alone or as `kind` beside its settings."""
+    """A model by the name of its module or of a preset, alone or as `kind` beside its settings."""
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, Mapping):
         return value
     if "kind" not in value:
         raise ValueError("`kind` is missing, for example `kind: transformer`")
-    kind = str(value["kind"])
-    changes: Mapping[str, Any] = {}
-    # Presets carry a hyphen, which no module's name can.
-    if "-" in kind:
-        known = presets()
-        if kind not in known:
-            raise ValueError(f"there is no preset {kind}{did_you_mean(kind, sorted(known))}")
-        kind, changes = known[kind]
-    rest = {key: item for key, item in value.items() if key != "kind"}
-    return model_config_class(kind).model_validate({**changes, **rest})
+    changes = {key: item for key, item in value.items() if key != "kind"}
+    return named_model(str(value["kind"]), changes)
 
 
 AnyModel = Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_restore_model)]

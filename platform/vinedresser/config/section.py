@@ -2,12 +2,20 @@
 
 import difflib
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from vinedresser.errors import ConfigError
 
@@ -73,32 +81,81 @@ class Section(BaseModel):
         """
         if not changes:
             return self
-        tree = self.to_json()
-        for key, value in changes.items():
-            _replace(tree, self, key.split("."), value, key)
+        tree, owners = self.to_json(), {"": self}
+        # A part that is replaced as a whole comes before the keys inside it, whatever their order.
+        for key in sorted(changes, key=lambda key: key.count(".")):
+            has_more = any(other.startswith(f"{key}.") for other in changes)
+            _replace(tree, key, changes[key], owners, is_parent=has_more)
         return type(self).from_json(tree)
 
 
-def _replace(tree: dict[str, Any], owner: Any, path: Sequence[str], value: Any, key: str) -> None:
-    head, rest = path[0], path[1:]
-    if isinstance(owner, Section):
-        known = [*type(owner).model_fields, *(["kind"] if "kind" in tree else [])]
-        if head not in known:
-            below = _one_level_below(owner, head)
-            hint = f"; did you mean {below}.{key}?" if below else did_you_mean(head, known)
-            raise ConfigError(f"{key}: unknown key{hint}")
-    child = getattr(owner, head, None)
-    if not rest:
-        tree[head] = value
-    elif isinstance(child, Section):
-        _replace(tree[head], child, rest, value, key)
-    elif isinstance(owner, Section) and isinstance(child, Mapping):
-        tree[head] = {**tree[head], ".".join(rest): value}  # a mapping's own keys hold dots
-    elif child is None and not isinstance(tree.get(head), str):
-        tree[head] = tree.get(head) or {}
-        _replace(tree[head], None, rest, value, key)
-    else:
-        raise ConfigError(f"{key}: {head} is a single value, it has no part {'.'.join(rest)}")
+def _replace(
+    tree: dict[str, Any], key: str, value: Any, owners: dict[str, Any], *, is_parent: bool
+) -> None:
+    """Puts a value at a dotted key of a section's JSON.
+
+    Args:
+        tree: of the whole section; changed in place.
+        key: dotted.
+        value: plain.
+        owners: dotted prefix -> the section that stands there; "" is the whole, and those that
+            were replaced before are in it too.
+        is_parent: keys inside this one follow, so the value must be read as what it stands for.
+    """
+    owner: Any = owners[""]
+    path = key.split(".")
+    for i, head in enumerate(path):
+        done, rest = ".".join(path[: i + 1]), ".".join(path[i + 1 :])
+        if isinstance(owner, Section):
+            _refuse_unknown(owner, head, tree, key)
+        child = owners.get(done, getattr(owner, head, None))
+        if i == len(path) - 1:
+            _refuse_other_kind(owner, head, value, tree, key)
+            tree[head] = value
+            if is_parent and isinstance(owner, Section):
+                owners[done] = _read_field(owner, head, value, key)
+                tree[head] = owners[done].to_json() if isinstance(owners[done], Section) else value
+        elif isinstance(child, Section):
+            pass
+        elif isinstance(owner, Section) and isinstance(child, Mapping):
+            tree[head] = {**tree[head], rest: value}  # a mapping's own keys hold dots
+            return
+        elif child is None and not isinstance(tree.get(head), str):
+            tree[head] = tree.get(head) or {}
+        else:
+            raise ConfigError(f"{key}: {head} is a single value, it has no part {rest}")
+        owner, tree = child, tree[head]
+
+
+def _refuse_unknown(owner: Section, head: str, tree: Mapping[str, Any], key: str) -> None:
+    known = [*type(owner).model_fields, *(["kind"] if "kind" in tree else [])]
+    if head not in known:
+        below = _one_level_below(owner, head)
+        hint = f"; did you mean {below}.{key}?" if below else did_you_mean(head, known)
+        raise ConfigError(f"{key}: unknown key{hint}")
+
+
+def _refuse_other_kind(
+    owner: Any, head: str, value: Any, tree: Mapping[str, Any], key: str
+) -> None:
+    """A model's `kind` is its class: the settings of another class would not fit beside it."""
+    if not isinstance(owner, Section) or head != "kind" or head in type(owner).model_fields:
+        return
+    if value != tree[head]:
+        whole = key.removesuffix(".kind")
+        raise ConfigError(f"{key}: cannot change alone. Fix: {whole}={value}")
+
+
+def _read_field(owner: Section, head: str, value: Any, key: str) -> Any:
+    """A plain value as what a section's field makes of it, other fields left aside."""
+    field = type(owner).model_fields[head]
+    annotation: Any = field.annotation
+    for extra in field.metadata:
+        annotation = Annotated[annotation, extra]
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(_explain(type(owner), error, value, key, {})) from None
 
 
 def _one_level_below(owner: Section, head: str) -> str | None:
@@ -185,9 +242,14 @@ def _fields_at(cls: type[Section], path: Sequence[str | int], value: Any) -> lis
 
 
 def _is_kind(cls: type[Section], kind: object) -> bool:
-    """Whether `kind` in a file means this class: its default, or the module that defines it."""
+    """Whether `kind` in a file means this class: its default, its module, or a preset there."""
     field = cls.model_fields.get("kind")
-    return f".{cls.__module__}".endswith(f".{kind}") or bool(field and field.default == kind)
+    presets = getattr(sys.modules.get(cls.__module__), "PRESETS", {})
+    return (
+        f".{cls.__module__}".endswith(f".{kind}")
+        or bool(field and field.default == kind)
+        or (isinstance(kind, str) and kind in presets)
+    )
 
 
 def _sections(cls: type[Section], name: str) -> list[type[Section]]:
