@@ -2,6 +2,7 @@
 
 from vinedresser.config.experiment import (
     Batching,
+    BatchOrder,
     Compute,
     Evaluation,
     Experiment,
@@ -24,6 +25,7 @@ from vinedresser.config.task import (
 )
 
 __all__ = [
+    "BatchOrder",
     "Batching",
     "Compute",
     "DataPath",

@@ -1,13 +1,28 @@
-"""Which sentences share a batch: little padding, a budget never exceeded. NumPy only."""
+"""Which sentences share a batch: little padding, a budget never exceeded. NumPy only.
+
+Planning knows rows by their two lengths alone: a `Histogram` says how many rows have which, a
+`Plan` cuts it into batches. So 10^8 rows are planned from a few hundred thousand numbers, and
+which row stands where is only asked when its batch is read.
+"""
 
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vinedresser.config import BatchOrder
 from vinedresser.errors import DataError
 
 Ints = NDArray[np.int64]
+
+# alternating_max: by max(source, target), then by source - target in alternating direction.
+# bucket_by_source: source lengths 1-5, 6-10, ...; in each by target, then by source (methods.md
+# 23), no batch across two of them. random: no order at all; for comparison, it pads half away.
+STRATEGIES: tuple[BatchOrder, ...] = get_args(BatchOrder)
+
+# Source lengths of a bucket in `bucket_by_source`.
+SOURCE_BUCKET = 5
 
 
 @dataclass(frozen=True)
@@ -28,91 +43,284 @@ class Padding:
 
 
 @dataclass(frozen=True)
-class Order:
-    """Rows sorted for batching, and where the batches are cut.
+class Histogram:
+    """How many rows have which lengths. A cell is a pair of lengths; cells are distinct.
 
     Attributes:
-        rows: (n,) row numbers; batch i is rows[cuts[i] : cuts[i + 1]].
-        ties: (n,) non-decreasing; rows with equal numbers may change places freely, because they
-            have equal source and equal target lengths.
-        cuts: (batches + 1,) positions in `rows`.
+        source: (C,) source tokens of the cell's rows, >= 1.
+        target: (C,) target tokens, >= 1.
+        counts: (C,) rows, >= 0.
     """
 
-    rows: Ints
-    ties: Ints
-    cuts: Ints
+    source: Ints
+    target: Ints
+    counts: Ints
 
-    def batches(self) -> list[Ints]:
-        """The rows of each batch."""
-        return np.split(self.rows, self.cuts[1:-1]) if len(self.rows) else []
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return int(self.counts.sum())
+
+    @property
+    def longest(self) -> Ints:
+        """(C,) the longer side of each cell, in tokens."""
+        return np.maximum(self.source, self.target)
+
+    @property
+    def starts(self) -> Ints:
+        """(C,) rows in the cells before each."""
+        return np.cumsum(self.counts) - self.counts
+
+    def subset(self, fraction: float, *, window: int = 0) -> "Histogram":
+        """A part of the rows, spread over all lengths: floor(fraction x count + u) of each cell.
+
+        u in [0, 1) is a fixed hash of (window, source, target), so that the parts of growing
+        fractions contain each other, and the expected number of rows is fraction x rows
+        (methods.md 79: a smaller data set as the fidelity of a search).
+
+        Args:
+            fraction: in (0, 1]; 1 is the histogram itself.
+            window: part of the hash.
+
+        Raises:
+            ValueError: a fraction outside (0, 1].
+        """
+        if not 0 < fraction <= 1:
+            raise ValueError(f"a subset of {fraction}: more than 0 and at most 1 is wanted")
+        keys = (self.source.astype(np.uint64) << np.uint64(32)) + self.target.astype(np.uint64)
+        share = (mixed(keys, salt=window) >> np.uint64(11)) * 2.0**-53
+        counts = np.floor(fraction * self.counts + share).astype(np.int64)
+        return Histogram(self.source, self.target, np.minimum(counts, self.counts))
 
 
-def arrange(source_lengths: Ints, target_lengths: Ints, *, tokens: int) -> Order:
-    """Sorts by max(source, target), then by source - target in alternating direction; cuts.
+def mixed(keys: NDArray[np.uint64], *, salt: int) -> NDArray[np.uint64]:
+    """A fixed hash of 64-bit keys: splitmix64's finaliser (Steele, Lea and Flood 2014)."""
+    with np.errstate(over="ignore"):
+        x = keys + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 % 2**64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)), dtype=np.uint64)
 
-    Neighbours in that order are near in both lengths, also across a change of the maximum:
-    0.969 real tokens on Multi30k at 4096, against 0.935 of a full sort (performance.md 3 iv).
-    A row longer than the budget gets a batch of its own. O(n log n).
+
+@dataclass(frozen=True)
+class Cells:
+    """Rows by their lengths.
+
+    Attributes:
+        histogram: ascending by (bucket, source, target).
+        members: (n,) row numbers, cell after cell; inside a cell in the order they came in.
+    """
+
+    histogram: Histogram
+    members: Ints
+
+
+def group(source_lengths: Ints, target_lengths: Ints, *, bucket_width: int = 0) -> Cells:
+    """Finds the cells of some rows. O(n log n).
 
     Args:
         source_lengths: (n,) tokens, each >= 1.
         target_lengths: (n,) tokens, each >= 1.
-        tokens: budget of sentences x longest side.
+        bucket_width: cells ascend by `bucket_of` first; 0 for no buckets.
     """
     source = np.asarray(source_lengths, dtype=np.int64)
     target = np.asarray(target_lengths, dtype=np.int64)
-    if not len(source):
-        return Order(source, source, np.zeros(1, dtype=np.int64))
+    buckets = bucket_of(source, target, width=bucket_width)
+    members = np.lexsort((target, source, buckets))
+    source, target = source[members], target[members]
+    is_new = np.ones(len(members), dtype=bool)
+    is_new[1:] = (source[1:] != source[:-1]) | (target[1:] != target[:-1])
+    firsts = np.flatnonzero(is_new)
+    counts = np.diff(np.append(firsts, len(members)))
+    return Cells(Histogram(source[firsts], target[firsts], counts), members)
+
+
+def bucket_of(source_lengths: Ints, target_lengths: Ints, *, width: int) -> Ints:
+    """(max(source, target) - 1) // width: the shards' buckets; all 0 where the width is 0."""
+    longest = np.maximum(source_lengths, target_lengths)
+    return (longest - 1) // width if width else np.zeros_like(longest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a histogram in batching order, and where they are cut.
+
+    Run r is `counts[r]` rows of cell `cells[r]`, the first of them the cell's row `ranks[r]`.
+
+    Attributes:
+        cells: (R,) cell of each run.
+        ranks: (R,) >= 0.
+        counts: (R,) >= 1.
+        cuts: (batches + 1,) ascending positions in the order; batch i is cuts[i] to cuts[i + 1].
+    """
+
+    cells: Ints
+    ranks: Ints
+    counts: Ints
+    cuts: Ints
+
+    def __len__(self) -> int:
+        return len(self.cuts) - 1
+
+    def picks(self, first: int, last: int) -> tuple[Ints, Ints]:
+        """Cell and rank inside it of the rows at positions first to last, last excluded."""
+        ends = np.cumsum(self.counts)
+        at = np.arange(first, last)
+        runs = np.searchsorted(ends, at, side="right")
+        return self.cells[runs], self.ranks[runs] + at - (ends - self.counts)[runs]
+
+    def batch(self, index: int) -> tuple[Ints, Ints]:
+        """Cell and rank inside it of each row of a batch, both (B,)."""
+        return self.picks(int(self.cuts[index]), int(self.cuts[index + 1]))
+
+    def padding(self, histogram: Histogram) -> Padding:
+        """What part of its batches is real; all 1 for no batches."""
+        if not len(self):
+            return Padding(1.0, 1.0, 1.0, 0)
+        ends = np.cumsum(self.counts)
+        # Runs cut again where batches are cut: each piece is of one run and one batch.
+        edges = np.union1d(np.append(0, ends), self.cuts)
+        cells = self.cells[np.searchsorted(ends, edges[:-1], side="right")]
+        firsts = np.searchsorted(edges[:-1], self.cuts[:-1])
+        sizes, rows = np.diff(edges), np.diff(self.cuts)
+        real = [int((side[cells] * sizes).sum()) for side in (histogram.source, histogram.target)]
+        padded = [
+            int((np.maximum.reduceat(side[cells], firsts) * rows).sum())
+            for side in (histogram.source, histogram.target)
+        ]
+        shares = (real[0] / padded[0], real[1] / padded[1], sum(real) / sum(padded))
+        return Padding(*shares, batches=len(self))
+
+
+def plan_cells(
+    histogram: Histogram, *, tokens: int, order: BatchOrder = "alternating_max", salt: int = 0
+) -> Plan:
+    """Cuts a histogram into batches: sentences x longest side is at most `tokens`.
+
+    Each batch takes as many rows of the order as the budget holds. In `alternating_max` the
+    longest side never falls, so that no way to form batches needs fewer of them; neighbours are
+    near in both lengths, also across a change of the maximum: 0.969 real tokens on Multi30k at
+    4096, against 0.935 of a full sort (performance.md 3 iv). A row longer than the budget gets a
+    batch of its own. O(C log C) for C cells; `random` takes O(n) for n rows.
+
+    Args:
+        histogram: the rows.
+        tokens: budget of sentences x longest side, >= 1.
+        order: which strategy.
+        salt: of `random`'s permutation.
+    """
+    if order == "random":
+        rows = np.random.default_rng(salt).permutation(histogram.rows)
+        owner = np.repeat(np.arange(len(histogram.counts)), histogram.counts)[rows]
+        ranks = rows - histogram.starts[owner]
+        cuts = _cut(histogram.longest[owner], np.ones_like(rows), np.zeros_like(rows), tokens)
+        return Plan(owner, ranks, np.ones_like(rows), cuts)
+    cells = np.flatnonzero(histogram.counts)
+    source, target = histogram.source[cells], histogram.target[cells]
     longest = np.maximum(source, target)
-    # Rank among the maxima that occur: a gap must not make two neighbours run the same way.
-    rank = np.cumsum(np.bincount(longest) > 0)[longest]
-    slope = (source - target) * np.where(rank % 2, 1, -1)
-    rows = np.lexsort((slope, longest))  # stable: equal pairs stay in row order (methods.md 23)
-    longest, slope = longest[rows], slope[rows]
-    is_new = np.ones(len(rows), dtype=bool)
-    is_new[1:] = (longest[1:] != longest[:-1]) | (slope[1:] != slope[:-1])
-    return Order(rows, np.cumsum(is_new), _cut(longest, tokens))
+    groups = np.zeros_like(cells)
+    if order == "bucket_by_source":
+        groups = (source - 1) // SOURCE_BUCKET
+        turn = np.lexsort((source, target, groups))
+    elif len(cells):
+        # Rank among the maxima that occur: a gap must not make two neighbours run the same way.
+        rank = np.cumsum(np.bincount(longest) > 0)[longest]
+        turn = np.lexsort(((source - target) * np.where(rank % 2, 1, -1), longest))
+    else:
+        turn = cells
+    counts = histogram.counts[cells][turn]
+    cuts = _cut(longest[turn], counts, groups[turn], tokens)
+    return Plan(cells[turn], np.zeros_like(cells), counts, cuts)
 
 
-def _cut(longest: Ints, tokens: int) -> Ints:
-    """Greedy cuts of ascending lengths: each batch takes as many rows as the budget holds."""
-    cuts, at, end = [0], 0, len(longest)
-    while at < end:
-        window = longest[at : at + max(1, tokens // int(longest[at]))]
-        costs = window * np.arange(1, len(window) + 1)
-        at += max(1, int(np.searchsorted(costs, tokens, side="right")))
+def _cut(longest: Ints, counts: Ints, groups: Ints, tokens: int) -> Ints:
+    """Greedy cuts of runs of rows; a batch holds one group. O(runs that differ + batches)."""
+    is_new = np.ones(len(longest), dtype=bool)
+    is_new[1:] = (longest[1:] != longest[:-1]) | (groups[1:] != groups[:-1])
+    firsts = np.flatnonzero(is_new)
+    runs = np.add.reduceat(counts, firsts) if len(firsts) else counts
+    cuts, at, size, top, last = [0], 0, 0, 0, None
+    for length, count, owner in zip(
+        longest[firsts].tolist(), runs.tolist(), groups[firsts].tolist(), strict=True
+    ):
+        if size and (owner != last or max(top, length) * (size + 1) > tokens):
+            at, size, top = at + size, 0, 0
+            cuts.append(at)
+        last, top = owner, max(top, length)
+        room = max(1, tokens // top) - size
+        if count < room:
+            size += count
+            continue
+        # Fills the open batch; then whole ones of this length alone.
+        at += size + room
         cuts.append(at)
+        each = max(1, tokens // length)
+        whole, size = divmod(count - room, each)
+        cuts.extend(range(at + each, at + each * whole + 1, each))
+        at, top = at + each * whole, length if size else 0
+    if size:
+        cuts.append(at + size)
     return np.asarray(cuts, dtype=np.int64)
 
 
-def refuse_longer(source_lengths: Ints, target_lengths: Ints, *, tokens: int) -> None:
-    """Refuses a row that no batch can hold.
+def refuse_longer(histogram: Histogram, *, tokens: int, name: str = "train") -> None:
+    """Refuses rows that no batch can hold.
 
     Raises:
-        DataError: naming the length, the row and the fix.
+        DataError: naming the lengths, how many there are and the fix.
     """
-    longest = np.maximum(source_lengths, target_lengths)
-    if len(longest) and int(longest.max()) > tokens:
+    longest = histogram.longest
+    over = (longest > tokens) & (histogram.counts > 0)
+    if over.any():
         raise DataError(
-            f"row {int(longest.argmax())} has {int(longest.max())} tokens, a batch holds "
-            f"{tokens}. Fix: raise the batch's tokens, or lower max_source_length and "
-            "max_target_length and prepare again"
+            f"{name}: {int(histogram.counts[over].sum()):,} rows are longer than a batch of "
+            f"{tokens}, the longest has {int(longest[over].max())} tokens. Fix: raise the batch's "
+            "tokens, or lower max_source_length and max_target_length and prepare again"
         )
 
 
-def plan(source_lengths: Ints, target_lengths: Ints, *, tokens: int) -> list[Ints]:
+def arrange(
+    source_lengths: Ints,
+    target_lengths: Ints,
+    *,
+    tokens: int,
+    order: BatchOrder = "alternating_max",
+) -> list[Ints]:
+    """The rows of each batch; a row that is longer than the budget comes alone.
+
+    Args:
+        source_lengths: (n,) tokens, each >= 1.
+        target_lengths: (n,) tokens, each >= 1.
+        tokens: sentences x max(longest source, longest target) of a batch of two rows or more.
+        order: see `plan_cells`; rows of equal lengths stay in their order.
+    """
+    cells = group(source_lengths, target_lengths)
+    plan = plan_cells(cells.histogram, tokens=tokens, order=order)
+    owners, ranks = plan.picks(0, len(cells.members))
+    rows = cells.members[cells.histogram.starts[owners] + ranks]
+    return np.split(rows, plan.cuts[1:-1]) if len(rows) else []
+
+
+def plan(
+    source_lengths: Ints,
+    target_lengths: Ints,
+    *,
+    tokens: int,
+    order: BatchOrder = "alternating_max",
+) -> list[Ints]:
     """The rows of each batch; every row in exactly one, the budget never exceeded.
 
     Args:
         source_lengths: (n,) tokens, each >= 1.
         target_lengths: (n,) tokens, each >= 1.
         tokens: sentences x max(longest source, longest target) is at most this.
+        order: see `plan_cells`.
 
     Raises:
         DataError: a single row is longer than the budget.
     """
-    refuse_longer(source_lengths, target_lengths, tokens=tokens)
-    return arrange(source_lengths, target_lengths, tokens=tokens).batches()
+    refuse_longer(group(source_lengths, target_lengths).histogram, tokens=tokens, name="rows")
+    return arrange(source_lengths, target_lengths, tokens=tokens, order=order)
 
 
 def padding(source_lengths: Ints, target_lengths: Ints, batches: list[Ints]) -> Padding:
