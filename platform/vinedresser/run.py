@@ -3,6 +3,7 @@
 A run is named by its content: the same experiment on the same shards is the same run.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -155,10 +156,9 @@ class Run:
         """Trains to the end; the outcome on rank 0, None on the others."""
         experiment, place = self.experiment, self.place
         start = self._resume()
-        train = load_split(self.shards, "train")
         batches = stream(
-            train,
-            tokens=experiment.batch.tokens,
+            self.shards,
+            experiment.batch,
             seed=experiment.seed,
             rank=place.rank,
             of=place.workers,
@@ -176,7 +176,9 @@ class Run:
             evaluate_at=evaluation_steps(experiment),
             checkpoint_every=experiment.checkpoint_every,
         )
-        fit(steps, self.averaged, effects, clip_norm=experiment.optim.clip_norm)
+        # However training ends, the thread that reads ahead ends with it.
+        with contextlib.closing(batches):
+            fit(steps, self.averaged, effects, clip_norm=experiment.optim.clip_norm)
         return self._finish() if is_first else None
 
     @property

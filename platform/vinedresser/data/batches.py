@@ -1,7 +1,7 @@
 """From shards to padded tensors: an endless, resumable stream, and a finite, sorted pass."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +157,7 @@ class Batches:
         shuffled, at = self._at(index)
         return shuffled.window.batch(*shuffled.picks(at))
 
-    def steps(self, *, rank: int = 0, of: int = 1, at: int = 0) -> Iterator[Batch]:
+    def steps(self, *, rank: int = 0, of: int = 1, at: int = 0) -> Generator[Batch, None, None]:
         """Batches without end; the caller counts steps.
 
         Step s (0-based) of rank r is the batch of global index s * of + r. So ranks never
@@ -224,7 +224,7 @@ def stream(  # noqa: PLR0913 - a worker's place in the world is three numbers
     rank: int = 0,
     of: int = 1,
     at: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Training batches without end, see `Batches.steps`; a shard set's are read ahead in a thread.
 
     Args:

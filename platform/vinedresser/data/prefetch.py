@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ class _End:
     error: BaseException | None
 
 
-def prefetched(source: Iterator[T], *, depth: int = DEPTH) -> Iterator[T]:
+def prefetched(source: Iterator[T], *, depth: int = DEPTH) -> Generator[T, None, None]:
     """The items of an iterator, drawn in a thread that runs up to `depth` items ahead.
 
     The thread starts with the first item that is asked for. It ends with the source, with an
