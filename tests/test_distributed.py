@@ -15,7 +15,7 @@ import torch
 from vinedresser import tracking
 from vinedresser.bundle import load_bundle, vocabulary_of
 from vinedresser.config import Compute, Experiment
-from vinedresser.data.batches import load_split, stream
+from vinedresser.data.batches import stream
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.distributed import Site, num_groups, require, train
 from vinedresser.errors import MachineError
@@ -57,9 +57,8 @@ def reference(experiment: Experiment, shards: ShardSet) -> Mapping[str, torch.Te
         vocabulary_of(*tokenizers(shards), joint=shards.task.has_joint_vocabulary)
     )
     optimizer = build_optimizer(model, experiment.optim, gate_lr_factor=1.0)
-    split = load_split(shards, "train")
     ranks = [
-        stream(split, tokens=experiment.batch.tokens, seed=experiment.seed, rank=rank, of=2)
+        stream(shards, tokens=experiment.batch.tokens, seed=experiment.seed, rank=rank, of=2)
         for rank in (0, 1)
     ]
     for step in range(1, experiment.steps + 1):
