@@ -15,7 +15,7 @@ V vocabulary, G features of a cell's gates.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
 import torch
@@ -30,6 +30,7 @@ from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, tok
 from vinedresser.nn.recurrent import (
     Cell,
     CellKind,
+    Known,
     Recurrent,
     RecurrentEncoder,
     Stack,
@@ -37,6 +38,7 @@ from vinedresser.nn.recurrent import (
     check_pyramid,
 )
 from vinedresser.nn.scores import Attention, ScoreKind, Source, check_widths
+from vinedresser.nn.steps import Product
 from vinedresser.nn.subsampling import SubsamplingConfig
 
 
@@ -119,19 +121,51 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 
 @dataclass(frozen=True)
-class AttentionRnnState:
-    """Between two steps.
+class Weights:
+    """What does not change from step to step, laid out for steps.
 
     Attributes:
         source: keys and values of the encoded source.
-        cells: the weights of each layer, laid out for steps.
-        layers: state of each layer.
-        attentional_BD: a_t, what the output layer reads; zeros before the first step.
+        cells: of each layer.
+        of_state: W_h of the attentional state tanh(W_h h + W_c c + b).
+        of_context: W_c of it, in order `bahdanau`; else the source's values carry it.
     """
 
     source: Source
     cells: list[Cell]
+    of_state: Product
+    of_context: Product
+
+
+@dataclass(frozen=True)
+class AttentionRnnState:
+    """Between two steps.
+
+    Attributes:
+        weights: of every step.
+        layers: state of each layer.
+        attentional_BD: a_t, what the output layer reads; zeros before the first step.
+    """
+
+    weights: Weights
     layers: list[State]
+    attentional_BD: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known of a step before it is taken; each sum begins with it.
+
+    Attributes:
+        gates: of each layer.
+        scores_BS: -inf on source padding, else 0.
+        context_BM: zeros.
+        attentional_BD: the bias.
+    """
+
+    gates: tuple[Known, ...]
+    scores_BS: Tensor
+    context_BM: Tensor
     attentional_BD: Tensor
 
 
@@ -154,7 +188,8 @@ class AttentionRnn(Seq2Seq):
         )
         M, stack = self.encoder.width, _stack(config, D, config.decoder_layers)
         # What a step feeds to the first cell beside the token: context, attentional state, nothing.
-        self.num_fed = M if config.order == "bahdanau" else D * config.input_feeding
+        self.is_bahdanau = config.order == "bahdanau"
+        self.num_fed = M if self.is_bahdanau else D * config.input_feeding
         self.decoder = nn.ModuleList(
             Recurrent(config.cell, D + (self.num_fed if i == 0 else 0), D)
             for i in range(config.decoder_layers)
@@ -178,13 +213,13 @@ class AttentionRnn(Seq2Seq):
 
     def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
         """See Seq2Seq."""
-        x_BTD = self._embed(inputs_BT)
         if self.num_fed == 0:
-            return self._whole(memory, x_BTD)
+            return self._whole(memory, self._embed(inputs_BT))
         state = self.start(memory, inputs_BT.shape[1])
         found = []
-        for known_BG in state.cells[0].known(x_BTD).unbind(1):
-            state = self._advance(state, known_BG)
+        # Steps first: each takes a slice without a gap.
+        for step in self._steps(state.weights, self._embed(inputs_BT.t())):
+            state = self._advance(state, step)
             found.append(state.attentional_BD)
         states_BTD: Tensor = self.dropout(torch.stack(found, 1))
         return states_BTD
@@ -196,26 +231,30 @@ class AttentionRnn(Seq2Seq):
 
     def start(self, memory: Memory, max_length: int) -> AttentionRnnState:  # noqa: ARG002 nothing grows
         """See Seq2Seq."""
-        layers = self._first(memory)
+        source, layers = self._remember(memory), self._first(memory)
         cells = [
-            layer.cell(self.num_fed if i == 0 else 0)
+            layer.cell(self.num_fed if i == 0 else self.config.width)
             for i, layer in enumerate(self.decoder)
             if isinstance(layer, Recurrent)
         ]
-        return AttentionRnnState(
-            self._remember(memory), cells, layers, torch.zeros_like(layers[0][0])
+        dtype = source.keys_BSK.dtype
+        of_state, of_context = (
+            Product(layer.weight.to(dtype)) for layer in (self.from_state, self.from_context)
         )
+        weights = Weights(source, cells, of_state, of_context)
+        return AttentionRnnState(weights, layers, torch.zeros_like(layers[0][0]))
 
     def step(self, state: AttentionRnnState, tokens_B: Tensor) -> tuple[Tensor, AttentionRnnState]:
         """See Seq2Seq."""
-        state = self._advance(state, state.cells[0].known(self._embed(tokens_B)))
+        (step,) = self._steps(state.weights, self._embed(tokens_B[None]))
+        state = self._advance(state, step)
         return self.logits(self.dropout(state.attentional_BD)), state
 
     def select(self, state: AttentionRnnState, rows: Tensor) -> AttentionRnnState:
         """See Seq2Seq."""
+        weights = replace(state.weights, source=state.weights.source.select(rows))
         layers = [tuple(part.index_select(0, rows) for part in layer) for layer in state.layers]
-        attentional_BD = state.attentional_BD.index_select(0, rows)
-        return AttentionRnnState(state.source.select(rows), state.cells, layers, attentional_BD)
+        return AttentionRnnState(weights, layers, state.attentional_BD.index_select(0, rows))
 
     def _embed(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self.dropout(self.target_embedding(ids) * self.scale)
@@ -224,8 +263,7 @@ class AttentionRnn(Seq2Seq):
     def _remember(self, memory: Memory) -> Source:
         """Keys and values: the memory's states in order `bahdanau`, else their half of W [h; c]."""
         states_BSM = memory.states_BSD
-        is_fed = self.config.order == "bahdanau"
-        values = states_BSM if is_fed else self.from_context(states_BSM)
+        values = states_BSM if self.is_bahdanau else self.from_context(states_BSM)
         return self.attend.remember(states_BSM, values, memory.is_real_BS)
 
     def _first(self, memory: Memory) -> list[State]:
@@ -244,27 +282,42 @@ class AttentionRnn(Seq2Seq):
         states_BTD: Tensor = self.dropout(torch.tanh(self.from_state(x_BTD) + context_BTD))
         return states_BTD
 
-    def _advance(self, state: AttentionRnnState, known_BG: Tensor) -> AttentionRnnState:
-        """One step from the first cell's part of the gates that the token makes up."""
-        is_bahdanau = self.config.order == "bahdanau"
-        fed_BF = state.attentional_BD if self.config.input_feeding else None
-        if is_bahdanau:
-            fed_BF = self._context(self.norms[-1](state.layers[-1][0]), state.source)
-        layers: list[State] = []
-        h_BD = known_BG
-        for i, (cell, norm) in enumerate(zip(state.cells, self.norms, strict=True)):
-            if i > 0:
-                known_BG = cell.known(self.dropout(h_BD))
-            layers.append(cell.step(known_BG, fed_BF if i == 0 else None, state.layers[i]))
-            h_BD = norm(layers[i][0])
-        read = self.from_context(fed_BF) if is_bahdanau else self._context(h_BD, state.source)
-        attentional_BD = torch.tanh(self.from_state(h_BD) + read)
-        return AttentionRnnState(state.source, state.cells, layers, attentional_BD)
+    def _steps(self, weights: Weights, x_TBD: Tensor) -> list[Step]:
+        """Exactly the steps that are to be taken next, in order, from the embedded tokens."""
+        T, B, _ = x_TBD.shape
+        # Upper layers are fed all their inputs: nothing of them is known beforehand.
+        known_of = [x_TBD] + [x_TBD[..., :0]] * (len(weights.cells) - 1)
+        gates = [cell.begin(cell.known(x)) for cell, x in zip(weights.cells, known_of, strict=True)]
+        source = weights.source
+        context_TBM = source.values_BSM.new_zeros(1).expand(T, B, source.values_BSM.shape[-1])
+        bias_D = self.from_state.bias.to(source.values_BSM.dtype)
+        attentional_TBD = weights.of_state.begin(bias_D.expand(T, B, -1))
+        if self.is_bahdanau:
+            attentional_TBD = weights.of_context.begin(attentional_TBD)
+            context_TBM = source.by_values.begin(context_TBM)
+        else:
+            attentional_TBD = source.by_values.begin(attentional_TBD)
+        scores_TBS = self.attend.begin(source, T)
+        rest = (scores_TBS.unbind(0), context_TBM.unbind(0), attentional_TBD.unbind(0))
+        return [Step(*parts) for parts in zip(zip(*gates, strict=True), *rest, strict=True)]
 
-    def _context(self, query_BD: Tensor, source: Source) -> Tensor:
-        """(B, D) -> what is averaged of the source, (B, D) or (B, M)."""
-        context_BM: Tensor = self.attend(query_BD[:, None], source)[:, 0]
-        return context_BM
+    def _advance(self, state: AttentionRnnState, step: Step) -> AttentionRnnState:
+        weights, layers = state.weights, list[State]()
+        fed_BF = state.attentional_BD if self.config.input_feeding else None
+        if self.is_bahdanau:
+            top_BD = self.norms[-1](state.layers[-1][0])
+            fed_BF = self.attend.step(top_BD, weights.source, step.scores_BS, step.context_BM)
+        context_BF = fed_BF
+        for i, (cell, norm) in enumerate(zip(weights.cells, self.norms, strict=True)):
+            layers.append(cell.step(step.gates[i], fed_BF, state.layers[i]))
+            h_BD: Tensor = norm(layers[i][0])
+            fed_BF = self.dropout(h_BD)
+        sum_BD = weights.of_state(step.attentional_BD, h_BD)
+        if context_BF is not None and self.is_bahdanau:
+            sum_BD = weights.of_context(sum_BD, context_BF)
+        else:
+            sum_BD = self.attend.step(h_BD, weights.source, step.scores_BS, sum_BD)
+        return AttentionRnnState(weights, layers, torch.tanh(sum_BD))
 
 
 def _stack(config: AttentionRnnConfig, units: int, layers: int) -> Stack:

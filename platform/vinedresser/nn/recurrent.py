@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vinedresser.batch import is_real
 from vinedresser.nn.dropout import Dropout
+from vinedresser.nn.steps import Product, step_dtype
 from vinedresser.nn.subsampling import Subsample, SubsamplingConfig
 
 CellKind = Literal["lstm", "gru"]
@@ -49,55 +50,73 @@ class _LstmGates(torch.autograd.Function):
         return gates_grad.to(ctx.dtype), c_grad * f
 
 
-@dataclass(frozen=True)
 class Cell:
     """A layer's weights laid out for steps. Made anew after every update of the weights.
 
     Each input of the layer is [known; fed]: what is known of all steps before the first (embedded
-    tokens) and what a step gives to the next (a context). `known` is multiplied for all steps at
-    once, the rest takes one product a step: half the time of a step by `nn.LSTMCell`.
-
-    Attributes:
-        known_GE: weights of the known inputs.
-        known_bias_G: all biases, but for the GRU's inside its reset gate.
-        step_GF: weights of [fed; h] (LSTM), or of fed alone (GRU).
-        state_GD: GRU only: weights of h.
-        state_bias_G: GRU only: bias of its candidate, inside the reset gate.
+    tokens) and what a step gives to the next (a context). The known part of the gates is one
+    product for all steps, the rest one or two a step.
     """
 
-    known_GE: Tensor
-    known_bias_G: Tensor
-    step_GF: Tensor
-    state_GD: Tensor | None = None
-    state_bias_G: Tensor | None = None
+    def __init__(self, rnn: nn.RNNBase, fed: int) -> None:
+        dtype = step_dtype(next(rnn.parameters()))
+        # Once a batch; autocast would convert slices of weights at every step.
+        inputs_GI, state_GD, self._bias_G, self._inner_bias_G = (
+            weight.to(dtype) for weight in rnn.parameters()
+        )
+        num_known = rnn.input_size - fed
+        self._known_GE, fed_GF = inputs_GI[:, :num_known], inputs_GI[:, num_known:]
+        self._is_lstm, self._is_fed = isinstance(rnn, nn.LSTM), fed > 0
+        if self._is_lstm:
+            self._bias_G = self._bias_G + self._inner_bias_G
+            self._of_state = Product(torch.cat([fed_GF, state_GD], 1) if fed else state_GD)
+        else:
+            self._of_fed, self._of_state = Product(fed_GF), Product(state_GD)
 
-    def known(self, x: Tensor) -> Tensor:
-        """(..., E) known inputs -> (..., G), their part of the gates."""
-        return F.linear(x.to(self.known_GE.dtype), self.known_GE, self.known_bias_G)
+    def known(self, x: Tensor) -> "Known":
+        """(..., E) known inputs, E may be 0 -> their part of the gates (..., G)."""
+        if x.shape[-1] == 0:
+            outer = self._bias_G.expand(*x.shape[:-1], -1)
+        else:
+            outer = F.linear(x.to(self._known_GE.dtype), self._known_GE, self._bias_G)
+        # A GRU's reset gate multiplies W h + b: that bias stays inside.
+        inner = None if self._is_lstm else self._inner_bias_G.expand_as(outer)
+        return outer, inner
 
-    def step(self, known_BG: Tensor, fed_BF: Tensor | None, state: State) -> State:
-        """One step. The first of the returned tensors is the output, in the weights' precision."""
-        dtype = self.step_GF.dtype
-        h_BD = state[0].to(dtype)
-        fed = [] if fed_BF is None else [fed_BF.to(dtype)]
-        if self.state_GD is None:
-            joined = torch.cat([*fed, h_BD], 1)
-            gates_BG = torch.addmm(known_BG, joined, self.step_GF.t())
+    def begin(self, known: "Known") -> list["Known"]:
+        """Of T steps (T, B, G) -> of each (B, G); from now on those steps are taken, in order."""
+        outer_TBG, inner_TBG = known
+        if inner_TBG is None:
+            return [(outer_BG, None) for outer_BG in self._of_state.begin(outer_TBG).unbind(0)]
+        if self._is_fed:
+            outer_TBG = self._of_fed.begin(outer_TBG)
+        inner_TBG = self._of_state.begin(inner_TBG)
+        return list(zip(outer_TBG.unbind(0), inner_TBG.unbind(0), strict=True))
+
+    def step(self, known: "Known", fed_BF: Tensor | None, state: State) -> State:
+        """One step. The first of the returned tensors is the output."""
+        outer_BG, inner_BG = known
+        h_BD = state[0]
+        if inner_BG is None:
+            joined = h_BD if fed_BF is None else torch.cat([fed_BF.to(h_BD.dtype), h_BD], 1)
+            gates_BG = self._of_state(outer_BG, joined)
             # torch gives `apply` no type.
             new: State = _LstmGates.apply(gates_BG, state[1].float())  # type: ignore[no-untyped-call]
             return new
-        if fed:
-            known_BG = torch.addmm(known_BG, fed[0], self.step_GF.t())
-        assert self.state_bias_G is not None
-        inner_BG = torch.addmm(self.state_bias_G, h_BD, self.state_GD.t())
-        return (_gru(known_BG, inner_BG, h_BD),)
+        if fed_BF is not None:
+            outer_BG = self._of_fed(outer_BG, fed_BF)
+        return (_gru(outer_BG, self._of_state(inner_BG, h_BD), h_BD.to(outer_BG.dtype)),)
 
 
-def _gru(known_BG: Tensor, inner_BG: Tensor, h_BD: Tensor) -> Tensor:
-    """New h = (1 - z) n + z h with n = tanh(x + r * inner) (Cho et al. 2014, as torch)."""
+# What is known of a cell's gates before a step; for a GRU, what stands inside the reset gate too.
+Known = tuple[Tensor, Tensor | None]
+
+
+def _gru(outer_BG: Tensor, inner_BG: Tensor, h_BD: Tensor) -> Tensor:
+    """New h = (1 - z) n + z h with n = tanh(outer + r * inner) (Cho et al. 2014, as torch)."""
     D = h_BD.shape[1]
-    r, z = (known_BG[:, : 2 * D] + inner_BG[:, : 2 * D]).sigmoid().chunk(2, 1)
-    n = torch.tanh(torch.addcmul(known_BG[:, 2 * D :], r, inner_BG[:, 2 * D :]))
+    r, z = (outer_BG[:, : 2 * D] + inner_BG[:, : 2 * D]).sigmoid().chunk(2, 1)
+    n = torch.tanh(torch.addcmul(outer_BG[:, 2 * D :], r, inner_BG[:, 2 * D :]))
     return torch.lerp(n, h_BD, z)
 
 
@@ -144,19 +163,8 @@ class Recurrent(nn.Module):
         return out_BSD, tuple(part[0] for part in (last if self.is_lstm else (last,)))
 
     def cell(self, fed: int = 0) -> Cell:
-        """The weights for steps in the precision of now; the last `fed` inputs are fed."""
-        known = self.rnn.input_size - fed
-        weights: list[Tensor] = list(self.parameters())
-        device = weights[0].device.type
-        if torch.is_autocast_enabled(device):
-            # Once a batch; autocast would do it at every step.
-            weights = [weight.to(torch.get_autocast_dtype(device)) for weight in weights]
-        inputs_GI, state_GD, bias_G, inner_bias_G = weights
-        known_GE, fed_GF = inputs_GI[:, :known], inputs_GI[:, known:]
-        if self.is_lstm:
-            step_GF = torch.cat([fed_GF, state_GD], 1) if fed else state_GD
-            return Cell(known_GE, bias_G + inner_bias_G, step_GF)
-        return Cell(known_GE, bias_G, fed_GF, state_GD, inner_bias_G)
+        """The weights for steps, in the precision of now; the last `fed` inputs are fed."""
+        return Cell(self.rnn, fed)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ B sentences, S source positions, T target positions, D features of a query, M fe
 memory state, K features of a key.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vinedresser.nn.record import record
+from vinedresser.nn.steps import Product, step_dtype
 
 ScoreKind = Literal["cosine", "additive", "dot", "scaled_dot", "general"]
 # exp(10) = 22,026: the best of 100 keys can get all but 1% of the weight. At a sharpness of 1 the
@@ -33,15 +33,25 @@ def check_widths(kind: ScoreKind, query_width: int, memory_width: int) -> None:
 
 
 class Score(nn.Module):
-    """Scores of queries against keys; what depends on the source alone is computed once."""
+    """Scores of queries against keys; what depends on the source alone is computed once.
+
+    Attributes:
+        is_product: whether scores are `asked(query)` times keys; else `forward` says it all.
+    """
+
+    is_product = True
 
     def remember(self, memory_BSM: Tensor) -> Tensor:
         """Keys (B, S, K) of a memory."""
         return memory_BSM
 
+    def asked(self, queries: Tensor) -> Tensor:
+        """What of the queries (..., D) is multiplied by the keys (..., K)."""
+        return queries
+
     def forward(self, queries_BTD: Tensor, keys_BSK: Tensor) -> Tensor:
         """(B, T, S) scores; weights are their softmax over S."""
-        return queries_BTD @ keys_BSK.transpose(1, 2)
+        return self.asked(queries_BTD) @ keys_BSK.transpose(1, 2)
 
 
 class Dot(Score):
@@ -87,10 +97,9 @@ class Cosine(Score):
         units_BSM = F.normalize(memory_BSM.float(), dim=-1)
         return (units_BSM * self.log_sharpness.exp()).to(memory_BSM.dtype)
 
-    def forward(self, queries_BTD: Tensor, keys_BSK: Tensor) -> Tensor:
+    def asked(self, queries: Tensor) -> Tensor:
         """See Score."""
-        units_BTD = F.normalize(queries_BTD.float(), dim=-1).to(keys_BSK.dtype)
-        return units_BTD @ keys_BSK.transpose(1, 2)
+        return F.normalize(queries.float(), dim=-1).to(queries.dtype)
 
 
 class Additive(Score):
@@ -98,6 +107,8 @@ class Additive(Score):
 
     Takes O(B T S K) memory where the others take O(B T S).
     """
+
+    is_product = False
 
     def __init__(self, query_width: int, memory_width: int) -> None:
         super().__init__()
@@ -135,27 +146,24 @@ def score(kind: ScoreKind, query_width: int, memory_width: int) -> Score:
     return {"dot": Dot, "scaled_dot": ScaledDot, "cosine": Cosine}[kind]()
 
 
-@dataclass(frozen=True)
 class Source:
     """What attention needs of an encoded source, computed once.
 
     Attributes:
         keys_BSK: what queries are compared with.
         values_BSM: what is averaged.
-        hidden_B1S: true where a position gets weight 0.
+        bias_BS: -inf where a position gets weight 0, else 0.
     """
 
-    keys_BSK: Tensor
-    values_BSM: Tensor
-    hidden_B1S: Tensor
+    def __init__(self, keys_BSK: Tensor, values_BSM: Tensor, bias_BS: Tensor) -> None:
+        self.keys_BSK, self.values_BSM, self.bias_BS = keys_BSK, values_BSM, bias_BS
+        self.by_keys = Product(keys_BSK)
+        self.by_values = Product(values_BSM.transpose(1, 2))
 
     def select(self, rows: Tensor) -> "Source":
         """The source of the given rows, in their order."""
-        return Source(
-            self.keys_BSK.index_select(0, rows),
-            self.values_BSM.index_select(0, rows),
-            self.hidden_B1S.index_select(0, rows),
-        )
+        parts = (self.keys_BSK, self.values_BSM, self.bias_BS)
+        return Source(*(part.index_select(0, rows) for part in parts))
 
 
 class Attention(nn.Module):
@@ -174,13 +182,33 @@ class Attention(nn.Module):
                 W sum_i alpha_i h_i = sum_i alpha_i W h_i.
             is_real_BS: true where a position counts; at least one in every row.
         """
-        return Source(self.score.remember(memory_BSM), values_BSM, ~is_real_BS[:, None])
+        dtype = step_dtype(memory_BSM)
+        bias_BS = memory_BSM.new_zeros(is_real_BS.shape, dtype=dtype)
+        bias_BS = bias_BS.masked_fill(~is_real_BS, -torch.inf)
+        keys_BSK = self.score.remember(memory_BSM)
+        return Source(keys_BSK.to(dtype), values_BSM.to(dtype), bias_BS)
 
     def forward(self, queries_BTD: Tensor, source: Source) -> Tensor:
         """(B, T, D) queries -> (B, T, M) contexts."""
-        scores_BTS = self.score(queries_BTD, source.keys_BSK)
-        scores_BTS = scores_BTS.masked_fill(source.hidden_B1S, -torch.inf)
+        scores_BTS = self.score(queries_BTD.to(source.keys_BSK.dtype), source.keys_BSK)
+        return self._weights(scores_BTS + source.bias_BS[:, None]) @ source.values_BSM
+
+    def begin(self, source: Source, steps: int) -> Tensor:
+        """(T, B, S): the `bias_BS` of each of exactly so many steps, taken in order."""
+        bias_TBS = source.bias_BS.expand(steps, -1, -1)
+        return source.by_keys.begin(bias_TBS) if self.score.is_product else bias_TBS
+
+    def step(self, query_BD: Tensor, source: Source, bias_BS: Tensor, known_BM: Tensor) -> Tensor:
+        """(B, D) -> known + context (B, M), with a step's bias from `begin`."""
+        if self.score.is_product:
+            scores_BS = source.by_keys(bias_BS, self.score.asked(query_BD))
+        else:
+            query_B1D = query_BD[:, None].to(source.keys_BSK.dtype)
+            scores_BS = self.score(query_B1D, source.keys_BSK)[:, 0] + bias_BS
+        return source.by_values(known_BM, self._weights(scores_BS[:, None])[:, 0])
+
+    def _weights(self, scores_BTS: Tensor) -> Tensor:
         # In fp32 inside, also where it takes and gives bf16.
         weights_BTS = torch.softmax(scores_BTS, -1, dtype=scores_BTS.dtype)
         record(self, weights_BTS[:, None])
-        return weights_BTS @ source.values_BSM
+        return weights_BTS
