@@ -200,3 +200,11 @@ def test_a_plan_grows_with_the_cells_and_not_with_the_rows():
         tracemalloc.stop()
     assert peak < 4e7
     assert int(found.counts.sum()) == found.cuts[-1] == 10**7
+
+
+@pytest.mark.parametrize("order", STRATEGIES)
+def test_an_update_of_four_ranks_is_within_a_sentence_each_of_its_tokens(order):
+    # methods.md 33: 4 x 4,000 tokens; with rows of one length nothing is lost to padding.
+    lengths = np.full(5_000, 23)
+    sizes = [23 * len(rows) for rows in plan(lengths, lengths, tokens=4_000, order=order)]
+    assert all(16_000 - 4 * 23 < sum(sizes[i : i + 4]) <= 16_000 for i in range(0, 24, 4))

@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import shutil
 import threading
 import tracemalloc
 from pathlib import Path
@@ -48,10 +50,6 @@ def blocks(tmp_path_factory) -> ShardSet:
 @pytest.fixture
 def small_windows(monkeypatch):
     monkeypatch.setattr(windows, "WINDOW_ROWS", 200)
-
-
-def ids(tensor, lengths):
-    return [row[:n].tolist() for row, n in zip(tensor, lengths, strict=True)]
 
 
 @pytest.mark.parametrize("order", STRATEGIES)
@@ -157,9 +155,6 @@ def test_a_batch_reads_the_row_groups_it_needs_and_no_more(blocks, monkeypatch):
 
 
 def copy_of(shards: ShardSet, folder: Path) -> ShardSet:
-    import dataclasses
-    import shutil
-
     shutil.copytree(shards.folder, folder)
     return dataclasses.replace(shards, folder=folder)
 
@@ -234,8 +229,6 @@ def test_ten_million_rows_are_planned_in_little_memory(blocks, tmp_path):
                 }
             )
         )
-    import dataclasses
-
     table = pa.concat_tables(rows)
     pq.write_table(table, tmp_path / "lengths.parquet", row_group_size=100_000)
     total = int(table["count"].to_numpy().sum())
@@ -255,3 +248,46 @@ def test_ten_million_rows_are_planned_in_little_memory(blocks, tmp_path):
     )
     # One window's entries are held at a time, 1.2 bytes a row at this size; 0.1 at ten times it.
     assert peak < 2 * total
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_frames_are_read_as_they_were_written(blocks, tmp_path):
+    random = np.random.default_rng(1)
+    frames = [random.normal(size=(n, 3)).astype(np.float16) for n in random.integers(1, 30, 90)]
+    phones = [[*random.integers(4, 9, n).tolist(), 2] for n in random.integers(1, 8, 90)]
+    lengths = np.array([(len(f), len(p)) for f, p in zip(frames, phones, strict=True)])
+    width = blocks.task.bucket_width
+    cells = []
+    for block in range(3):
+        rows = np.arange(30 * block, 30 * (block + 1))
+        rows = rows[np.argsort((lengths[rows].max(1) - 1) // width, kind="stable")]
+        buckets = (lengths[rows].max(1) - 1) // width
+        columns = {
+            "row": rows,
+            "bucket": buckets.astype(np.int32),
+            "source": pa.array([frames[i].ravel() for i in rows], pa.list_(pa.float16())),
+            "target": pa.array([phones[i] for i in rows], pa.list_(pa.uint16())),
+        }
+        table = pa.table(columns)
+        with pq.ParquetWriter(tmp_path / f"train-{block:05d}.parquet", table.schema) as writer:
+            for bucket in np.unique(buckets):
+                writer.write_table(table.filter(pa.array(buckets == bucket)))
+        found, counts = np.unique(lengths[rows], axis=0, return_counts=True)
+        cells += [
+            ("train", block, int(s), int(t), int(n))
+            for (s, t), n in zip(found, counts, strict=True)
+        ]
+    columns = dict(zip(encode.LENGTHS.names, map(list, zip(*cells, strict=True)), strict=True))
+    encode.write_lengths(tmp_path, pa.table(columns, schema=encode.LENGTHS))
+    made = dataclasses.replace(blocks, folder=tmp_path, counts={"train": 90}, features=3)
+    batches, seen = Batches(made, Batching(tokens=100), seed=0), []
+    for i in range(batches.per_epoch):
+        batch = batches[i]
+        assert len(batch.rows_B) * max(batch.source_BS.shape[1], batch.target_BT.shape[1]) <= 100
+        for k, row in enumerate(batch.rows_B.tolist()):
+            size, tokens = int(batch.source_lengths_B[k]), int(batch.target_lengths_B[k])
+            assert (batch.source_BS[k, :size].numpy() == frames[row]).all()
+            assert (batch.source_BS[k, size:] == 0).all()
+            assert batch.target_BT[k, :tokens].tolist() == phones[row]
+            seen.append(row)
+    assert sorted(seen) == list(range(90))
