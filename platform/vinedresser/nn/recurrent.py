@@ -226,6 +226,18 @@ class Layer(nn.Module):
         normed: Tensor = self.norm(out)
         return normed
 
+    def last(self, x_BSI: Tensor, lengths_B: Tensor) -> tuple[Tensor, State]:
+        """(B, S, I) -> (B, S, width) and the state (B, width) after all that is real of each row.
+
+        The directions' states stand side by side, as their outputs do.
+        """
+        out, state = self.ahead.last(x_BSI, lengths_B)
+        if self.back is not None:
+            back, back_state = self.back.last(turned(x_BSI, lengths_B), lengths_B)
+            out = torch.cat([out, turned(back, lengths_B)], -1)
+            state = tuple(torch.cat(parts, -1) for parts in zip(state, back_state, strict=True))
+        return self.norm(out), state
+
 
 class RecurrentEncoder(nn.Module):
     """Layers with reductions between them: the pyramid of Chan et al. 2016 (methods.md 26, 29).
