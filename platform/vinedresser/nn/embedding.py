@@ -66,7 +66,9 @@ class CharacterConvolution(nn.Module):
     character more on its right. Padding is read as zeros.
     """
 
-    def __init__(self, size: int, width: int, config: SourceEmbeddingConfig) -> None:
+    def __init__(
+        self, size: int, width: int, config: SourceEmbeddingConfig, *, scale: float
+    ) -> None:
         super().__init__()
         features, filters = config.character_features, config.filters
         self.table = token_table(size, features, std=1.0)
@@ -75,6 +77,8 @@ class CharacterConvolution(nn.Module):
         gathered = filters * len(config.widths)
         self.highways = nn.Sequential(*(Highway(gathered) for _ in range(config.highways)))
         self.project = linear(gathered, width)
+        with torch.no_grad():
+            self.project.weight.mul_(scale * width**-0.5)
 
     def forward(self, source_BS: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, S) ids, (B,) -> (B, S, D)."""
@@ -91,15 +95,16 @@ class CharacterConvolution(nn.Module):
 class SourceEmbedding(nn.Module):
     """Source ids (B, S) or frames (B, S, F) -> (B, S, D).
 
-    Frames go through a linear layer and LayerNorm. What stands beyond the lengths changes no
-    position before them; what comes out there is anything finite.
+    Frames go through a linear layer and LayerNorm. A fresh module gives vectors of length about
+    `scale`, whatever the kind. What stands beyond the lengths changes no position before them;
+    what comes out there is anything finite.
 
     Args:
         vocabulary: its `source` or, for frames, its `features`.
         width: D.
         config: how ids are embedded.
-        scale: factor on the table's vectors, sqrt(D) in Vaswani et al. 2017; on them alone, for
-            the other two kinds are not drawn with variance 1 / D.
+        scale: factor on the table's vectors, sqrt(D) in Vaswani et al. 2017; the other kinds
+            have it in their first weights.
         table: a table to share, where source and target are tied.
     """
 
@@ -127,10 +132,11 @@ class SourceEmbedding(nn.Module):
         if self.is_frames:
             self.project = linear(vocabulary.features, width)
             self.norm = nn.LayerNorm(width)
+            nn.init.constant_(self.norm.weight, scale * width**-0.5)
         elif is_table:
             self.table = token_table(vocabulary.source, width) if table is None else table
         else:
-            self.characters = CharacterConvolution(vocabulary.source, width, config)
+            self.characters = CharacterConvolution(vocabulary.source, width, config, scale=scale)
         self.is_table = is_table and not self.is_frames
 
     def forward(self, source_BS: Tensor, lengths_B: Tensor) -> Tensor:
