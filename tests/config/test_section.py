@@ -106,7 +106,7 @@ def test_pruning_without_gates(experiment):
 
 @pytest.mark.parametrize("corpus", [[1], 3, None, "text", {"kind": "texx"}, {"kind": ["text"]}])
 def test_no_such_corpus(task, corpus):
-    assert "corpus: a mapping with `kind: text` or `kind: lexicon`" in refusal(
+    assert "corpus: a mapping with `kind: text`, `table`, `lexicon`," in refusal(
         {**task, "corpus": corpus}, Task
     )
 

@@ -1,5 +1,13 @@
 """Configuration: a run is one frozen value, and a typo is an error before the first step."""
 
+from vinedresser.config.cleaning import Cleaning
+from vinedresser.config.corpus import (
+    DataPath,
+    LexiconCorpus,
+    Pair,
+    TableCorpus,
+    TextCorpus,
+)
 from vinedresser.config.experiment import (
     Batching,
     BatchOrder,
@@ -13,24 +21,19 @@ from vinedresser.config.experiment import (
 )
 from vinedresser.config.section import Section
 from vinedresser.config.source import parse_overrides, read_file, resolve
-from vinedresser.config.task import (
-    DataPath,
-    LexiconCorpus,
-    MetricName,
-    Pair,
-    SafeName,
-    Task,
-    TextCorpus,
-    Tokenizer,
-)
+from vinedresser.config.speech import DigitsCorpus, Frames, SpeechCorpus
+from vinedresser.config.task import MetricName, SafeName, Task, Tokenizer
 
 __all__ = [
     "BatchOrder",
     "Batching",
+    "Cleaning",
     "Compute",
     "DataPath",
+    "DigitsCorpus",
     "Evaluation",
     "Experiment",
+    "Frames",
     "LexiconCorpus",
     "MetricName",
     "ModelConfig",
@@ -40,6 +43,8 @@ __all__ = [
     "SafeName",
     "ScheduledSampling",
     "Section",
+    "SpeechCorpus",
+    "TableCorpus",
     "Task",
     "TextCorpus",
     "Tokenizer",

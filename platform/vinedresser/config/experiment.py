@@ -21,8 +21,9 @@ from pydantic import (
     model_validator,
 )
 
+from vinedresser.config.corpus import DataPath
 from vinedresser.config.section import Section, did_you_mean
-from vinedresser.config.task import DataPath, SafeName, Task
+from vinedresser.config.task import SafeName, Task
 from vinedresser.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -230,6 +231,10 @@ class Batching(Section):
     # Share of the train rows that are used, of all lengths alike; smaller shares are contained in
     # larger ones. A cheap fidelity for searches (methods.md 79).
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # Another segmentation of each text each time it is read, for bpe and unigram: the share of
+    # merges that BPE drops, or unigram's smoothing (0.1 to 0.5 in Kudo 2018). 0 is off. Batches
+    # then hold a third fewer rows, so that more pieces stay within `tokens`.
+    subword_alpha: Probability = 0.0
 
 
 class Evaluation(Section):

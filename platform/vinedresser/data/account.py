@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vinedresser.config.task import Task, TextCorpus
+from vinedresser.config.corpus import TextCorpus
+from vinedresser.config.task import Task
 from vinedresser.data.corpus import Corpus
 from vinedresser.data.encode import LENGTHS
 from vinedresser.data.order import arrange, padding

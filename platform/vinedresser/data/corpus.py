@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
-from vinedresser.config.task import Task, TextCorpus
+from vinedresser.config.corpus import TextCorpus
+from vinedresser.config.task import Task
 from vinedresser.data.lexicon import Lexicon
 from vinedresser.data.row import Account, Row
 from vinedresser.data.textfile import Facts, inspect_all, lines_of, refuse_changed

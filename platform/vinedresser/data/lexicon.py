@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from vinedresser.config.task import PACKAGE_PREFIX, LexiconCorpus
+from vinedresser.config.corpus import PACKAGE_PREFIX, LexiconCorpus
 from vinedresser.data.row import Account, Row
 from vinedresser.data.textfile import (
     MAX_PROBLEMS,

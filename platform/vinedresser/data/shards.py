@@ -15,7 +15,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from vinedresser.commit import Staging, commit, digest_of, quarantine, verify
-from vinedresser.config.task import Task, TextCorpus
+from vinedresser.config.corpus import TextCorpus
+from vinedresser.config.task import Task
 from vinedresser.data.account import Clean, Facts, describe, overlap
 from vinedresser.data.corpus import Corpus, open_corpus
 from vinedresser.data.encode import (
