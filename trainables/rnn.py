@@ -163,7 +163,7 @@ class Rnn(Seq2Seq):
         return embedded
 
     def _first(self, memory: Memory) -> list[State]:
-        """The state of each decoder layer before the first step: u, or what the bridge makes of it."""
+        """Each decoder layer before the first step: u, or what the bridge makes of it."""
         u_BU = memory.states_BSD[:, 0]
         if self.config.has_bridge:
             u_BU = torch.tanh(self.bridge(u_BU))
