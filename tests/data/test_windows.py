@@ -291,3 +291,35 @@ def test_frames_are_read_as_they_were_written(blocks, tmp_path):
             assert batch.target_BT[k, :tokens].tolist() == phones[row]
             seen.append(row)
     assert sorted(seen) == list(range(90))
+
+
+def test_no_mutated_file_is_read_as_good_data(blocks, tmp_path):
+    # `open_shards` compares digests before; this is what a file that changes afterwards meets.
+    copied = copy_of(blocks, tmp_path / "copy")
+    random = np.random.default_rng(5)
+
+    def read():
+        batches = Batches(copied, Batching(tokens=TOKENS), seed=0)
+        found = (batches[i] for i in range(batches.per_epoch))
+        return [(b.rows_B.tolist(), b.source_BS.tolist(), b.target_BT.tolist()) for b in found]
+
+    good, refused = read(), list[str]()
+    paths = [copied.folder / "train-00004.parquet", copied.folder / "lengths.parquet"]
+    for turn in range(60):
+        path = paths[turn % 2]
+        content = path.read_bytes()
+        at, damaged = int(random.integers(len(content))), bytearray(content)
+        if turn % 3 == 0:
+            damaged[at] ^= 1 << int(random.integers(8))
+        elif turn % 3 == 1:
+            damaged[at : at + 16] = random.bytes(len(damaged[at : at + 16]))
+        else:
+            del damaged[at:]
+        path.write_bytes(damaged)
+        try:
+            assert read() == good
+        except DamagedError as error:
+            refused.append(str(error))
+        path.write_bytes(content)
+    assert len(refused) > 30
+    assert all(str(copied.folder) in line for line in refused)
