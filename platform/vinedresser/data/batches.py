@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from vinedresser.batch import Batch
 from vinedresser.config import Batching
 from vinedresser.data.order import Histogram, Ints, Plan, arrange, plan_cells, refuse_longer
 from vinedresser.data.prefetch import prefetched
+from vinedresser.data.resegment import Resegmenter, resegmenter, seed_of
 from vinedresser.data.shards import ShardSet
 from vinedresser.data.side import Side, batch_of
-from vinedresser.data.windows import MemoryPool, Pool, ShardPool, Window, reading, side_of
+from vinedresser.data.windows import Change, MemoryPool, Pool, ShardPool, Window, reading, side_of
 from vinedresser.errors import DamagedError, DataError
 
 
@@ -114,6 +116,13 @@ class Batches:
             else ShardPool(data, "train")
         )
         self._batching, self._seed = batching, seed
+        # What is in memory has no tokenizers, and is read as it is.
+        self._resegment: Resegmenter | None = None
+        if isinstance(data, ShardSet) and batching.subword_alpha:
+            dev = load_split(data, "dev")
+            self._resegment = resegmenter(data, batching, (dev.source, dev.target))
+        room = self._resegment.room if self._resegment else 1.0
+        self._tokens = int(batching.tokens / room)
         self._sizes = np.array([len(self._plan(w)[1]) for w in range(len(self._pool))], np.int64)
         self.per_epoch = int(self._sizes.sum())
         if not self.per_epoch:
@@ -127,7 +136,7 @@ class Batches:
         batching = self._batching
         cells = self._pool.histogram(window).subset(batching.subset, window=window)
         refuse_longer(cells, tokens=batching.tokens, name=self._pool.name)
-        plan = plan_cells(cells, tokens=batching.tokens, order=batching.order, salt=window)
+        plan = plan_cells(cells, tokens=self._tokens, order=batching.order, salt=window)
         return cells, plan
 
     def _at(self, index: int) -> tuple["_Shuffled", int]:
@@ -155,7 +164,10 @@ class Batches:
 
     def __getitem__(self, index: int) -> Batch:
         shuffled, at = self._at(index)
-        return shuffled.window.batch(*shuffled.picks(at))
+        change: Change | None = None
+        if self._resegment is not None:
+            change = partial(self._resegment, seed=seed_of(self._seed, index))
+        return shuffled.window.batch(*shuffled.picks(at), change)
 
     def steps(self, *, rank: int = 0, of: int = 1, at: int = 0) -> Generator[Batch, None, None]:
         """Batches without end; the caller counts steps.

@@ -25,8 +25,8 @@ from vinedresser.errors import DamagedError, DataError
 # Rows of a window, at most about: 60 MB of ids in memory at 15 tokens a side, and 50 shards.
 WINDOW_ROWS = 1_000_000
 
-# Changes what a batch's sequences are made of, never how many there are or their budget.
-Change = Callable[[Side, Side, Ints], tuple[Side, Side]]
+# Makes the sequences of a batch anew; as many of them, and within the batch's budget.
+Change = Callable[[Side, Side], tuple[Side, Side]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Window:
         """The ranks-th rows of some cells, bucket after bucket."""
         source, target, rows = self._take(cells_B, ranks_B)
         if change is not None:
-            source, target = change(source, target, rows)
+            source, target = change(source, target)
         return batch_of(source, target, rows)
 
     def _take(self, cells_B: Ints, ranks_B: Ints) -> tuple[Side, Side, Ints]:
