@@ -10,7 +10,7 @@
 2. The first batch of a large set: Multi30k tiled to `--pairs` (5,000,000: 10 million lines),
    prepared once, then opened, verified, planned and read in fresh processes, its files dropped
    from the page cache before. `--root FOLDER` keeps the set for the next time.
-3. What planning holds: bytes a row of the large set, and of a table of lengths 10 times as long.
+3. What planning holds: bytes a row of the large set, and of its lengths repeated up to 10^8 rows.
 """
 
 import argparse
@@ -230,24 +230,25 @@ def open_large(folder: Path, rows: int, rounds: int) -> float:
 
 
 def plan_longer(folder: Path, rows: int) -> None:
-    """Part 3: planning of the set, and of its lengths repeated 10 times."""
+    """Part 3: planning of the set, and of its lengths repeated up to 10^8 rows."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     table = pq.read_table(folder / "lengths.parquet")
     table = table.filter(pc.equal(table["split"].cast("string"), "train"))
     blocks = table["block"].to_numpy().max() + 1
+    many = max(1, 100_000_000 // rows)
     with tempfile.TemporaryDirectory() as place:
         with pq.ParquetWriter(Path(place) / "lengths.parquet", table.schema) as writer:
             column = table.schema.get_field_index("block")
-            for time_ in range(10):
-                shifted = pc.add(table["block"], int(time_ * blocks)).cast("int32")
+            for times in range(many):
+                shifted = pc.add(table["block"], int(times * blocks)).cast("int32")
                 writer.write_table(table.set_column(column, "block", shifted))
         print(f"\n{len(table):,} cells of blocks, {len(table) / rows:.3f} a row")
-        found = alone("--plan", folder, "--longer", place, "--rows", 10 * rows)
+        found = alone("--plan", folder, "--longer", place, "--rows", many * rows)
     for times, one in (
         (1, alone("--plan", folder, "--longer", folder, "--rows", rows)),
-        (10, found),
+        (many, found),
     ):
         print(
             f"planning {times * rows:,} rows: {one['batches']:,.0f} batches, {one['plan']:.2f} s; "
