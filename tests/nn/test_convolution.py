@@ -20,6 +20,19 @@ def test_windows_and_a_product_are_a_convolution(kernel, left, right, stride):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(("kernel", "left", "right"), [(1, 0, 0), (3, 1, 1), (5, 4, 0), (4, 1, 2)])
+def test_windows_with_and_without_a_gradient_are_the_same(kernel, left, right, stride):
+    for T in (1, 2, 3, 5, 8):
+        x_BTD = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
+
+        def gathered(x, kernel=kernel):
+            return windows(x, kernel, left=left, right=right, stride=stride)
+
+        assert torch.equal(gathered(x_BTD), gathered(x_BTD.detach()))
+        assert torch.autograd.gradcheck(gathered, (x_BTD,))
+
+
 def test_weight_norm_equals_torch():
     torch.manual_seed(0)
     ours = WeightNorm(5, 7, std=0.3)

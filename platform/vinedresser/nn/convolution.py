@@ -8,6 +8,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _Windows(torch.autograd.Function):
+    """`windows` without a padded copy; slices' own gradients fill and add whole tensors each."""
+
+    @staticmethod
+    def forward(ctx, x_BTD: Tensor, kernel: int, left: int, right: int, stride: int) -> Tensor:  # type: ignore[no-untyped-def]
+        B, T, D = x_BTD.shape
+        U = (T + left + right - kernel) // stride + 1
+        ctx.sizes = (T, D, kernel, left, stride)
+        out_BUKD = x_BTD.new_empty(B, U, kernel, D)
+        for i in range(kernel):
+            begin, end, first = _inside(T, U, i - left, stride)
+            out_BUKD[:, :begin, i] = 0
+            out_BUKD[:, begin:end, i] = x_BTD[:, first : first + (end - begin) * stride : stride]
+            out_BUKD[:, end:, i] = 0
+        return out_BUKD.view(B, U, kernel * D)
+
+    @staticmethod
+    def backward(ctx, grad_BUW: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[no-untyped-def]
+        T, D, kernel, left, stride = ctx.sizes
+        B, U = grad_BUW.shape[:2]
+        grad_BUKD = grad_BUW.reshape(B, U, kernel, D)
+        out_BTD = grad_BUW.new_zeros(B, T, D)
+        for i in range(kernel):
+            begin, end, first = _inside(T, U, i - left, stride)
+            found = out_BTD[:, first : first + (end - begin) * stride : stride]
+            found += grad_BUKD[:, begin:end, i]
+        return out_BTD, None, None, None, None
+
+
+def _inside(T: int, U: int, offset: int, stride: int) -> tuple[int, int, int]:
+    """Outputs begin..end - 1 of U read x[u * stride + offset] inside of 0..T - 1; the first one."""
+    begin = min(U, max(0, -(offset // stride)))
+    end = max(begin, min(U, (T - 1 - offset) // stride + 1))
+    return begin, end, begin * stride + offset if end > begin else 0
+
+
 def windows(x_BTD: Tensor, kernel: int, *, left: int, right: int, stride: int = 1) -> Tensor:
     """(B, T, D) -> (B, (T + left + right - kernel) // stride + 1, kernel * D).
 
@@ -15,6 +51,14 @@ def windows(x_BTD: Tensor, kernel: int, *, left: int, right: int, stride: int = 
     A linear layer makes it a convolution: 24% less CPU time than conv1d at 146 sentences of 14
     tokens, 256 -> 512 features, kernel 3, bf16, both passes; as fast at 30 tokens and in fp32.
     """
+    kind = x_BTD.device.type
+    if torch.is_autocast_enabled(kind):
+        # The product would convert `kernel` times as many numbers.
+        x_BTD = x_BTD.to(torch.get_autocast_dtype(kind))
+    if x_BTD.requires_grad and torch.is_grad_enabled():
+        # torch gives `apply` no type.
+        found: Tensor = _Windows.apply(x_BTD, kernel, left, right, stride)  # type: ignore[no-untyped-call]
+        return found
     x_BTD = F.pad(x_BTD, (0, 0, left, right))
     last = x_BTD.shape[1] - kernel
     return torch.cat([x_BTD[:, i : last + i + 1 : stride] for i in range(kernel)], -1)
