@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vinedresser.batch import PAD, Batch
-from vinedresser.data.encode import take_ragged
+from vinedresser.data.flat import take_ragged
 from vinedresser.data.order import Ints
 
 

@@ -1,42 +1,74 @@
 """Text <-> ids. Normalisation lives in the tokenizer, so that training and inference agree."""
 
 import hashlib
-import io
 import itertools
 import json
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from vinedresser.commit import canonical_json, write_file
+from vinedresser.config.speech import Frames
 from vinedresser.config.task import Tokenizer
-from vinedresser.errors import DataError
+from vinedresser.data.flat import BOS, EOS, PAD, UNK, Flat, flattened, real_ids
+from vinedresser.data.frames import Filterbank, load_filterbank
+from vinedresser.data.pieces import SentencePiece, train_pieces
+from vinedresser.errors import ConfigError, DataError
 
-# The first ids of every vocabulary; the same as in `batch`, which needs torch to be imported.
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
+__all__ = [
+    "BOS",
+    "EOS",
+    "NUM_SPECIAL",
+    "PAD",
+    "UNK",
+    "SourceEncoder",
+    "Symbols",
+    "TextTokenizer",
+    "load_source",
+    "load_tokenizer",
+    "train_source",
+    "train_tokenizer",
+]
+
 NUM_SPECIAL = 4
 # What an unknown symbol is decoded to: SentencePiece's own choice.
 UNKNOWN = "\u2047"
 
-# SentencePiece's own advice: cover every character of a small alphabet, and all but 0.05 % of a
-# large one. At 0.9995, 29 of the 15,304 tokens of Multi30k's German test set were unknown. Small
-# is an eighth of the vocabulary, counted over the first 20,000 texts.
-_ALPHABET_TEXTS, _ALPHABET_SHARE = 20_000, 1 / 8
 
-
-class TextTokenizer(Protocol):
-    """Text to ids and back; ids 0-3 are PAD, BOS, EOS and UNK."""
+class SourceEncoder(Protocol):
+    """What makes sequences of one side's rows: a tokenizer of text, or a filterbank."""
 
     @property
     def size(self) -> int:
-        """Number of ids, the special ones included."""
+        """Number of ids, the special ones included; 0 where the sequences are frames."""
+        ...
+
+    @property
+    def features(self) -> int:
+        """Numbers of a frame; 0 where the sequences are ids."""
         ...
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hex of everything that decides how text is encoded."""
+        """SHA-256 in hex of everything that decides the sequences."""
+        ...
+
+    def flat(self, items: Sequence[Any]) -> Flat:
+        """The sequences of some rows: texts, or recordings as tuples of paths."""
+        ...
+
+    def save(self, folder: Path, name: str) -> None:
+        """Writes `name.json`, and `name.model` for SentencePiece."""
+        ...
+
+
+class TextTokenizer(SourceEncoder, Protocol):
+    """Text to ids and back; ids 0-3 are PAD, BOS, EOS and UNK."""
+
+    @property
+    def folds_case(self) -> bool:
+        """Whether decoded text has lost its capitals, so that scores must not look at case."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -47,24 +79,28 @@ class TextTokenizer(Protocol):
         """`encode` of each text."""
         ...
 
+    def resample(
+        self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
+    ) -> list[list[int]]:
+        """The same texts segmented at random; see `SentencePiece.resample`."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
         ...
 
-    def save(self, folder: Path, name: str) -> None:
-        """Writes `name.json`, and `name.model` for SentencePiece."""
-        ...
-
-
-def _words(ids: Iterable[int]) -> list[int]:
-    return [int(i) for i in ids if i not in (PAD, BOS, EOS)]
-
 
 class Symbols:
-    """One id a character, or one id a symbol between white space. Text is put into NFC."""
+    """One id a character, or one id a symbol between white space. Text is put into NFC.
 
-    def __init__(self, kind: str, symbols: Sequence[str]) -> None:
-        self.kind = kind
+    decode(encode(x)) == x for all x in NFC (and lower case, where that is asked for) whose symbols
+    are known; for symbols, with one space between them and none around.
+    """
+
+    features = 0
+
+    def __init__(self, kind: str, symbols: Sequence[str], *, lowercase: bool = False) -> None:
+        self.kind, self.lowercase = kind, lowercase
         self.symbols = tuple(symbols)
         self._ids = {symbol: i for i, symbol in enumerate(self.symbols, NUM_SPECIAL)}
         self._names = ("", "", "", UNKNOWN, *self.symbols)
@@ -79,21 +115,39 @@ class Symbols:
         """SHA-256 in hex of kind and symbols."""
         return hashlib.sha256(canonical_json(self._content()).encode()).hexdigest()
 
+    @property
+    def folds_case(self) -> bool:
+        """Whether decoded text has lost its capitals."""
+        return self.lowercase
+
     def _content(self) -> dict[str, Any]:
-        return {"kind": self.kind, "normalization": "NFC", "symbols": list(self.symbols)}
+        content = {"kind": self.kind, "normalization": "NFC", "symbols": list(self.symbols)}
+        return {**content, "lowercase": True} if self.lowercase else content
 
     def encode(self, text: str) -> list[int]:
         """Ids without BOS and EOS; what is unknown becomes UNK."""
         known = self._ids
-        return [known.get(symbol, UNK) for symbol in _parts(self.kind, text)]
+        parts = _parts(self.kind, text, lowercase=self.lowercase)
+        return [known.get(symbol, UNK) for symbol in parts]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
+    def flat(self, items: Sequence[str]) -> Flat:
+        """The ids of `encode_many`, EOS after each text."""
+        return flattened(self.encode_many(items))
+
+    def resample(
+        self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
+    ) -> list[list[int]]:
+        """The same ids: symbols have one segmentation."""
+        del alpha, seed
+        return [list(row) for row in rows]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
-        names = [self._names[i] for i in _words(ids)]
+        names = [self._names[i] for i in real_ids(ids)]
         return ("" if self.kind == "characters" else " ").join(names)
 
     def save(self, folder: Path, name: str) -> None:
@@ -102,74 +156,17 @@ class Symbols:
         write_file(folder / f"{name}.json", content + "\n")
 
 
-def _parts(kind: str, text: str) -> Sequence[str]:
-    text = unicodedata.normalize("NFC", text)
+def _parts(kind: str, text: str, *, lowercase: bool) -> Sequence[str]:
+    text = unicodedata.normalize("NFC", text.lower() if lowercase else text)
     return text if kind == "characters" else text.split()
-
-
-class SentencePiece:
-    """A trained BPE or unigram model; normalisation is inside the model."""
-
-    def __init__(self, kind: str, normalization: str, model: bytes) -> None:
-        import sentencepiece
-
-        self.kind, self.normalization, self._model = kind, normalization, model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-
-    @property
-    def size(self) -> int:
-        """Number of ids, the special ones included."""
-        return int(self._processor.get_piece_size())
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 in hex of the model's bytes."""
-        return hashlib.sha256(self._model).hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        """Ids without BOS and EOS; what is unknown becomes UNK.
-
-        Raises:
-            DataError: the text holds a lone surrogate, which UTF-8 cannot express.
-        """
-        return self.encode_many([text])[0]
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on one thread: workers are what is scaled."""
-        try:
-            ids: list[list[int]] = self._processor.encode(list(texts), out_type=int, num_threads=1)
-        except (RuntimeError, TypeError, UnicodeEncodeError):  # which one: an accident of binding
-            for index, text in enumerate(texts):
-                _refuse_surrogates(index, text)
-            raise
-        return ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
-        return str(self._processor.decode(_words(ids)))
-
-    def save(self, folder: Path, name: str) -> None:
-        """Writes `name.model` and `name.json`."""
-        content = {"kind": self.kind, "normalization": self.normalization}
-        write_file(folder / f"{name}.model", self._model)
-        write_file(folder / f"{name}.json", json.dumps(content) + "\n")
-
-
-def _refuse_surrogates(index: int, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"text {index + 1}, character {error.start + 1}: U+{ord(text[error.start]):04X} is "
-            "half a character; expected text that UTF-8 can hold"
-        ) from None
 
 
 def train_tokenizer(config: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
     """Learns a vocabulary. The same texts in the same order give the same bytes.
 
     Args:
-        config: the kind; `vocab_size` and `normalization` matter to bpe and unigram only.
+        config: the kind; `vocab_size`, `normalization`, `byte_fallback` and `shrink` matter to
+            bpe and unigram only.
         texts: training texts of one side, or of both for a joint vocabulary. SentencePiece holds
             them in memory, about 1 GB a million lines; symbols and characters are streamed.
 
@@ -183,61 +180,24 @@ def train_tokenizer(config: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
             raise DataError("0 texts with content to learn a vocabulary from; see what was dropped")
         head.append(text)
     stream = itertools.chain(head, stream)
-    if config.kind in ("symbols", "characters"):
-        found: set[str] = set()
-        for text in stream:
-            found.update(_parts(config.kind, text))
-        return Symbols(config.kind, sorted(found))
-    return SentencePiece(config.kind, config.normalization, _train_model(config, stream))
+    if config.kind in ("bpe", "unigram"):
+        return train_pieces(config, stream)
+    found: set[str] = set()
+    for text in stream:
+        found.update(_parts(config.kind, text, lowercase=config.lowercase))
+    return Symbols(config.kind, sorted(found), lowercase=config.lowercase)
 
 
-def _train_model(config: Tokenizer, texts: Iterable[str]) -> bytes:
-    import sentencepiece
+def train_source(config: Tokenizer | Frames, texts: Iterable[str]) -> SourceEncoder:
+    """`train_tokenizer`, or a filterbank, which learns nothing and asks for no text.
 
-    model = io.BytesIO()
-    stream = iter(texts)
-    head = list(itertools.islice(stream, _ALPHABET_TEXTS))
-    is_small = len(set().union(*head)) <= config.vocab_size * _ALPHABET_SHARE
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain(head, stream),
-            model_writer=model,
-            character_coverage=1.0 if is_small else 0.9995,
-            model_type=config.kind,
-            vocab_size=config.vocab_size,
-            normalization_rule_name=config.normalization,
-            pad_id=PAD,
-            bos_id=BOS,
-            eos_id=EOS,
-            unk_id=UNK,
-            # Unigram scores depend on the number of threads, and the model is hashed.
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise DataError(_explain(config, str(error))) from None
-    return model.getvalue()
+    Raises:
+        DataError: see `train_tokenizer`.
+    """
+    return Filterbank(config) if isinstance(config, Frames) else train_tokenizer(config, texts)
 
 
-def _explain(config: Tokenizer, raw: str) -> str:
-    """SentencePiece names source lines of its own; a user can act on these words."""
-    wanted = f"{config.kind} with vocab_size {config.vocab_size}"
-    if limit := re.search(r"too high .*value <= (\d+)", raw):
-        return (
-            f"{wanted}: the training text gives at most {limit[1]} pieces. "
-            f"Fix: set vocab_size={limit[1]} or less, or give more text"
-        )
-    if limit := re.search(r"required_chars\. \d+ vs (\d+)", raw):
-        return (
-            f"{wanted}: the training text has {limit[1]} characters and special ids, which all "
-            f"need one. Fix: set vocab_size={limit[1]} or more"
-        )
-    if "sentences_.empty()" in raw or "all_chars_count" in raw:
-        return f"{wanted}: no training line of 1 to 4192 bytes that holds more than white space"
-    return f"{wanted}: SentencePiece cannot learn from this text ({' '.join(raw.split())})"
-
-
-def load_tokenizer(folder: Path, name: str) -> TextTokenizer:
+def load_source(folder: Path, name: str) -> SourceEncoder:
     """Reads what `save` wrote.
 
     Raises:
@@ -246,11 +206,28 @@ def load_tokenizer(folder: Path, name: str) -> TextTokenizer:
     path = folder / f"{name}.json"
     try:
         content = json.loads(path.read_bytes())
+        if content["kind"] == "frames":
+            return load_filterbank(content)
+        lowercase = bool(content.get("lowercase", False))
         if content["kind"] in ("symbols", "characters"):
-            return Symbols(content["kind"], content["symbols"])
+            return Symbols(content["kind"], content["symbols"], lowercase=lowercase)
         path = folder / f"{name}.model"
-        return SentencePiece(content["kind"], content["normalization"], path.read_bytes())
+        kind, normalization = content["kind"], content["normalization"]
+        return SentencePiece(kind, normalization, path.read_bytes(), lowercase=lowercase)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; the folder holds no tokenizer {name}") from None
-    except (ValueError, KeyError, TypeError, RuntimeError):
+    except (ValueError, KeyError, TypeError, RuntimeError, ConfigError):
         raise DataError(f"{path}: not a tokenizer; prepare the data anew") from None
+
+
+def load_tokenizer(folder: Path, name: str) -> TextTokenizer:
+    """`load_source` of a side that is text, as every target is.
+
+    Raises:
+        DataError: see `load_source`; or the side is frames.
+    """
+    found = load_source(folder, name)
+    if isinstance(found, Filterbank):
+        raise DataError(f"{folder / name}.json: frames, not text; prepare the data anew")
+    assert isinstance(found, Symbols | SentencePiece)
+    return found
