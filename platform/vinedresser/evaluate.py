@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from vinedresser.batch import EOS
 from vinedresser.config import Evaluation, MetricName
-from vinedresser.data.batches import Side, Split, in_order
+from vinedresser.data.batches import Split, in_order
+from vinedresser.data.side import Side
 from vinedresser.data.tokenizers import TextTokenizer
 from vinedresser.decode import Decoded, beam_search, greedy
 from vinedresser.metrics import exact_error_rate, measure

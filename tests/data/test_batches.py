@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from vinedresser.batch import EOS, PAD
 from vinedresser.config import Batching
-from vinedresser.data.batches import Batches, Side, Split, _random, in_order, stream
+from vinedresser.data.batches import Batches, Split, _random, in_order, stream
 from vinedresser.data.order import STRATEGIES
+from vinedresser.data.side import Side
 from vinedresser.errors import DataError
 
 
