@@ -112,7 +112,7 @@ def test_in_order_gives_each_row_once_or_a_spread_subset(sentences):
 
 def test_a_row_longer_than_the_budget_trains_not_but_is_evaluated():
     split = split_of(50)
-    with pytest.raises(DataError, match="train: [0-9]+ rows are longer than a batch of 16"):
+    with pytest.raises(DataError, match=r"train: [0-9]+ rows are longer than a batch of 16"):
         stream(split, tokens=16, seed=0)
     sizes = [len(batch.rows_B) for batch in in_order(split, tokens=5)]
     assert sum(sizes) == 50
