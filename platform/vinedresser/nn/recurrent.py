@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vinedresser.batch import is_real
 from vinedresser.nn.dropout import Dropout
@@ -27,26 +28,25 @@ class _LstmGates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gates_BG: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor]:
         D = c_BD.shape[1]
-        open_BG = gates_BG.float().sigmoid()
+        ctx.dtype = gates_BG.dtype
+        gates_BG = gates_BG.to(c_BD.dtype)
+        open_BG, g = gates_BG.sigmoid(), gates_BG[:, 2 * D : 3 * D].tanh()
         i, f, _, o = open_BG.chunk(4, 1)
-        g = gates_BG[:, 2 * D : 3 * D].float().tanh()
         new_c_BD = torch.addcmul(f * c_BD, i, g)
         squashed_BD = new_c_BD.tanh()
         ctx.save_for_backward(open_BG, g, c_BD, squashed_BD)
-        ctx.dtype = gates_BG.dtype
-        return (o * squashed_BD).to(gates_BG.dtype), new_c_BD
+        return (o * squashed_BD).to(ctx.dtype), new_c_BD
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    @once_differentiable
+    def backward(ctx: Any, h_grad: Tensor, c_grad: Tensor) -> tuple[Tensor, Tensor]:
         open_BG, g, c_BD, squashed_BD = ctx.saved_tensors
-        h_grad, c_grad = grads[0].float(), grads[1]
+        h_grad, D = h_grad.to(c_BD.dtype), c_BD.shape[1]
         i, f, _, o = open_BG.chunk(4, 1)
         c_grad = c_grad + torch.ops.aten.tanh_backward(h_grad * o, squashed_BD)
         inner = torch.cat([c_grad * g, c_grad * c_BD, c_grad, h_grad * squashed_BD], 1)
-        D = c_BD.shape[1]
-        cell_grad = torch.ops.aten.tanh_backward(c_grad * i, g)
         gates_grad = torch.ops.aten.sigmoid_backward(inner, open_BG)
-        gates_grad[:, 2 * D : 3 * D] = cell_grad
+        gates_grad[:, 2 * D : 3 * D] = torch.ops.aten.tanh_backward(c_grad * i, g)
         return gates_grad.to(ctx.dtype), c_grad * f
 
 
@@ -100,8 +100,10 @@ class Cell:
         if inner_BG is None:
             joined = h_BD if fed_BF is None else torch.cat([fed_BF.to(h_BD.dtype), h_BD], 1)
             gates_BG = self._of_state(outer_BG, joined)
+            # The cell state adds up over steps: never in bf16.
+            c_BD = state[1].to(torch.promote_types(state[1].dtype, torch.float32))
             # torch gives `apply` no type.
-            new: State = _LstmGates.apply(gates_BG, state[1].float())  # type: ignore[no-untyped-call]
+            new: State = _LstmGates.apply(gates_BG, c_BD)  # type: ignore[no-untyped-call]
             return new
         if fed_BF is not None:
             outer_BG = self._of_fed(outer_BG, fed_BF)

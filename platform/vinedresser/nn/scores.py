@@ -94,12 +94,14 @@ class Cosine(Score):
 
     def remember(self, memory_BSM: Tensor) -> Tensor:
         """See Score. Keys of length beta; fp32 for the norms, whatever the precision."""
-        units_BSM = F.normalize(memory_BSM.float(), dim=-1)
+        wide = torch.promote_types(memory_BSM.dtype, torch.float32)
+        units_BSM = F.normalize(memory_BSM.to(wide), dim=-1)
         return (units_BSM * self.log_sharpness.exp()).to(memory_BSM.dtype)
 
     def asked(self, queries: Tensor) -> Tensor:
         """See Score."""
-        return F.normalize(queries.float(), dim=-1).to(queries.dtype)
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        return F.normalize(queries.to(wide), dim=-1).to(queries.dtype)
 
 
 class Additive(Score):
