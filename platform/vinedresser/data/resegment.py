@@ -5,31 +5,19 @@ the plain segmentation with room to spare, and what does not fit keeps it.
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from vinedresser.config import Batching
+from vinedresser.data.flat import EOS
+from vinedresser.data.pieces import SentencePiece
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.data.side import Side
-from vinedresser.data.tokenizers import EOS
 from vinedresser.errors import DataError
 
 # Share of rows whose other pieces shall fit where the plain ones would have.
 FITTING = 0.95
-
-
-@runtime_checkable
-class Resampler(Protocol):
-    """A tokenizer that can say the same text in other pieces."""
-
-    def resample(
-        self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
-    ) -> list[list[int]]:
-        """Ids of the same texts without EOS; the same for the same rows, alpha and seed."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -46,8 +34,8 @@ class Resegmenter:
         room: the budget over the one that batches are planned for, >= 1.
     """
 
-    source: Resampler | None
-    target: Resampler | None
+    source: SentencePiece | None
+    target: SentencePiece | None
     alpha: float
     tokens: int
     max_source: int
@@ -62,7 +50,7 @@ class Resegmenter:
             self._side(target, self.target, limit=min(longest, self.max_target), seed=seed + 1),
         )
 
-    def _side(self, side: Side, tokenizer: Resampler | None, *, limit: int, seed: int) -> Side:
+    def _side(self, side: Side, tokenizer: SentencePiece | None, *, limit: int, seed: int) -> Side:
         if tokenizer is None:
             return side
         flat = side.values.tolist()
@@ -96,7 +84,7 @@ def resegmenter(
     if not batching.subword_alpha:
         return None
     task = shards.task
-    source, target = (t if isinstance(t, Resampler) else None for t in tokenizers(shards))
+    source, target = (t if isinstance(t, SentencePiece) else None for t in tokenizers(shards))
     if source is None and target is None:
         raise DataError(
             f"batch.subword_alpha is {batching.subword_alpha}, but no side of {task.name} has a "
