@@ -17,7 +17,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,24 @@ def _seal(staging: Staging) -> None:
 
 
 @contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A folder to write into beside the target, gone at the end; a killed writer's is cleared.
+
+    Raises:
+        MachineError: no space, no permission, a read-only or failing disk.
+    """
+    with _disk_errors(target):
+        make_folder(target.parent)
+        _remove_abandoned(target)
+        path = target.parent / f".{target.name}.tmp-{this_process()}~{uuid.uuid4().hex[:8]}"
+        path.mkdir()
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def commit(target: Path) -> Iterator[Staging]:
     """Writes a folder that is either absent or complete.
 
@@ -198,27 +216,33 @@ def commit(target: Path) -> Iterator[Staging]:
         MachineError: no space, no permission, a read-only or failing disk.
         DamagedError: the target is there already, and not as a committed folder.
     """
-    with _disk_errors(target):
-        make_folder(target.parent)
-        _remove_abandoned(target)
-        path = target.parent / f".{target.name}.tmp-{this_process()}~{uuid.uuid4().hex[:8]}"
-        path.mkdir()
+    with beside(target) as path:
         staging = Staging(path)
+        yield staging
+        _seal(staging)
         try:
-            yield staging
-            _seal(staging)
-            try:
-                path.rename(target)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-                if not is_committed(target):
-                    raise DamagedError(
-                        f"{target}: exists without a {MANIFEST}; move it out of the way"
-                    ) from None
-            _sync(target.parent)
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+            path.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            if not is_committed(target):
+                raise DamagedError(
+                    f"{target}: exists without a {MANIFEST}; move it out of the way"
+                ) from None
+        _sync(target.parent)
+
+
+def mend(folder: Path, names: Sequence[str], source: Path) -> None:
+    """Puts files of another folder in the place of damaged ones; each is whole at any moment.
+
+    Raises:
+        MachineError: the disk does not let us.
+    """
+    with _disk_errors(folder):
+        for name in names:
+            _sync(source / name)
+            (source / name).replace(folder / name)
+        _sync(folder)
 
 
 def is_committed(folder: Path) -> bool:
@@ -231,6 +255,25 @@ def verify(folder: Path) -> Manifest:
 
     Raises:
         DamagedError: no manifest, or a file is missing, extra, of another size or content.
+    """
+    manifest = read_manifest(folder)
+    damaged, extra = differing(folder, manifest)
+    if missing := [name for name in damaged if not (folder / name).is_file()]:
+        raise DamagedError(f"{folder}: missing {', '.join(missing[:5])}; write it anew")
+    if extra:
+        raise DamagedError(f"{folder}: unknown {', '.join(extra[:5])}; remove or write it anew")
+    if damaged:
+        raise DamagedError(
+            f"{folder / damaged[0]}: content differs from its manifest; write it anew"
+        )
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads a committed folder's manifest and compares it with its own digest, no file with it.
+
+    Raises:
+        DamagedError: there is none, or it is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -250,21 +293,21 @@ def verify(folder: Path) -> Manifest:
         raise DamagedError(f"{path}: does not match its own digest; the folder is damaged")
     if schema != SCHEMA:
         raise DamagedError(f"{path}: schema {schema}, this version reads {SCHEMA}; write it anew")
-    with _disk_errors(folder):
-        _compare(folder, files)
     return Manifest(files, meta, digest)
 
 
-def _compare(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    if missing := sorted(set(files) - present):
-        raise DamagedError(f"{folder}: missing {', '.join(missing[:5])}; write it anew")
-    if extra := sorted(present - set(files) - {MANIFEST}):
-        raise DamagedError(f"{folder}: unknown {', '.join(extra[:5])}; remove or write it anew")
-    for name, (size, expected) in files.items():
-        path = folder / name
-        if path.stat().st_size != size or file_digest(path) != expected:
-            raise DamagedError(f"{path}: content differs from its manifest; write it anew")
+def differing(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """Files that are missing or of another size or content, and files that nobody named."""
+    with _disk_errors(folder):
+        present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        damaged = [
+            name
+            for name, (size, expected) in sorted(manifest.files.items())
+            if name not in present
+            or (folder / name).stat().st_size != size
+            or file_digest(folder / name) != expected
+        ]
+    return damaged, sorted(present - set(manifest.files) - {MANIFEST})
 
 
 def quarantine(folder: Path) -> Path:

@@ -53,7 +53,8 @@ def test_twenty_problems_and_their_total(text_task):
         ("hallo\n".encode("utf-16"), "train.source: looks like UTF-16; expected UTF-8 text. Fix"),
         ("hallo\n".encode("utf-16-le"), "train.source: looks like UTF-16 or binary"),
         ("hallo\n".encode("utf-32"), "train.source: looks like UTF-32"),
-        (b"\x1f\x8b\x08\x00", "train.source: looks like gzip; expected UTF-8 text. Fix: gunzip"),
+        (b"PK\x03\x04abc", "train.source: looks like zip; expected UTF-8 text. Fix: unzip"),
+        (b"\x1f\x8b\x08\x00", "train.source: gzip stream damaged or cut off at or before byte 4"),
         (b"", "train.source: empty file"),
     ],
 )
@@ -93,7 +94,7 @@ def test_byte_order_mark_is_stripped_and_noted(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\nlast")
     assert list(lines_of(path)) == ["one", "two\rthree", "last"]
-    facts = inspect(path)
+    facts = inspect(str(path))
     assert facts.lines == 3
     assert [note.partition(": ")[2] for note in facts.notes] == [
         "byte order mark stripped",
@@ -110,7 +111,7 @@ def test_byte_order_mark_is_stripped_and_noted(tmp_path):
 def test_only_a_line_feed_ends_a_line(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("lines") / "a"
     path.write_bytes("".join(line + "\n" for line in lines).encode())
-    assert inspect(path).lines == len(lines)
+    assert inspect(str(path)).lines == len(lines)
     assert list(lines_of(path)) == lines
 
 

@@ -7,10 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from vinedresser.commit import verify
-from vinedresser.config import Pair, TextCorpus, Tokenizer
-from vinedresser.data import Row, open_shards, padding, plan, prepare, read
-from vinedresser.data import encode as encode_module
+from vinedresser.config import Cleaning, Pair, TextCorpus, Tokenizer
+from vinedresser.data import execute, open_corpus, open_shards, padding, plan, prepare, read
+from vinedresser.data import row as row_module
 from vinedresser.data.batches import load_split
+from vinedresser.data.encode import BlockJob
 from vinedresser.data.shards import tokenizers
 from vinedresser.errors import DamagedError, DataError, MachineError
 
@@ -26,7 +27,7 @@ def test_every_row_is_out_or_counted(text_task, tmp_path):
         "rows_in": 6,
         "rows_out": 3,
         "dropped": {"empty": 1, "too_long": 2},
-        "first_lines": {"empty": [2], "too_long": [5, 4]},
+        "first_lines": {"empty": [2], "too_long": [4, 5]},
     }
     assert shards.counts == {"train": 3, "dev": 4, "test": 4}
     assert "of 6 rows dropped 1 empty (lines 2 ...)" in said[-1]
@@ -67,12 +68,9 @@ def test_one_row_group_a_bucket_in_order(text_task, tmp_path):
 
 
 def test_many_blocks_give_the_same_split(text_task, tmp_path, monkeypatch):
-    from vinedresser.data import shards as module
-
     task = text_task()
     whole = load_split(prepare(task, tmp_path / "a"), "train")
-    monkeypatch.setattr(encode_module, "BLOCK_ROWS", 7)
-    monkeypatch.setattr(module, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(row_module, "BLOCK_ROWS", 7)
     parts = prepare(task, tmp_path / "b")
     assert len(parts.meta["shards"]["train"]) == 6
     split = load_split(parts, "train")
@@ -122,19 +120,22 @@ def test_damage_is_found_and_rebuilt(text_task, tmp_path, damage):
     with pytest.raises(DamagedError, match="train-0000"):
         open_shards(shards.folder)
     rebuilt = prepare(task, tmp_path / "out", say=said.append)
-    assert "building again" in said[0]
+    wanted = "building again" if damage == "extra" else "damaged train-00000.parquet written anew"
+    assert wanted in said[0]
     assert rebuilt.folder == shards.folder
     assert verify(rebuilt.folder).digest == digest
 
 
 def test_overlap_with_test_is_told(text_task, tmp_path):
     task, said = text_task(), []
+    task = task.model_copy(update={"cleaning": Cleaning(leakage="allow")})
     for side in ("source", "target"):
         path = tmp_path / f"train.{side}"
         lines = (tmp_path / f"test.{side}").read_bytes().split(b"\n")[:3]
         path.write_bytes(path.read_bytes() + b"\n".join(lines) + b"\n")
     shards = prepare(task, tmp_path / "out", say=said.append)
-    found = {"pairs": 3, "sources": 3, "train_lines": [41, 42, 43]}
+    lines = [41, 42, 43]
+    found = {"pairs": 3, "sources": 3, "train_lines": lines, "pair_lines": lines}
     assert shards.meta["overlap"]["test"] == found
     assert any("3 rows have a source of test, 3 of them" in line for line in said)
 
@@ -206,38 +207,34 @@ def test_multi30k_wastes_little(multi30k, tmp_path):
     assert source.size == 8000
 
 
-def test_ray_is_used_only_where_it_is_connected(monkeypatch):
-    from vinedresser.data import shards as module
-
-    for is_connected, expected in ((True, module._with_ray), (False, module._in_process)):
+def test_ray_is_used_only_where_it_is_connected_and_pays(monkeypatch):
+    for is_connected in (True, False):
         fake = SimpleNamespace(is_initialized=lambda value=is_connected: value)
         monkeypatch.setitem(sys.modules, "ray", fake)
-        assert module._executor("auto") is expected
+        expected = execute.with_ray if is_connected else execute.in_process
+        assert execute.executor("auto", execute.RAY_ROWS) is expected
+        assert execute.executor("auto", execute.RAY_ROWS - 1) is execute.in_process
+        assert execute.executor("ray", 1) is execute.with_ray
     monkeypatch.delitem(sys.modules, "ray")
-    assert module._executor("auto") is module._in_process
+    assert execute.executor("auto", execute.RAY_ROWS) is execute.in_process
 
 
 @pytest.mark.ray
 def test_ray_writes_the_same_bytes(text_task, tmp_path, monkeypatch, local_ray):
-    from vinedresser.data import shards as module
-
-    assert module._executor("auto") is module._with_ray
-    monkeypatch.setattr(module, "BLOCK_ROWS", 8)
-    # Row numbers of a block are made in this process, so that workers need no patch.
-    monkeypatch.setattr(encode_module, "BLOCK_ROWS", 8)
+    # Blocks are cut in this process, so that workers need no patch.
+    monkeypatch.setattr(row_module, "BLOCK_ROWS", 8)
     task = text_task(Tokenizer(kind="bpe", vocab_size=40))
-    by_ray = prepare(task, tmp_path / "ray")
+    by_ray = prepare(task, tmp_path / "ray", executor="ray")
     in_process = prepare(task, tmp_path / "plain", executor="in_process")
     assert len(by_ray.meta["shards"]["train"]) == 5
     assert verify(by_ray.folder).digest == verify(in_process.folder).digest
 
 
 @pytest.mark.ray
-def test_a_worker_s_error_comes_back_in_one_line(tmp_path, local_ray):
-    from vinedresser.data import shards as module
-
-    job = encode_module.BlockJob(str(tmp_path / "gone"), "a", "b", 9, 9, 5)
-    table = encode_module.block_table("train", 0, [Row("a", "b", 1)])
+def test_a_worker_s_error_comes_back_in_one_line(text_task, tmp_path, local_ray):
+    task = text_task()
+    (block,) = open_corpus(task).blocks("train")
+    job = BlockJob(task, *[str(tmp_path / "gone")] * 3, "a", "b", is_parallel=False)
     with pytest.raises(MachineError, match=r"gone: Ray could not .*a.json: no such file") as caught:
-        list(module._with_ray(iter([table]), job))
+        list(execute.with_ray([block], job))
     assert len(str(caught.value).splitlines()) == 1

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vinedresser.config import Batching, Pair, Task, TextCorpus, Tokenizer
-from vinedresser.data import encode, shards, windows
+from vinedresser.data import encode, windows
 from vinedresser.data.batches import Batches, load_split, stream
 from vinedresser.data.order import STRATEGIES, group, plan_cells
 from vinedresser.data.shards import ShardSet, prepare
@@ -40,8 +40,7 @@ def blocks(tmp_path_factory) -> ShardSet:
         metric="cer",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for module in (encode, shards):
-            patch.setattr(module, "BLOCK_ROWS", 40, raising=False)
+        patch.setattr("vinedresser.data.row.BLOCK_ROWS", 40)
         found = prepare(task, folder / "shards", executor="in_process")
     assert len(list(found.folder.glob("train-*.parquet"))) == 15
     return found

@@ -1,8 +1,6 @@
-"""What a manifest says of a preparation: drops, lengths, padding, overlap, references."""
+"""What a manifest says of a preparation: drops, lengths, padding, leakage, references."""
 
-import hashlib
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,107 +8,87 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vinedresser.config.corpus import TextCorpus
 from vinedresser.config.task import Task
+from vinedresser.data.clean import Count, Found, hashes_file
 from vinedresser.data.corpus import Corpus
-from vinedresser.data.encode import LENGTHS
-from vinedresser.data.order import arrange, padding
-from vinedresser.data.row import FIRST_LINES, Account, Row
+from vinedresser.data.encode import LENGTHS, Encoded
+from vinedresser.data.hashing import count_repeats
+from vinedresser.data.order import Histogram, Ints, plan_cells
+from vinedresser.data.row import Account
 from vinedresser.errors import DamagedError, DataError
 
-# A piece has at most 16 characters, and normalisation seldom shortens text fourfold: a train row
-# with more characters a token than this is too long without asking a tokenizer, which would make
-# 666,666 ids of a line of a million characters.
-MAX_CHARACTERS_PER_TOKEN = 64
 # Token budget that the manifest's padding figures are taken at.
 PADDING_TOKENS = 4096
 # Lengths of true translations correlate at 0.8 and more; sides that were shifted against each
 # other by one line are near 0.
 MIN_CORRELATION, MIN_ROWS = 0.3, 100
+# Drops that the task asks for; the others are losses, which `max_drop_ratio` limits.
+_CHOSEN = frozenset({"variant", "excluded", "beyond_train_words"})
 
 
-class Clean:
-    """The rows that go to a tokenizer, and an account of those that do not.
+class Tally:
+    """What the blocks answered, in whatever order they did; a block answered twice counts once.
 
-    Attributes:
-        accounts: split -> account of the latest whole pass over it.
-        references: split -> SHA-256 in hex of the targets of dev and test.
+    Holds the cells of all blocks: about a byte a row.
     """
 
-    def __init__(self, task: Task, corpus: Corpus) -> None:
-        self.corpus, self.task = corpus, task
-        self.accounts: dict[str, Account] = {}
-        self.references: dict[str, str] = {}
+    def __init__(self, splits: Iterable[str]) -> None:
+        self.splits = tuple(splits)
+        self._of: dict[tuple[str, int], Encoded] = {}
+        self._cells: dict[tuple[str, int], tuple[NDArray[np.int32], ...]] = {}
 
-    def rows(self, split: str) -> Iterator[Row]:
-        """The cleaned rows of a split, in file order."""
-        account = self.accounts[split] = Account()
-        digest = hashlib.sha256()
-        source_limit = self.task.max_source_length * MAX_CHARACTERS_PER_TOKEN
-        target_limit = self.task.max_target_length * MAX_CHARACTERS_PER_TOKEN
-        for row in self.corpus.rows(split, account):
-            is_long = len(row.source) > source_limit or len(row.target) > target_limit
-            if is_long and split == "train":
-                account.drop("too_long", row.line)
-                continue
-            if split != "train":
-                digest.update(row.target.encode() + b"\n")
-            yield row
-        if split != "train":
-            self.references[split] = digest.hexdigest()
+    def add(self, encoded: Encoded) -> None:
+        """Takes one block's answer."""
+        key = (encoded.split, encoded.block)
+        self._cells[key] = tuple(np.asarray(c, dtype=np.int32) for c in encoded.cells)
+        self._of[key] = Encoded(**{**vars(encoded), "cells": ([], [], [])})
 
-    def refuse_empty(self, split: str) -> None:
-        """Refuses a split without a row; makes a pass where none was made yet.
+    def blocks(self, split: str) -> list[Encoded]:
+        """The answers for a split, in block order, without their cells."""
+        return [self._of[key] for key in sorted(self._of) if key[0] == split]
 
-        Raises:
-            DataError: how many there were, and why none is left.
-        """
-        if split not in self.accounts and next(self.rows(split), None) is not None:
-            return
-        account = self.accounts[split]
-        if not account.rows_out:
-            raise DataError(
-                f"{self.task.name}: {split}: 0 of {account.rows_in:,} pairs left: "
-                f"{account.reasons() or 'none read'}. Fix: check the files, or raise "
-                "max_source_length and max_target_length"
-            )
+    def account(self, split: str) -> Account:
+        """What became of the rows of a split."""
+        total = Account()
+        for encoded in self.blocks(split):
+            total.add(encoded.account)
+        return total
 
+    def found(self, split: str) -> Found:
+        """What was seen in a split without being dropped for it."""
+        total = Found()
+        for encoded in self.blocks(split):
+            total.add(encoded.found)
+        return total
 
-class Facts:
-    """What the blocks answered, in whatever order they did."""
+    def histogram(self, split: str) -> Histogram:
+        """The cells of a split."""
+        total: dict[int, int] = {}
+        for (name, _), (source, target, count) in self._cells.items():
+            if name == split:
+                keys = (source.astype(np.int64) << 32) | target
+                for key, rows in zip(keys.tolist(), count.tolist(), strict=True):
+                    total[key] = total.get(key, 0) + rows
+        cells = np.asarray(sorted(total), dtype=np.int64)
+        counts = np.asarray([total[key] for key in cells.tolist()], dtype=np.int64)
+        return Histogram(cells >> 32, cells & 0xFFFFFFFF, counts)
 
-    def __init__(self) -> None:
-        self._results: dict[tuple[str, int], dict[str, Any]] = {}
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Takes one block's answer; a block answered twice counts once."""
-        for side in ("source_lengths", "target_lengths"):
-            result[side] = np.asarray(result[side], dtype=np.int32)
-        self._results[result["split"], result["block"]] = result
-
-    def of(self, split: str) -> list[dict[str, Any]]:
-        """The answers for a split, in block order."""
-        return [self._results[key] for key in sorted(self._results) if key[0] == split]
-
-    def lengths(self, split: str, side: str) -> NDArray[np.int64]:
-        """(rows,) tokens of one side, EOS included, in row order."""
-        parts = [result[f"{side}_lengths"] for result in self.of(split)]
-        return np.concatenate(parts).astype(np.int64)
-
-    def histogram(self) -> pa.Table:
+    def lengths(self) -> pa.Table:
         """The rows of `lengths.parquet`, in its order."""
-        parts = []
-        for split in ("train", "dev", "test"):
-            for result in self.of(split):
-                keys = np.stack([result["source_lengths"], result["target_lengths"]], axis=1)
-                cells, counts = np.unique(keys, axis=0, return_counts=True)
-                names = pa.DictionaryArray.from_arrays(
-                    pa.array(np.zeros(len(cells), np.int32)), pa.array([split])
-                )
-                block = np.full(len(cells), result["block"], np.int32)
-                columns = [names, block, cells[:, 0], cells[:, 1], counts.astype(np.int64)]
-                parts.append(pa.table(columns, schema=LENGTHS))
-        return pa.concat_tables(parts).unify_dictionaries()
+        keys = [
+            (at, block)
+            for at, split in enumerate(self.splits)
+            for block in sorted(b for s, b in self._cells if s == split)
+        ]
+        parts = [self._cells[self.splits[at], block] for at, block in keys]
+        sizes = [len(part[0]) for part in parts]
+        splits, blocks = (
+            np.repeat(np.asarray(of, np.int32), sizes) for of in zip(*keys, strict=True)
+        )
+        columns = [np.concatenate(of) for of in zip(*parts, strict=True)]
+        names = pa.DictionaryArray.from_arrays(pa.array(splits), pa.array(self.splits))
+        arrays = [names, blocks, columns[0], columns[1], columns[2].astype(np.int64)]
+        return pa.table(arrays, schema=LENGTHS)
 
     def refuse_missing(self, folder: Path) -> None:
         """Refuses to commit a set that lacks a shard.
@@ -118,109 +96,179 @@ class Facts:
         Raises:
             DamagedError: which one; a node that does not see the same folder wrote elsewhere.
         """
-        for result in self._results.values():
-            if result["shard"] and not (folder / result["shard"]).is_file():
+        for encoded in self._of.values():
+            if encoded.shard and not (folder / encoded.shard).is_file():
                 raise DamagedError(
-                    f"{folder / result['shard']}: written by a worker but not here. Fix: name a "
+                    f"{folder / encoded.shard}: written by a worker but not here. Fix: name a "
                     'workspace that every node sees, or prepare with executor="in_process"'
                 )
 
 
-def describe(task: Task, corpus: Corpus, clean: Clean, facts: Facts) -> dict[str, Any]:
+def refuse_empty(task: Task, split: str, account: Account) -> None:
+    """Refuses a split without a row.
+
+    Raises:
+        DataError: how many there were, and why none is left.
+    """
+    if not account.rows_out:
+        raise DataError(
+            f"{task.name}: {split}: 0 of {account.rows_in:,} pairs left: "
+            f"{account.reasons() or 'none read'}. Fix: check the files, or raise "
+            "max_source_length and max_target_length"
+        )
+
+
+def describe(task: Task, corpus: Corpus, tally: Tally, scratch: Path) -> dict[str, Any]:
     """The part of the manifest that counts and measures.
 
     Raises:
-        DataError: no train row is short enough.
+        DataError: a split without a row, too much of train dropped, test rows in train, or sides
+            that seem shifted; the last three as the task's `cleaning` says.
     """
+    accounts = {split: tally.account(split) for split in corpus.splits}
+    for split, account in accounts.items():
+        refuse_empty(task, split, account)
+    _refuse_losses(task, accounts["train"])
+    lengths = {split: _lengths(tally, split) for split in corpus.splits}
     notes = list(corpus.notes)
-    lengths, shards = {}, {}
+    notes += _alignment(task, corpus, lengths["train"])
+    notes += _leakage(task, corpus, tally.found("train"))
     for split in corpus.splits:
-        results = facts.of(split)
-        for result in results:
-            lines = list(result["too_long_lines"])
-            clean.accounts[split].drop_many("too_long", result["too_long"], lines)
-        clean.refuse_empty(split)
-        lengths[split] = _lengths(facts, split)
-        shards[split] = [result["shard"] for result in results if result["shard"]]
-    correlation = lengths["train"]["correlation"]
-    is_parallel = isinstance(task.corpus, TextCorpus) and lengths["train"]["rows"] >= MIN_ROWS
-    if is_parallel and correlation < MIN_CORRELATION:
-        notes.append(
-            f"train: warning: source and target lengths correlate at {correlation:.2f} only; are "
-            "the files shifted against each other?"
-        )
+        if (control := tally.found(split).control).rows:
+            notes.append(
+                f"{split}: {control.rows:,} rows hold control characters, first lines "
+                f"{_places(corpus, split, control)}; cleaning.control_characters says what to do"
+            )
+    shards = {s: [e.shard for e in tally.blocks(s) if e.shard] for s in corpus.splits}
     return {
-        "account": {split: clean.accounts[split].to_json() for split in corpus.splits},
+        "account": {split: account.to_json() for split, account in accounts.items()},
         "lengths": lengths,
-        "padding": _padding(facts),
+        "padding": _padding(tally),
+        "buckets": _buckets(task, tally),
         "sources": corpus.digests,
-        "reference_digests": clean.references,
+        "overlap": _overlap(corpus, tally, scratch),
         "shards": shards,
         "notes": notes,
     }
 
 
-def _lengths(facts: Facts, split: str) -> dict[str, Any]:
-    source, target = (facts.lengths(split, side) for side in ("source", "target"))
-    varies = len(source) > 1 and source.std() > 0 and target.std() > 0
-    unknown = {
-        side: sum(int(result[f"unknown_{side}"]) for result in facts.of(split))
-        for side in ("source", "target")
+def _places(corpus: Corpus, split: str, count: Count) -> str:
+    return ", ".join(corpus.place(split, line) for line in count.lines)
+
+
+def _refuse_losses(task: Task, account: Account) -> None:
+    lost = {reason: n for reason, n in account.dropped.items() if reason not in _CHOSEN}
+    total = account.rows_in - sum(account.dropped.values()) + sum(lost.values())
+    limit = task.cleaning.max_drop_ratio
+    if sum(lost.values()) > limit * total:
+        worst = max(lost, key=lambda reason: lost[reason])
+        raise DataError(
+            f"{task.name}: train: {sum(lost.values()):,} of {total:,} pairs dropped "
+            f"({account.reasons()}), more than cleaning.max_drop_ratio={limit:g} allows; first "
+            f"{worst} lines {account.first_lines[worst][:3]}. Fix: raise the limits, or "
+            "cleaning.max_drop_ratio"
+        )
+
+
+def _alignment(task: Task, corpus: Corpus, lengths: dict[str, Any]) -> list[str]:
+    correlation = lengths["correlation"]
+    if not corpus.is_parallel or lengths["rows"] < MIN_ROWS or correlation >= MIN_CORRELATION:
+        return []
+    text = (
+        f"source and target lengths correlate at {correlation:.2f} only; are the files shifted "
+        "against each other?"
+    )
+    if task.cleaning.strict_alignment:
+        raise DataError(
+            f"{task.name}: train: {text} Fix: align them, or set cleaning.strict_alignment=false"
+        )
+    return [f"train: warning: {text}"]
+
+
+def _leakage(task: Task, corpus: Corpus, found: Found) -> list[str]:
+    rule = task.cleaning.leakage
+    if rule == "refuse" and (pairs := found.pairs.get("test", Count())).rows:
+        raise DataError(
+            f"{task.name}: {pairs.rows:,} train rows stand in test, source and target; train "
+            f"lines {_places(corpus, 'train', pairs)}. Fix: cleaning.leakage=drop takes them out "
+            "of train, cleaning.leakage=allow leaves them in"
+        )
+    verb = "had" if rule == "drop" else "have"
+    return [
+        f"train: {'' if rule == 'drop' else 'warning: '}{count.rows:,} rows {verb} a source of "
+        f"{split}, {found.pairs.get(split, Count()).rows:,} of them its target too; first lines "
+        f"{_places(corpus, 'train', count)}" + ("; dropped" if rule == "drop" else "")
+        for split, count in sorted(found.sources.items())
+    ]
+
+
+def _overlap(corpus: Corpus, tally: Tally, scratch: Path) -> dict[str, Any]:
+    """Train rows that stand in dev or test too, and repeats; none asked of a lexicon."""
+    if not corpus.is_parallel:
+        return {}
+    found = tally.found("train")
+    splits = {
+        split: {
+            "pairs": found.pairs.get(split, Count()).rows,
+            "sources": found.sources.get(split, Count()).rows,
+            "pair_lines": found.pairs.get(split, Count()).lines,
+            "train_lines": found.sources.get(split, Count()).lines,
+        }
+        for split in corpus.splits[1:]
     }
+    files = [scratch / hashes_file(encoded.block) for encoded in tally.blocks("train")]
+    repeats = count_repeats([path for path in files if path.exists()])
+    return {**splits, "train_repeats": repeats}
+
+
+def _lengths(tally: Tally, split: str) -> dict[str, Any]:
+    cells = tally.histogram(split)
+    unknown = [sum(encoded.unknown[side] for encoded in tally.blocks(split)) for side in (0, 1)]
     sides = {
-        side: {
-            "tokens": int(values.sum()),
-            "mean": round(float(values.mean()), 3),
-            "median": float(np.median(values)),
+        name: {
+            "tokens": int((values * cells.counts).sum()),
+            "mean": round(float(np.average(values, weights=cells.counts)), 3),
+            "median": _median(values, cells.counts),
             "max": int(values.max()),
             "unknown": unknown[side],
         }
-        for side, values in (("source", source), ("target", target))
+        for side, (name, values) in enumerate((("source", cells.source), ("target", cells.target)))
     }
-    correlation = float(np.corrcoef(source, target)[0, 1]) if varies else 1.0
-    return {"rows": len(source), **sides, "correlation": round(correlation, 4)}
+    correlation = round(_correlation(cells), 4)
+    return {"rows": cells.rows, **sides, "correlation": correlation}
 
 
-def _padding(facts: Facts) -> dict[str, Any]:
+def _median(values: Ints, counts: Ints) -> float:
+    order = np.argsort(values, kind="stable")
+    ends, total = np.cumsum(counts[order]), int(counts.sum())
+    middle = [values[order][np.searchsorted(ends, at, side="right")] for at in _middles(total)]
+    return float(np.mean(middle))
+
+
+def _middles(total: int) -> tuple[int, int]:
+    return (total - 1) // 2, total // 2
+
+
+def _correlation(cells: Histogram) -> float:
+    """Pearson's, of source and target lengths; 1 where a side does not vary."""
+    covariance = np.cov(cells.source, cells.target, fweights=cells.counts) if cells.rows > 1 else 0
+    deviations = np.sqrt(np.diag(covariance)) if cells.rows > 1 else np.zeros(2)
+    if not deviations.all():
+        return 1.0
+    return float(np.asarray(covariance)[0, 1] / deviations.prod())
+
+
+def _padding(tally: Tally) -> dict[str, Any]:
     """Real share of a train epoch at 4096 tokens a batch."""
-    source, target = facts.lengths("train", "source"), facts.lengths("train", "target")
-    found = padding(source, target, arrange(source, target, tokens=PADDING_TOKENS))
+    cells = tally.histogram("train")
+    found = plan_cells(cells, tokens=PADDING_TOKENS).padding(cells)
     shares = {"source": found.source, "target": found.target, "both": found.both}
     rounded = {side: round(share, 4) for side, share in shares.items()}
     return {"tokens": PADDING_TOKENS, "batches": found.batches, **rounded}
 
 
-def overlap(clean: Clean, notes: list[str]) -> dict[str, Any]:
-    """Train rows that stand in dev or test too, exactly: as a pair, and as a source alone.
-
-    Also counts the repeated pairs of train. A lexicon is disjoint by construction. Holds dev and
-    test in memory, and 8 bytes a train row.
-    """
-    if not isinstance(clean.task.corpus, TextCorpus):
-        return {}
-    held = [split for split in clean.corpus.splits if split != "train"]
-    pairs = {s: {(r.source, r.target) for r in clean.corpus.rows(s, Account())} for s in held}
-    sources = {split: {source for source, _ in found} for split, found in pairs.items()}
-    counts = {split: {"pairs": 0, "sources": 0, "train_lines": list[int]()} for split in held}
-    hashes = array("q")  # 8 bytes a row
-    for row in clean.corpus.rows("train", Account()):
-        pair = (row.source, row.target)
-        hashes.append(hash(pair))
-        for split in held:
-            if row.source in sources[split]:
-                _count(counts[split], is_pair=pair in pairs[split], line=row.line)
-    repeated = len(hashes) - len(np.unique(np.asarray(hashes, dtype=np.int64)))
-    for split, found in counts.items():
-        if found["sources"]:
-            notes.append(
-                f"train: warning: {found['sources']} rows have a source of {split}, "
-                f"{found['pairs']} of them its target too; first lines {found['train_lines']}"
-            )
-    return {**counts, "train_repeats": repeated}
-
-
-def _count(found: dict[str, Any], *, is_pair: bool, line: int) -> None:
-    found["sources"] += 1
-    found["pairs"] += is_pair
-    if len(found["train_lines"]) < FIRST_LINES:
-        found["train_lines"].append(line)
+def _buckets(task: Task, tally: Tally) -> dict[str, Any]:
+    """Upper edges of train's buckets, in tokens of the longer side, and the rows in each."""
+    cells, width = tally.histogram("train"), task.bucket_width
+    rows = np.bincount((cells.longest - 1) // width, weights=cells.counts).astype(int)
+    return {"edges": [width * (i + 1) for i in range(len(rows))], "rows": rows.tolist()}

@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import json
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,27 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vinedresser.data.row import FIRST_LINES, Row
-from vinedresser.data.tokenizers import EOS, UNK, TextTokenizer, load_tokenizer
-
-# Rows of a block: about 3 MB of text, so that memory stays at 160-170 MB for any corpus size,
-# and Ray has 50 tasks a million rows (performance.md 5).
-BLOCK_ROWS = 20_000
-
-# What `encode_block` answers, one row a block; Ray carries it as an Arrow table.
-RESULT = pa.schema(
-    {
-        "split": pa.string(),
-        "block": pa.int32(),
-        "shard": pa.string(),
-        "source_lengths": pa.list_(pa.int32()),
-        "target_lengths": pa.list_(pa.int32()),
-        "unknown_source": pa.int64(),
-        "unknown_target": pa.int64(),
-        "too_long": pa.int64(),
-        "too_long_lines": pa.list_(pa.int64()),
-    }
-)
+from vinedresser.commit import file_digest
+from vinedresser.config.task import Task
+from vinedresser.data.clean import Sieve, clean, hashes_file
+from vinedresser.data.flat import take_ragged
+from vinedresser.data.hashing import hash_pairs, save_hashes
+from vinedresser.data.row import FIRST_LINES, Account, Block, Pairs
+from vinedresser.data.tokenizers import UNK, SourceEncoder, load_source
 
 # `lengths.parquet`: how many kept rows of a block have which lengths, in tokens or frames. Sorted
 # by split (train, dev, test), block, source, target. All that planning batches needs: the row
@@ -49,95 +37,113 @@ LENGTHS = pa.schema(
 )
 
 
-def write_lengths(folder: Path, table: pa.Table) -> None:
-    """Writes a table of the schema `LENGTHS` beside the shards."""
-    pq.write_table(table, folder / LENGTHS_FILE, compression="zstd", write_page_checksum=True)
-
-
 @dataclass(frozen=True)
 class BlockJob:
     """What encoding needs beside the rows; plain values, so that it travels to any worker.
 
     Attributes:
-        folder: where the saved tokenizers are, and where shards go.
-        source_name: the source side's tokenizer in that folder.
+        task: limits, rules, bucket width.
+        folder: where the saved tokenizers are.
+        out: where shards go.
+        scratch: where blocks leave and find what is not part of the set.
+        source_name: the source side's tokenizer in the folder.
         target_name: the target side's; the same for a joint vocabulary.
-        max_source: tokens, EOS included; longer train rows are dropped.
-        max_target: the same for targets.
-        bucket_width: lengths of the longer side in one bucket.
+        is_parallel: see `Corpus`.
     """
 
+    task: Task
     folder: str
+    out: str
+    scratch: str
     source_name: str
     target_name: str
-    max_source: int
-    max_target: int
-    bucket_width: int
+    is_parallel: bool
 
 
-def block_table(split: str, block: int, rows: list[Row]) -> pa.Table:
-    """A block as Arrow. Row numbers count the cleaned rows of the split from 0."""
-    start = block * BLOCK_ROWS
-    return pa.table(
-        {
-            "split": pa.array([split] * len(rows), pa.string()),
-            "block": pa.array([block] * len(rows), pa.int32()),
-            "row": pa.array(range(start, start + len(rows)), pa.int64()),
-            "line": pa.array([row.line for row in rows], pa.int64()),
-            "source": pa.array([row.source for row in rows], pa.string()),
-            "target": pa.array([row.target for row in rows], pa.string()),
-        }
-    )
+@dataclass(frozen=True)
+class Encoded:
+    """What a block became.
+
+    Attributes:
+        split: train, dev or test.
+        block: its number.
+        shard: name of its file; "" where no row is kept.
+        digest: SHA-256 in hex of that file.
+        account: `Account.to_json`.
+        found: `Found.to_json`.
+        unknown: unknown tokens of kept rows, source and target.
+        cells: three lists: source length, target length, kept rows of these.
+    """
+
+    split: str
+    block: int
+    shard: str
+    digest: str
+    account: dict[str, Any]
+    found: dict[str, Any]
+    unknown: tuple[int, int]
+    cells: tuple[list[int], list[int], list[int]]
+
+    def to_text(self) -> str:
+        """JSON, for the way between processes."""
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Encoded":
+        """What `to_text` wrote."""
+        return cls(**json.loads(text))
 
 
 # Two sides of one job; a worker process serves one job at a time.
 @functools.lru_cache(maxsize=2)
-def _tokenizer(folder: str, name: str) -> TextTokenizer:
-    return load_tokenizer(Path(folder), name)
+def _encoder(folder: str, name: str) -> SourceEncoder:
+    return load_source(Path(folder), name)
 
 
 @dataclass(frozen=True)
 class _Side:
-    """Ids of one side, EOS appended: flat, and the length of each row."""
+    """One side of some rows; `width` values stand for one position: 1 for ids."""
 
     values: NDArray[Any]
-    lengths: NDArray[np.int32]
-    dtype: Any
+    lengths: NDArray[np.int64]
+    width: int
 
-    @property
-    def ends(self) -> NDArray[np.int64]:
-        return np.cumsum(self.lengths, dtype=np.int64)
+    @classmethod
+    def of(cls, items: Sequence[Any], encoder: SourceEncoder) -> "_Side":
+        values, lengths = encoder.flat(items)
+        if encoder.features:
+            return cls(values, lengths, encoder.features)
+        # 65,536 ids fit in two bytes; that halves shards and the memory of a loaded split.
+        dtype = np.uint16 if encoder.size <= 1 << 16 else np.int32
+        return cls(values.astype(dtype), lengths, 1)
 
+    def unknown(self, kept: NDArray[np.int64]) -> int:
+        """Unknown ids in some rows."""
+        if self.values.dtype == np.float16:
+            return 0
+        values = self.values if len(kept) == len(self.lengths) else self._taken(kept)
+        return int((values == UNK).sum())
 
-def _encode(texts: list[str], tokenizer: TextTokenizer) -> _Side:
-    # 65,536 ids fit in two bytes; that halves shards and the memory of a loaded split.
-    dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.int32
-    ids = tokenizer.encode_many(texts)
-    for row in ids:
-        row.append(EOS)
-    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-    flat = itertools.chain.from_iterable(ids)
-    return _Side(np.fromiter(flat, dtype, int(lengths.sum())), lengths, dtype)
+    def array(self, rows: NDArray[np.int64]) -> pa.Array:
+        """Some rows as lists, in their order."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows] * self.width)])
+        # ListArray counts in int32; 20,000 utterances of 1,000 frames of 80 would not fit.
+        kind = pa.ListArray if offsets[-1] < 2**31 else pa.LargeListArray
+        dtype = np.int32 if kind is pa.ListArray else np.int64
+        return kind.from_arrays(pa.array(offsets.astype(dtype)), pa.array(self._taken(rows)))
 
-
-def take_ragged(
-    values: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]
-) -> NDArray[Any]:
-    """The slices values[start : start + length] one after the other, without a Python loop."""
-    ends = np.cumsum(lengths)
-    shift = np.repeat(starts - (ends - lengths), lengths)
-    return values[shift + np.arange(len(shift))]
-
-
-def _list_array(side: _Side, rows: NDArray[np.int64]) -> pa.Array:
-    lengths = side.lengths[rows].astype(np.int64)
-    flat = take_ragged(side.values, side.ends[rows] - lengths, lengths)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+    def _taken(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        starts = np.cumsum(self.lengths) - self.lengths
+        return take_ragged(self.values, starts[rows] * self.width, self.lengths[rows] * self.width)
 
 
-def encode_block(table: pa.Table, job: BlockJob) -> pa.Table:
-    """Tokenises a block, sorts it by (bucket, row), writes its shard, answers what it counted.
+def shard_name(split: str, number: int) -> str:
+    """The file of a block."""
+    return f"{split}-{number:05d}.parquet"
+
+
+def encode_block(block: Block, job: BlockJob) -> Encoded:
+    """Reads a block, cleans and tokenises it, sorts it by (bucket, row), writes its shard.
 
     The shard is written beside its place and renamed, so that a task that Ray runs twice, or that
     dies in the middle, is harmless. Its bytes depend on the rows and the job alone. Ids carry EOS
@@ -145,57 +151,104 @@ def encode_block(table: pa.Table, job: BlockJob) -> pa.Table:
     are dropped from train only: dev and test scores must be comparable between models.
 
     Args:
-        table: of `block_table`, one split and block.
+        block: which rows; `row` of the shard is their line less one.
         job: see there.
 
-    Returns:
-        One row of the schema `RESULT`; lengths are of the kept rows, in row order.
+    Raises:
+        DataError: a file is not what it was when it was inspected.
     """
-    split, block = table["split"][0].as_py(), table["block"][0].as_py()
-    source = _encode(table["source"].to_pylist(), _tokenizer(job.folder, job.source_name))
-    target = _encode(table["target"].to_pylist(), _tokenizer(job.folder, job.target_name))
-    fits = (source.lengths <= job.max_source) & (target.lengths <= job.max_target)
-    is_kept = fits if split == "train" else np.ones_like(fits)
-    kept = np.flatnonzero(is_kept)
-    shard = f"{split}-{block:05d}.parquet"
-    if len(kept):
-        _write(Path(job.folder) / shard, _shard_table(table, kept, (source, target), job))
-    long_lines = table["line"].to_numpy()[~is_kept]
-    result = {
-        "split": [split],
-        "block": [block],
-        "shard": [shard if len(kept) else None],
-        "source_lengths": [source.lengths[kept]],
-        "target_lengths": [target.lengths[kept]],
-        "unknown_source": [int((source.values == UNK).sum())],
-        "unknown_target": [int((target.values == UNK).sum())],
-        "too_long": [len(long_lines)],
-        "too_long_lines": [long_lines[:FIRST_LINES]],
-    }
-    return pa.table(result, schema=RESULT)
+    account = Account()
+    pairs, found = clean(block.load(account), block.split, job.task, account)
+    sieve = Sieve(Path(job.scratch), job.is_parallel)
+    pairs = sieve.sift(pairs, (block.split, block.number), job.task, account, found)
+    if block.split == "train" and job.is_parallel and not job.task.cleaning.dedup:
+        save_pairs(block.number, pairs, Path(job.scratch))
+    source = _Side.of(pairs.source, _encoder(job.folder, job.source_name))
+    target = _Side.of(pairs.target, _encoder(job.folder, job.target_name))
+    kept = np.flatnonzero(_fits(block.split, (source, target), job.task, pairs, account))
+    name = shard_name(block.split, block.number) if len(kept) else ""
+    digest = ""
+    if name:
+        table = _shard_table(block.split, pairs, kept, (source, target), job.task.bucket_width)
+        digest = _write(Path(job.out) / name, table)
+    return Encoded(
+        block.split,
+        block.number,
+        name,
+        digest,
+        account.to_json(),
+        found.to_json(),
+        (source.unknown(kept), target.unknown(kept)),
+        _cells(source.lengths[kept], target.lengths[kept]),
+    )
+
+
+def save_pairs(number: int, pairs: Pairs, scratch: Path) -> None:
+    """Leaves the hashes of a train block for `hashing.count_repeats`."""
+    path = scratch / hashes_file(number)
+    # A task that Ray runs twice writes the same bytes; its name ends in .npy for NumPy's sake.
+    partial = path.with_name(f"{uuid.uuid4().hex[:8]}.partial.npy")
+    save_hashes(partial, hash_pairs(list(map(str, pairs.source)), pairs.target), pairs.lines)
+    partial.replace(path)
+
+
+def _fits(
+    split: str, sides: tuple[_Side, _Side], task: Task, pairs: Pairs, account: Account
+) -> NDArray[np.bool_]:
+    """(n,) which rows are within the limits; all of dev and test."""
+    source, target = (side.lengths for side in sides)
+    if split != "train":
+        return np.ones(len(source), dtype=np.bool_)
+    fits = (source <= task.max_source_length) & (target <= task.max_target_length)
+    _count(fits, "too_long", pairs, account)
+    limit = task.cleaning.max_ratio
+    if not limit:
+        return fits
+    is_even = np.maximum(source, target) <= limit * np.minimum(source, target)
+    _count(is_even | ~fits, "ratio", pairs, account)
+    return fits & is_even
+
+
+def _count(is_kept: NDArray[np.bool_], reason: str, pairs: Pairs, account: Account) -> None:
+    lines = pairs.lines[~is_kept]
+    account.drop_many(reason, len(lines), lines[:FIRST_LINES].tolist())
+
+
+def _cells(
+    source: NDArray[np.int64], target: NDArray[np.int64]
+) -> tuple[list[int], list[int], list[int]]:
+    keys, counts = np.unique((source << 32) | target, return_counts=True)
+    return (keys >> 32).tolist(), (keys & 0xFFFFFFFF).tolist(), counts.tolist()
 
 
 def _shard_table(
-    table: pa.Table, kept: NDArray[np.int64], sides: tuple[_Side, _Side], job: BlockJob
+    split: str,
+    pairs: Pairs,
+    kept: NDArray[np.int64],
+    sides: tuple[_Side, _Side],
+    bucket_width: int,
 ) -> pa.Table:
     source, target = sides
     longest = np.maximum(source.lengths[kept], target.lengths[kept])
-    buckets = (longest - 1) // job.bucket_width
+    buckets = (longest - 1) // bucket_width
     order = np.argsort(buckets, kind="stable")
     rows = kept[order]
     columns = {
-        "row": pa.array(table["row"].to_numpy()[rows]),
+        "row": pa.array(pairs.lines[rows] - 1),
         "bucket": pa.array(buckets[order].astype(np.int32)),
-        "source": _list_array(source, rows),
-        "target": _list_array(target, rows),
+        "source": source.array(rows),
+        "target": target.array(rows),
     }
-    if table["split"][0].as_py() != "train":  # metrics compare with the text itself
-        text = table.take(pa.array(rows)).combine_chunks()
-        columns |= {"source_text": text["source"], "target_text": text["target"]}
+    if split != "train":  # metrics compare with the text itself
+        texts = {"source_text": pairs.source, "target_text": pairs.target}
+        for name, side in texts.items():
+            words = [side[i] if isinstance(side[i], str) else " ".join(side[i]) for i in rows]
+            columns[name] = pa.array(words, pa.string())
     return pa.table(columns)
 
 
-def _write(path: Path, table: pa.Table) -> None:
+def _write(path: Path, table: pa.Table) -> str:
+    """Writes a shard, a row group a bucket; answers its SHA-256."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with pq.ParquetWriter(
@@ -205,6 +258,13 @@ def _write(path: Path, table: pa.Table) -> None:
             edges = [0, *cuts.tolist(), len(table)]
             for start, end in itertools.pairwise(edges):
                 writer.write_table(table.slice(start, end - start))
+        digest = file_digest(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    return digest
+
+
+def write_lengths(folder: Path, table: pa.Table) -> None:
+    """Writes a table of the schema `LENGTHS` beside the shards."""
+    pq.write_table(table, folder / LENGTHS_FILE, compression="zstd", write_page_checksum=True)

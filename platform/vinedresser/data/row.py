@@ -1,17 +1,30 @@
-"""Row: one pair of a corpus; Account: what became of every row that was read."""
+"""Row: one pair of a corpus; Block: a part of a split; Account: what became of its rows."""
 
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+# Rows of a block, at most: about 3 MB of text, so that memory stays the same for any corpus size,
+# and Ray has 50 tasks a million rows (performance.md 5). Tests make it smaller.
+BLOCK_ROWS = 20_000
 # Line numbers kept per reason; more would make the manifest grow with the damage.
 FIRST_LINES = 10
+
+# Text, or the recordings that follow each other in one utterance.
+Source = str | tuple[str, ...]
+Lines = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A source and its target, as text, and the 1-based line they came from."""
+    """A source and its target, and the 1-based line they came from, unique in the split."""
 
-    source: str
+    source: Source
     target: str
     line: int
 
@@ -40,12 +53,19 @@ class Account:
         self.drop_many(reason, 1, [line])
 
     def drop_many(self, reason: str, count: int, lines: list[int]) -> None:
-        """Counts rows of one reason, with the line numbers of some of them, in ascending order."""
+        """Counts rows of one reason, with the line numbers of some of them."""
         if not count:
             return
         self.dropped[reason] = self.dropped.get(reason, 0) + count
         first = self.first_lines.setdefault(reason, [])
-        first.extend(lines[: FIRST_LINES - len(first)])
+        if len(first) < FIRST_LINES or lines[0] < first[-1]:
+            first[:] = sorted([*first, *lines])[:FIRST_LINES]
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        """Takes in what `to_json` said of another part of the split."""
+        self.rows_in += other["rows_in"]
+        for reason, count in other["dropped"].items():
+            self.drop_many(reason, count, other["first_lines"][reason])
 
     def reasons(self) -> str:
         """`812 too_long, 188 empty`; empty where nothing was dropped."""
@@ -59,3 +79,67 @@ class Account:
             "dropped": dict(sorted(self.dropped.items())),
             "first_lines": dict(sorted(self.first_lines.items())),
         }
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows as columns of equal length.
+
+    Attributes:
+        source: text, or recordings.
+        target: text.
+        lines: 1-based, ascending, unique in the split.
+    """
+
+    source: Sequence[Source]
+    target: Sequence[str]
+    lines: Lines
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> "Pairs":
+        """Rows, in their order."""
+        held = list(rows)
+        lines = np.fromiter((row.line for row in held), np.int64, len(held))
+        return cls([row.source for row in held], [row.target for row in held], lines)
+
+    def keep(self, is_kept: NDArray[np.bool_], account: Account, reason: str) -> "Pairs":
+        """The rows that a mask names; the others are counted as dropped."""
+        if is_kept.all():
+            return self
+        lines = self.lines[~is_kept]
+        account.drop_many(reason, len(lines), lines[:FIRST_LINES].tolist())
+        chosen = is_kept.tolist()
+        source = list(itertools.compress(self.source, chosen))
+        return Pairs(source, list(itertools.compress(self.target, chosen)), self.lines[is_kept])
+
+
+@dataclass(frozen=True)
+class Block(ABC):
+    """A description of some consecutive raw rows of a split; a few hundred bytes to send.
+
+    Any process that sees the same files reads the same rows from it.
+
+    Attributes:
+        split: train, dev or test.
+        number: 0-based place in the split.
+        count: raw rows in it, at most about `BLOCK_ROWS`.
+    """
+
+    split: str
+    number: int
+    count: int
+
+    @abstractmethod
+    def rows(self, account: Account) -> Iterator[Row]:
+        """Its rows; raw ones are counted as read, and those that the corpus drops by reason.
+
+        Raises:
+            DataError: a file is not what it was when it was inspected.
+        """
+
+    def load(self, account: Account) -> Pairs:
+        """`rows` as columns; what can read faster by columns does it here."""
+        return Pairs.of(self.rows(account))

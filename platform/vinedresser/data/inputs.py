@@ -1,0 +1,257 @@
+"""Files of a corpus by name: on disk or in S3-like storage, plain, gzip or zstd."""
+
+import contextlib
+import functools
+import glob
+import hashlib
+import stat
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from vinedresser.config.corpus import REMOTE_PREFIX
+from vinedresser.errors import DataError, MachineError
+
+Codec = Literal["gzip", "zstd"]
+_CODECS: tuple[tuple[bytes, Codec], ...] = (
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+)
+_PIECE = 1 << 20
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name is a URI of object storage."""
+    return name.startswith(REMOTE_PREFIX)
+
+
+# One connection a store and process; a worker reads thousands of blocks.
+@functools.lru_cache(maxsize=8)
+def _store(base: str) -> Any:
+    return fs.FileSystem.from_uri(base)[0]
+
+
+def _remote(name: str) -> tuple[Any, str]:
+    """File system and `bucket/key` of a URI; its query names endpoint, scheme, region."""
+    parts = urlsplit(name)
+    query = f"?{parts.query}" if parts.query else ""
+    with _reading(name):
+        return _store(f"{REMOTE_PREFIX}{parts.netloc}{query}"), f"{parts.netloc}{parts.path}"
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turns what opening and reading can raise into one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such file or directory") from None
+    except PermissionError:
+        raise DataError(f"{name}: permission denied") from None
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{name}: {_words(error)}") from None
+    except OSError as error:
+        if is_remote(name):
+            raise MachineError(
+                f"{name}: the object storage does not answer ({_words(error)}). Fix: see the "
+                "endpoint, the region and the AWS_* variables of the environment"
+            ) from None
+        reason = (error.strerror or "cannot be read").lower()
+        raise DataError(f"{name}: {reason}") from None
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Paths and globs -> paths; a glob's in the order of their names.
+
+    Raises:
+        DataError: a glob that fits no file.
+        MachineError: the object storage does not answer.
+    """
+    found: list[str] = []
+    for name in names:
+        if not glob.has_magic(urlsplit(name).path if is_remote(name) else name):
+            found.append(name)
+        elif is_remote(name):
+            found += _remote_glob(name)
+        elif Path(name).exists():  # a file whose name has a bracket in it
+            found.append(name)
+        else:
+            found += sorted(glob.glob(name)) or _nothing(name)  # noqa: PTH207 - absolute patterns
+    return found
+
+
+def _nothing(name: str) -> list[str]:
+    raise DataError(f"{name}: no file of such a name; expected one or more")
+
+
+def _remote_glob(name: str) -> list[str]:
+    store, path = _remote(name)
+    parts = path.split("/")
+    at = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    with _reading(name):
+        selector = fs.FileSelector("/".join(parts[:at]), recursive=True, allow_not_found=True)
+        entries = store.get_file_info(selector)
+    query = urlsplit(name).query
+    paths = sorted(
+        entry.path for entry in entries
+        if entry.type == fs.FileType.File
+        and entry.path.count("/") == path.count("/")  # `*` does not reach into folders
+        and fnmatchcase(entry.path, path)
+    )  # fmt: skip
+    return [f"{REMOTE_PREFIX}{each}" + (f"?{query}" if query else "") for each in paths] or (
+        _nothing(name)
+    )
+
+
+def stamp(name: str) -> tuple[int, int]:
+    """Size in bytes and modification time in ns: differs once a file was touched.
+
+    Raises:
+        DataError: not there, not to be read, no plain file, or empty.
+    """
+    if is_remote(name):
+        store, path = _remote(name)
+        with _reading(name):
+            (info,) = store.get_file_info([path])
+        if info.type != fs.FileType.File:
+            raise DataError(f"{name}: no such object")
+        size, changed = int(info.size), int(info.mtime_ns or 0)
+    else:
+        with _reading(name):
+            found = Path(name).stat()
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "not a plain file"
+            raise DataError(f"{name}: {kind}; expected a file")
+        size, changed = found.st_size, found.st_mtime_ns
+    if not size:
+        raise DataError(f"{name}: empty file; expected one sentence a line")
+    return size, changed
+
+
+class RawFile:
+    """A file's bytes as they are, read once from the start; hashed on the way.
+
+    Attributes:
+        name: the file.
+        digest: SHA-256 of what was read so far.
+    """
+
+    closed = False  # pyarrow asks
+
+    def __init__(self, name: str, stream: Any) -> None:
+        self.name, self._stream, self._read = name, stream, 0
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int = _PIECE) -> bytes:
+        """At most `size` bytes; none at the end."""
+        with _reading(self.name):
+            piece = bytes(self._stream.read(size))
+        self.digest.update(piece)
+        self._read += len(piece)
+        return piece
+
+    def tell(self) -> int:
+        """Bytes read so far."""
+        return self._read
+
+    def close(self) -> None:
+        """Nothing: whoever opened the stream closes it."""
+
+
+@contextlib.contextmanager
+def open_raw(name: str) -> Iterator[RawFile]:
+    """A file to be read from its start.
+
+    Raises:
+        DataError: it is not there or not to be read.
+        MachineError: the object storage does not answer.
+    """
+    with contextlib.ExitStack() as stack:
+        with _reading(name):
+            if is_remote(name):
+                store, path = _remote(name)
+                stream = stack.enter_context(store.open_input_stream(path))
+            else:
+                stream = stack.enter_context(Path(name).open("rb"))
+        yield RawFile(name, stream)
+
+
+def codec_of(head: bytes) -> Codec | None:
+    """How a file of these first bytes is compressed."""
+    return next((codec for magic, codec in _CODECS if head.startswith(magic)), None)
+
+
+def head_of(name: str, size: int = 4096) -> bytes:
+    """The first bytes of a file, as they are."""
+    with open_raw(name) as raw:
+        return raw.read(size)
+
+
+def pieces_of(raw: RawFile, codec: Codec | None) -> Iterator[bytes]:
+    """A file's content, unpacked, a mebibyte at a time.
+
+    Raises:
+        DataError: damaged or truncated; how much of it was good.
+    """
+    if codec is None:
+        while piece := raw.read():
+            yield piece
+        return
+    unpacked = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), codec)
+    done = 0
+    while True:
+        try:
+            piece = unpacked.read(_PIECE)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(
+                f"{raw.name}: {codec} stream damaged or cut off at or before byte {raw.tell():,}, "
+                f"after {done:,} bytes of content ({_words(error)}). Fix: copy the file again"
+            ) from None
+        if not piece:
+            return
+        done += len(piece)
+        yield bytes(piece)
+
+
+def read_range(name: str, start: int, end: int) -> bytes:
+    """Bytes start to end, end excluded, of a file that is not compressed; fewer at its end."""
+    with _reading(name):
+        if is_remote(name):
+            store, path = _remote(name)
+            with store.open_input_file(path) as file:
+                return bytes(file.read_at(end - start, start))
+        with Path(name).open("rb") as stream:
+            stream.seek(start)
+            return stream.read(end - start)
+
+
+def unpack(name: str, path: Path) -> None:
+    """Writes a file's content, unpacked, to `path`: a block reads from its middle."""
+    codec = codec_of(head_of(name))
+    with open_raw(name) as raw, path.open("wb") as out:
+        for piece in pieces_of(raw, codec):
+            out.write(piece)
+
+
+def lines_in(name: str) -> Iterator[bytes]:
+    """The lines of a file, unpacked, each with its line feed."""
+    codec = codec_of(head_of(name))
+    with open_raw(name) as raw:
+        parts: list[bytes] = []
+        for piece in pieces_of(raw, codec):
+            first, *others = piece.split(b"\n")
+            parts.append(first)
+            for other in others:
+                yield b"".join(parts) + b"\n"
+                parts = [other]
+        if rest := b"".join(parts):
+            yield rest
