@@ -217,15 +217,16 @@ class ShardPool:
         for at in np.flatnonzero(layout.bucket == bucket):
             block = int(layout.block[at])
             path = self._folder / f"{self.name}-{block:05d}.parquet"
-            table = _row_group(path, int(layout.group[at]), footers, block)
+            with reading(path):
+                table = _row_group(path, int(layout.group[at]), footers, block)
+                rows.append(table["row"].to_numpy())
+                sources.append(side_of(table["source"], self._features))
+                targets.append(side_of(table["target"]))
             if len(table) != layout.rows[at]:
                 raise DamagedError(
                     f"{path}: {len(table)} rows of bucket {bucket}, {LENGTHS_FILE} says "
                     f"{layout.rows[at]}; re-run `prepare`"
                 )
-            rows.append(table["row"].to_numpy())
-            sources.append(side_of(table["source"], self._features))
-            targets.append(side_of(table["target"]))
         return Bucket.of(join(sources), join(targets), np.concatenate(rows))
 
 
@@ -307,7 +308,7 @@ def _firsts(*columns: Ints) -> Ints:
 def _row_group(path: Path, index: int, footers: dict[int, Any], block: int) -> pa.Table:
     """One row group, its pages' checksums verified; a shard's footer is parsed once a window."""
     columns = ["row", "source", "target"]
-    with reading(path), path.open("rb") as stream:
+    with path.open("rb") as stream:
         file = pq.ParquetFile(stream, metadata=footers.get(block), page_checksum_verification=True)
         footers[block] = file.metadata
         return file.read_row_group(index, columns=columns, use_threads=False)
@@ -322,7 +323,15 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, pa.ArrowException, IndexError, KeyError) as error:
+    # A changed footer may name other columns, in no known encoding, or of another type.
+    except (
+        OSError,
+        pa.ArrowException,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise DamagedError(f"{path}: unreadable ({reason}); re-run `prepare`") from None
 
