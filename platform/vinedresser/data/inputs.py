@@ -222,6 +222,19 @@ def pieces_of(raw: RawFile, codec: Codec | None) -> Iterator[bytes]:
         yield bytes(piece)
 
 
+@contextlib.contextmanager
+def open_seekable(name: str) -> Iterator[Any]:
+    """A file for a reader that jumps in it, as Parquet's does."""
+    with contextlib.ExitStack() as stack:
+        with _reading(name):
+            if is_remote(name):
+                store, path = _remote(name)
+                file = stack.enter_context(store.open_input_file(path))
+            else:
+                file = stack.enter_context(Path(name).open("rb"))
+        yield file
+
+
 def read_range(name: str, start: int, end: int) -> bytes:
     """Bytes start to end, end excluded, of a file that is not compressed; fewer at its end."""
     with _reading(name):
