@@ -86,3 +86,20 @@ def test_exact_error_is_a_share_of_sentences_in_percent():
     assert exact_error_rate(HYPOTHESES, REFERENCES) == pytest.approx(200 / 3)
     with pytest.raises(ValueError, match=r"shorter|longer"):
         exact_error_rate(["a"], ["a", "b"])
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_folded_case_is_in_the_signature_and_in_the_score(metric):
+    hypotheses, references = ["the cat sat on a mat"], ["The Cat sat on a MAT"]
+    plain = measure(metric, hypotheses, references)
+    folded = measure(metric, hypotheses, references, folds_case=True)
+    assert "case:lc" in folded.signature
+    assert folded.value == pytest.approx(measure(metric, hypotheses, hypotheses).value)
+    if metric != "ter":  # never looks at case
+        assert "case:lc" not in plain.signature
+        assert is_better(metric, folded.value, plain.value)
+
+
+def test_exact_errors_without_case():
+    assert exact_error_rate(["a b"], ["A b"]) == 100
+    assert exact_error_rate(["a b", "c"], ["A b", "D"], folds_case=True) == 50

@@ -10,14 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vinedresser.batch import EOS, pad_ids
 from vinedresser.commit import commit, verify
 from vinedresser.config import Experiment
-from vinedresser.data.tokenizers import TextTokenizer, load_tokenizer
+from vinedresser.data.side import Side, join
+from vinedresser.data.tokenizers import (
+    SourceEncoder,
+    TextTokenizer,
+    load_source,
+    load_tokenizer,
+)
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import DataError
 from vinedresser.model import Seq2Seq, Vocabulary
@@ -41,32 +47,51 @@ class Bundle:
     digest: str
     experiment: Experiment
     model: Seq2Seq
-    source_tokenizer: TextTokenizer
+    source_tokenizer: SourceEncoder
     target_tokenizer: TextTokenizer
     scores: Mapping[str, Any]
 
     def translate(self, sentences: Sequence[str], *, beam: int = 1) -> list[str]:
-        """Decodes plain sentences, in their order; longer ones than trained on are refused.
+        """Decodes sentences, in their order; longer ones than trained on are refused.
+
+        Args:
+            sentences: plain text; for a model of recordings the path of one, or of several that
+                follow each other, with tabs between them.
+            beam: hypotheses kept; 1 is greedy.
 
         Raises:
-            DataError: a sentence is empty or over the task's max_source_length.
+            DataError: a sentence is empty or over the task's max_source_length, or a recording is
+                not what the model was trained on.
         """
-        limit = self.experiment.task.max_source_length
-        ids = [[*row, EOS] for row in self.source_tokenizer.encode_many(list(sentences))]
-        for number, row in enumerate(ids, 1):
-            if not 1 < len(row) <= limit:
-                found = "nothing to read" if len(row) == 1 else f"{len(row)} tokens"
-                raise DataError(f"line {number}: {found}; wanted 1 to {limit - 1} tokens")
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        result = [""] * len(ids)
+        source, limit = self._read(sentences), self.experiment.task.max_source_length
+        is_frames = bool(self.source_tokenizer.features)
+        for number, length in enumerate(source.lengths.tolist(), 1):
+            if length > limit or (length == 1 and not is_frames):
+                wanted = f"1 to {limit} frames" if is_frames else f"1 to {limit - 1} tokens"
+                found = f"{length} {'frames' if is_frames else 'tokens'}"
+                found = "nothing to read" if length == 1 else found
+                raise DataError(f"line {number}: {found}; wanted {wanted}")
+        order = np.argsort(source.lengths, kind="stable")
+        result = [""] * len(order)
         for first in range(0, len(order), 64):
             group = order[first : first + 64]
-            for i, text in zip(group, self._decode([ids[i] for i in group], beam), strict=True):
+            texts = self._decode(*source.padded(group), beam)
+            for i, text in zip(group.tolist(), texts, strict=True):
                 result[i] = text
         return result
 
-    def _decode(self, ids: list[list[int]], beam: int) -> list[str]:
-        source_BS, lengths_B = pad_ids(ids)
+    def _read(self, sentences: Sequence[str]) -> Side:
+        if not self.source_tokenizer.features:
+            return Side.of(list(sentences), self.source_tokenizer)
+        frames = []
+        for number, paths in enumerate(sentences, 1):
+            try:
+                frames.append(Side.of([paths.split("\t")], self.source_tokenizer))
+            except DataError as error:
+                raise DataError(f"line {number}: {error.args[0]}") from None
+        return join(frames) if frames else Side.of([], self.source_tokenizer)
+
+    def _decode(self, source_BS: Tensor, lengths_B: Tensor, beam: int) -> list[str]:
         cap = self.experiment.task.max_target_length
         if beam == 1:
             decoded = greedy(self.model, source_BS, lengths_B, cap=cap)
@@ -76,9 +101,9 @@ class Bundle:
         return [self.target_tokenizer.decode(row) for row in decoded.ids]
 
 
-def vocabulary_of(source: TextTokenizer, target: TextTokenizer, *, joint: bool) -> Vocabulary:
+def vocabulary_of(source: SourceEncoder, target: TextTokenizer, *, joint: bool) -> Vocabulary:
     """The sizes a model is built for."""
-    return Vocabulary(source.size, target.size, joint)
+    return Vocabulary(source.size, target.size, joint, source.features)
 
 
 def save_bundle(
@@ -86,7 +111,7 @@ def save_bundle(
     *,
     experiment: Experiment,
     weights: Mapping[str, Tensor],
-    tokenizers: tuple[TextTokenizer, TextTokenizer],
+    tokenizers: tuple[SourceEncoder, TextTokenizer],
     scores: Mapping[str, Any],
 ) -> Path:
     """Commits a bundle; a folder that is already there is left as it is."""
@@ -121,7 +146,7 @@ def load_bundle(folder: Path) -> Bundle:
     experiment = Experiment.from_json(
         json.loads((folder / "experiment.json").read_text()), where=str(folder / "experiment.json")
     )
-    source, target = load_tokenizer(folder, "source"), load_tokenizer(folder, "target")
+    source, target = load_source(folder, "source"), load_tokenizer(folder, "target")
     joint = experiment.task.has_joint_vocabulary
     model = experiment.model.build(vocabulary_of(source, target, joint=joint)).eval()
     try:

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vinedresser.batch import EOS
 from vinedresser.config import Evaluation, MetricName
 from vinedresser.data.batches import Split, in_order
+from vinedresser.data.row import Source
 from vinedresser.data.side import Side
-from vinedresser.data.tokenizers import TextTokenizer
+from vinedresser.data.tokenizers import SourceEncoder, TextTokenizer
 from vinedresser.decode import Decoded, beam_search, greedy
 from vinedresser.metrics import exact_error_rate, measure
 from vinedresser.model import Seq2Seq
@@ -62,17 +61,13 @@ class Evaluated:
 
 
 def tokenized(
-    rows: Sequence[tuple[str, str]], source: TextTokenizer, target: TextTokenizer
+    rows: Sequence[tuple[Source, str]], source: SourceEncoder, target: TextTokenizer
 ) -> Split:
-    """Plain (source, target) texts as a split, by a finished model's own tokenizers."""
+    """Plain (source, target) rows as a split, by a finished model's own tokenizers."""
     sources, references = [s for s, _ in rows], [t for _, t in rows]
-    return Split("texts", _side(sources, source), _side(references, target), sources, references)
-
-
-def _side(texts: Sequence[str], tokenizer: TextTokenizer) -> Side:
-    ids = [[*row, EOS] for row in tokenizer.encode_many(list(texts))]
-    offsets = np.cumsum([0, *(len(row) for row in ids)], dtype=np.int64)
-    return Side(np.array([i for row in ids for i in row], dtype=np.int32), offsets)
+    sides = Side.of(sources, source), Side.of(references, target)
+    names = [s if isinstance(s, str) else " ".join(s) for s in sources]
+    return Split("texts", *sides, names, references)
 
 
 @torch.no_grad()
@@ -115,14 +110,16 @@ def evaluate(
     by_row = sorted(zip(rows, texts, strict=True))
     order, hypotheses = [row for row, _ in by_row], [text for _, text in by_row]
     references = [split.references[row] for row in order]
-    measured = measure(metric, hypotheses, references)
+    # Hypotheses without capitals are not scored against references with them.
+    folds = tokenizer.folds_case
+    measured = measure(metric, hypotheses, references, folds_case=folds)
     scores = Scores(
         metric=metric,
         value=measured.value,
         signature=measured.signature,
         teacher_forced_nats=nats / tokens,
         teacher_forced_error=100 * wrong / tokens,
-        exact_error=exact_error_rate(hypotheses, references),
+        exact_error=exact_error_rate(hypotheses, references, folds_case=folds),
         sentences=len(references),
     )
     return Evaluated(scores, [split.sources[row] for row in order], hypotheses, references)

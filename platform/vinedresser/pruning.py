@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from vinedresser.batch import Batch
-from vinedresser.bundle import Bundle, load_bundle, save_bundle
+from vinedresser.bundle import Bundle, load_bundle, save_bundle, vocabulary_of
 from vinedresser.commit import is_committed
 from vinedresser.config import MetricName, Section
 from vinedresser.data.batches import in_order, load_split
@@ -16,7 +16,6 @@ from vinedresser.data.shards import ShardSet
 from vinedresser.distributed import Site
 from vinedresser.evaluate import evaluate
 from vinedresser.metrics import is_lower_better
-from vinedresser.model import Vocabulary
 from vinedresser.prune import (
     attention_layers,
     certify,
@@ -110,8 +109,10 @@ class Pruner:
         if is_committed(target):
             self.say(f"compact: {target.name} unchanged")
             return target
-        vocabulary = Vocabulary(
-            gated.source_tokenizer.size, gated.target_tokenizer.size, self.task.has_joint_vocabulary
+        vocabulary = vocabulary_of(
+            gated.source_tokenizer,
+            gated.target_tokenizer,
+            joint=self.task.has_joint_vocabulary,
         )
         config, small = compact(gated.model, gated.experiment.model, vocabulary)
         cap, tokens = self.task.max_target_length, gated.experiment.evaluation.tokens

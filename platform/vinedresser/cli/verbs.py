@@ -200,7 +200,7 @@ def evaluate(
     rest = [word for word in overrides if word not in own]
     value = resolve(task, [Task], overrides=rest)
     bundle = load_bundle(locate(model, workspace))
-    rows = [(str(row.source), row.target) for row in read(value, scoring.split)]
+    rows = [(row.source, row.target) for row in read(value, scoring.split)]
     evaluated = score(
         bundle.model,
         tokenized(rows, bundle.source_tokenizer, bundle.target_tokenizer),

@@ -19,7 +19,7 @@ from vinedresser.config.task import Task
 from vinedresser.data.clean import Sieve, clean, hashes_file
 from vinedresser.data.flat import take_ragged
 from vinedresser.data.hashing import hash_pairs, save_hashes
-from vinedresser.data.row import FIRST_LINES, Account, Block, Pairs
+from vinedresser.data.row import FIRST_LINES, Account, Block, Pairs, Source
 from vinedresser.data.tokenizers import UNK, SourceEncoder, load_source
 
 # `lengths.parquet`: how many kept rows of a block have which lengths, in tokens or frames. Sorted
@@ -242,9 +242,14 @@ def _shard_table(
     if split != "train":  # metrics compare with the text itself
         texts = {"source_text": pairs.source, "target_text": pairs.target}
         for name, side in texts.items():
-            words = [side[i] if isinstance(side[i], str) else " ".join(side[i]) for i in rows]
+            words = [_name(side[i]) for i in rows]
             columns[name] = pa.array(words, pa.string())
     return pa.table(columns)
+
+
+def _name(item: Source) -> str:
+    """Text itself; recordings by their names, which are the same wherever the corpus lies."""
+    return item if isinstance(item, str) else " ".join(Path(path).name for path in item)
 
 
 def _write(path: Path, table: pa.Table) -> str:

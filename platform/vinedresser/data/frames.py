@@ -102,10 +102,10 @@ class Filterbank:
 
     def flat(self, items: Sequence[Sequence[str | Path]]) -> Flat:
         """The frames of some utterances, as float16."""
-        frames = [self.encode(paths) for paths in items]
+        frames = [self.encode(paths).astype(np.float16) for paths in items]
         lengths = np.fromiter(map(len, frames), np.int64, len(frames))
-        every = np.concatenate(frames) if frames else np.zeros((0, self.features), np.float32)
-        return Flat(every.astype(np.float16).ravel(), lengths)
+        none = np.zeros((0, self.features), np.float16)
+        return Flat(np.concatenate([none, *frames]).ravel(), lengths)
 
     def look(self, path: Path) -> Sound:
         """Reads a header and refuses what `encode` would refuse without reading on.

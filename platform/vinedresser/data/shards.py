@@ -20,7 +20,7 @@ from vinedresser.config.task import Task
 from vinedresser.data.build import build, build_again
 from vinedresser.data.corpus import Corpus, open_corpus
 from vinedresser.data.execute import Executor
-from vinedresser.data.tokenizers import TextTokenizer, load_tokenizer
+from vinedresser.data.tokenizers import SourceEncoder, TextTokenizer, load_source, load_tokenizer
 from vinedresser.errors import DamagedError, DataError
 
 # Raised whenever the same task and files would give other shards.
@@ -196,8 +196,8 @@ def _tokenizers_of(task: Task) -> str:
     return json.dumps({name: plain[name] for name in names if plain[name]}, sort_keys=True)
 
 
-def tokenizers(shards: ShardSet) -> tuple[TextTokenizer, TextTokenizer]:
+def tokenizers(shards: ShardSet) -> tuple[SourceEncoder, TextTokenizer]:
     """The (source, target) tokenizers of a shard set; one and the same object when joint."""
     names = [shards.meta["tokenizers"][side]["name"] for side in ("source", "target")]
-    loaded = {name: load_tokenizer(shards.folder, name) for name in dict.fromkeys(names)}
-    return loaded[names[0]], loaded[names[1]]
+    target = load_tokenizer(shards.folder, names[1])
+    return target if names[0] == names[1] else load_source(shards.folder, names[0]), target

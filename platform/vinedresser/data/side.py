@@ -12,6 +12,7 @@ from torch import Tensor
 from vinedresser.batch import PAD, Batch
 from vinedresser.data.flat import take_ragged
 from vinedresser.data.order import Ints
+from vinedresser.data.tokenizers import SourceEncoder
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Side:
     values: NDArray[Any]
     offsets: Ints
     features: int = 0
+
+    @classmethod
+    def of(cls, items: Sequence[Any], encoder: SourceEncoder) -> "Side":
+        """The sequences that an encoder makes of some texts, or of some tuples of recordings."""
+        values, lengths = encoder.flat(items)
+        return cls(values, np.concatenate([[0], np.cumsum(lengths)]), encoder.features)
 
     @property
     def lengths(self) -> Ints:
