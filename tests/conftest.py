@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from vinedresser.data.shards import ShardSet
 
 ROOT = Path(__file__).parents[1]
+
+# Hypothesis' own limit of 200 ms an example would fail tests on a busy machine.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session")
