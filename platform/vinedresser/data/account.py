@@ -146,7 +146,7 @@ def describe(task: Task, corpus: Corpus, tally: Tally, scratch: Path) -> dict[st
         "padding": _padding(tally),
         "buckets": _buckets(task, tally),
         "sources": corpus.digests,
-        "overlap": _overlap(corpus, tally, scratch),
+        "overlap": _overlap(task, corpus, tally, scratch),
         "shards": shards,
         "notes": notes,
     }
@@ -202,7 +202,7 @@ def _leakage(task: Task, corpus: Corpus, found: Found) -> list[str]:
     ]
 
 
-def _overlap(corpus: Corpus, tally: Tally, scratch: Path) -> dict[str, Any]:
+def _overlap(task: Task, corpus: Corpus, tally: Tally, scratch: Path) -> dict[str, Any]:
     """Train rows that stand in dev or test too, and repeats; none asked of a lexicon."""
     if not corpus.is_parallel:
         return {}
@@ -217,7 +217,8 @@ def _overlap(corpus: Corpus, tally: Tally, scratch: Path) -> dict[str, Any]:
         for split in corpus.splits[1:]
     }
     files = [scratch / hashes_file(encoded.block) for encoded in tally.blocks("train")]
-    repeats = count_repeats([path for path in files if path.exists()])
+    files = [] if task.cleaning.dedup else [path for path in files if path.exists()]
+    repeats = count_repeats(files)
     return {**splits, "train_repeats": repeats}
 
 

@@ -2,7 +2,7 @@
 
 import importlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -259,12 +259,10 @@ def without_empty(pairs: Pairs, account: Account) -> Pairs:
     is_kept = np.ones(len(pairs), dtype=np.bool_)
     for side in (pairs.source, pairs.target):
         if side and isinstance(side[0], str):
-            is_kept &= [bool(text) and not text.isspace() for text in _texts(side)]
+            texts: Any = side
+            is_kept &= np.fromiter(map(len, texts), np.int64, len(texts)) > 0
+            is_kept &= ~np.fromiter(map(str.isspace, texts), np.bool_, len(texts))
     return pairs.keep(is_kept, account, "empty")
-
-
-def _texts(side: Sequence[Any]) -> Iterable[str]:
-    return side
 
 
 def source_digests(task: Task) -> dict[str, str]:
