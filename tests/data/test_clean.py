@@ -140,7 +140,7 @@ def test_a_ratio_limit_drops_from_train_alone(tmp_path):
 def test_too_much_lost_is_refused(tmp_path):
     rows = [("a" * 20, "b")] * 6 + [("c", "d")] * 4
     with pytest.raises(
-        DataError, match="6 of 10 pairs dropped.*max_drop_ratio=0.5.*lines"
+        DataError, match=r"6 of 10 pairs dropped.*max_drop_ratio=0.5.*lines"
     ) as error:
         prepare(write_task(tmp_path, rows), tmp_path / "out")
     assert len(str(error.value).splitlines()) == 1
