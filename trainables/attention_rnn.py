@@ -176,7 +176,10 @@ class AttentionRnn(Seq2Seq):
         super().__init__()
         self.config = config
         D = config.width
-        self.scale = D**0.5
+        # Vectors drawn with variance 1 / D enter with 1 / sqrt(D). Brought to 1, five of five small
+        # forms learned 63 sequences by heart instead of reversing them; left at 1 / D, Multi30k
+        # stood at 6.1 nats a token after 40 updates, with variance 1 at 5.7.
+        self.scale = D**0.25
         self.source_embedding = SourceEmbedding(vocabulary, D, config.embedding, scale=self.scale)
         self.target_embedding = token_table(vocabulary.target, D)
         self.dropout = Dropout(config.dropout)

@@ -83,7 +83,10 @@ class Rnn(Seq2Seq):
     def __init__(self, config: RnnConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.config = config
-        D, self.scale = config.width, config.width**0.5
+        # Vectors drawn with variance 1 / D enter with 1 / sqrt(D). Brought to 1, five of five small
+        # forms learned 63 sequences by heart instead of reversing them; left at 1 / D, Multi30k
+        # stood at 6.1 nats a token after 40 updates, with variance 1 at 5.7.
+        D, self.scale = config.width, config.width**0.25
         self.num_parts = 2 if config.cell == "lstm" else 1
         self.source_embedding = SourceEmbedding(vocabulary, D, config.embedding, scale=self.scale)
         self.target_embedding = token_table(vocabulary.target, D)

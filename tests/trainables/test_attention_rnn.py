@@ -54,7 +54,7 @@ def by_hand(model: AttentionRnn, batch: Batch) -> Tensor:
     ends = torch.cat([states[torch.arange(len(last)), last, :half], states[:, 0, half:]], -1)
     h, c = torch.tanh(model.bridge(ends)).chunk(2, -1)
     W, U, b, inner = model.decoder[0].parameters()
-    embedded = model.target_embedding(batch.inputs_BT) * config.width**0.5
+    embedded = model.target_embedding(batch.inputs_BT) * model.scale
     a, found = torch.zeros_like(h), []
 
     def attend(query: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def test_the_decoder_starts_from_the_encoders_last_state(cell):
             target.copy_(source)
     layers = model.start(encoded(model), 9).layers
     for i, ids in enumerate(SOURCE):  # alone and without padding
-        x_1SD = model.source_embedding.table(torch.tensor([ids])) * 12**0.5
+        x_1SD = model.source_embedding.table(torch.tensor([ids])) * model.scale
         last = peer(x_1SD)[1]
         parts = last if cell == "lstm" else (last,)
         for number, layer in enumerate(layers):
