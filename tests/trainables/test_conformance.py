@@ -1,40 +1,63 @@
 """What every trainable keeps. A file in `trainables/` is found and tried with no other edit.
 
-A module may list forms of its model in `VARIANTS`, name -> overrides of its configuration.
+A module may list forms of its model in `VARIANTS`, name -> overrides of its configuration; and in
+`CANNOT_REVERSE`, form ("*" is all) -> (longest source that it learns to reverse, and why).
 """
 
 import importlib
 import itertools
+import json
 import pkgutil
-from collections.abc import Iterator
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import trainables
 from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
-from vinedresser.config import Experiment, ModelConfig
+from vinedresser.config import Experiment, ModelConfig, Objective
 from vinedresser.config.experiment import model_config_class
 from vinedresser.decode import beam_search, greedy
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
+from vinedresser.nn.record import recording
 from vinedresser.objectives import likelihood
+from vinedresser.train import Trainee
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 
 SOURCE = [[4, 5, 6, 7, EOS], [8, EOS], [9, 4, 4, EOS]]
 TARGET = [[6, 5, EOS], [7, 8, 9, 4, 5, 6, EOS], [10, EOS]]
+# Sources of every length from 1 to 9: each remainder of each reduction.
+LADDER = [[4 + (3 * i + j) % 7 for j in range(i)] + [EOS] for i in range(9)]
+# The source reaches its decoder through one state (methods.md 39): it must say so here.
+WITHOUT_ATTENTION = {"trainables.rnn"}
 
 
-def forms() -> Iterator[object]:
-    for module in pkgutil.iter_modules(trainables.__path__):
-        config = model_config_class(module.name)()
-        yield pytest.param(config, id=module.name)
-        holder = importlib.import_module(f"trainables.{module.name}")
+def all_forms() -> Iterator[tuple[str, str, ModelConfig]]:
+    """(module, form, configuration) of the whole zoo; the default form has no name."""
+    for info in pkgutil.iter_modules(trainables.__path__):
+        config = model_config_class(info.name)()
+        yield info.name, "", config
+        holder = importlib.import_module(f"trainables.{info.name}")
         for name, changes in getattr(holder, "VARIANTS", {}).items():
-            yield pytest.param(config.override(changes), id=f"{module.name}-{name}")
+            yield info.name, name, config.override(changes)
+
+
+def id_of(module: str, form: str) -> str:
+    return f"{module}-{form}" if form else module
+
+
+def forms() -> list[object]:
+    return [pytest.param(config, id=id_of(module, form)) for module, form, config in all_forms()]
 
 
 @pytest.fixture(params=forms())
@@ -42,12 +65,12 @@ def config(request) -> ModelConfig:
     return request.param
 
 
-def build(config: ModelConfig, seed: int = 0) -> Seq2Seq:
+def build(config: ModelConfig, seed: int = 0, target: int = 11) -> Seq2Seq:
     torch.manual_seed(seed)
     try:  # sizes that differ, unless the form shares one vocabulary
-        return config.build(Vocabulary(13, 11)).eval()
+        return config.build(Vocabulary(target + 2, target)).eval()
     except ValueError:
-        return config.build(Vocabulary(11, 11, joint=True)).eval()
+        return config.build(Vocabulary(target, target, joint=True)).eval()
 
 
 @pytest.fixture
@@ -87,7 +110,7 @@ def assert_near(found: Tensor, wanted: Tensor, within: float) -> None:
 
 def test_every_module_of_the_zoo_is_tried():
     files = {file.stem for path in trainables.__path__ for file in Path(path).glob("*.py")}
-    tried = {param.id.split("-")[0] for param in forms()}
+    tried = {module for module, _, _ in all_forms()}
     assert tried == files - {"__init__"}
 
 
@@ -168,6 +191,24 @@ def test_weights_round_trip(config, model, batch, tmp_path):
     assert not torch.equal(logits_of(other, batch), logits_of(model, batch))
     other.load_state_dict(load_file(path))
     assert torch.equal(logits_of(other, batch), logits_of(model, batch))
+    assert tied(other) == tied(model) == tied(build(config))
+
+
+def tied(model: Seq2Seq) -> set[frozenset[str]]:
+    """Groups of names that are one parameter."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def test_no_batch_changes_what_a_model_holds(model, batch):
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.train()
+    long, short = [[5] * 70 + [EOS]] * 2, [[EOS]] * 2
+    for other in (batch, batch_of(long, short), batch_of(short, long)):
+        model(other)
+        assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
 
 
 def test_configuration_round_trips_through_json(config):
@@ -176,6 +217,91 @@ def test_configuration_round_trips_through_json(config):
     corpus = {"train": {"source": "a", "target": "b"}, "dev": {"source": "c", "target": "d"}}
     task = {"name": "t", "corpus": corpus, "tokenizer": {"kind": "symbols"}, "metric": "per"}
     assert Experiment.from_json({"task": task, "model": plain}).model == config
+
+
+@torch.no_grad()
+def test_every_length_through_the_encoder(model):
+    together = batch_of(LADDER, [[5, EOS]] * len(LADDER))
+    memory, logits_BTV = encoded(model, together), logits_of(model, together)
+    for i, source in enumerate(LADDER):
+        alone = batch_of([source], [[5, EOS]])
+        own = encoded(model, alone)
+        assert own.is_real_BS.all()
+        assert own.is_real_BS.shape == own.states_BSD.shape[:2]
+        # The mask is as long as the states, and a longer neighbour makes it no longer.
+        assert memory.is_real_BS[i].sum() == own.is_real_BS.sum() >= 1
+        assert_near(logits_BTV[i], logits_of(model, alone)[0], 1e-5)
+
+
+def test_attention_weights_are_shares_of_the_real_positions(config, model, batch):
+    found = model.attention(batch)
+    memory = encoded(model, batch)
+    T, U = batch.target_BT.shape[1], memory.is_real_BS.shape[1]
+    assert T not in (U, batch.source_BS.shape[1])
+    for weights_BHTS in found.values():
+        queries, keys = weights_BHTS.shape[2:]
+        is_query_BT = batch.is_real_BT if queries == T else memory.is_real_BS
+        sums_NH = weights_BHTS.sum(-1).mT[is_query_BT]
+        assert_near(sums_NH, torch.ones_like(sums_NH), 1e-5)
+        if keys == T:  # the decoder's own past
+            assert not weights_BHTS.triu(1).any()
+        else:
+            assert keys == U
+            assert not weights_BHTS.mT.masked_select(~memory.is_real_BS[:, None, :, None]).any()
+        assert (weights_BHTS >= 0).all()
+    attends = any(w.shape[2] == T and w.shape[3] == U for w in found.values())
+    assert attends or type(config).__module__ in WITHOUT_ATTENTION
+    # What is looked at is what is used.
+    with recording():
+        seen = logits_of(model, batch)
+    assert_near(seen, logits_of(model, batch), 1e-5)
+
+
+# Frames in place of ids.
+
+
+def frames_of(lengths: list[int], features: int = 5) -> Batch:
+    """The first rows of one table of noise, so that a row does not depend on its neighbours."""
+    noise = torch.randn(len(lengths), max(lengths), features, generator=torch.manual_seed(5))
+    for row, length in zip(noise, lengths, strict=True):
+        row[length:] = 0
+    ids = batch_of([[EOS]] * len(lengths), TARGET[: len(lengths)])
+    return replace(ids, source_BS=noise, source_lengths_B=torch.tensor(lengths))
+
+
+@pytest.fixture
+def listener(config) -> Seq2Seq:
+    torch.manual_seed(0)
+    try:
+        return config.build(Vocabulary(source=0, target=11, features=5)).eval()
+    except ValueError:
+        plain = config.to_json()
+    # Only ids can share a table with the target or be read as characters.
+    assert plain.get("tie") == "all" or plain["embedding"]["kind"] == "characters"
+    pytest.skip("a form for ids only, and it says so")
+
+
+def test_frames(listener):
+    batch = frames_of([7, 1, 4])
+    whole = logits_of(listener, batch)
+    memory = encoded(listener, batch)
+    assert_near(stepwise(listener, memory, batch.inputs_BT).detach(), whole, 1e-5)
+    filled = replace(batch, source_BS=batch.source_BS.clone())
+    for i, length in enumerate(batch.source_lengths_B):
+        row = batch.source_BS[i : i + 1, :length]
+        alone = replace(
+            batch_of([[EOS]], [TARGET[i]]), source_BS=row, source_lengths_B=length[None]
+        )
+        assert_near(whole[i, : len(TARGET[i])], logits_of(listener, alone)[0], 1e-5)
+        filled.source_BS[i, length:] = 9.0
+    assert_near(logits_of(listener, filled), whole, 1e-5)
+    listener.train()
+    likelihood(listener, listener(batch), batch).mean.backward()
+    parameters = dict(listener.named_parameters())
+    assert not [name for name, p in parameters.items() if p.grad is None]
+    assert any(
+        p.grad.any() for name, p in parameters.items() if "source" in name or "encoder" in name
+    )
 
 
 def test_the_shortest_sentence_alone(model):
@@ -202,7 +328,8 @@ def test_bf16_is_finite_and_near_fp32(model, batch):
 
 def test_overfits_one_batch_and_decodes_it(config, batch):
     model = build(config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3 if model_width(model) < 100 else 3e-4)
+    rate = 3e-3 if model_width(model) < 100 else 3e-4
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
     for _ in range(30):
         model.train()
         for _ in range(10):
@@ -252,3 +379,125 @@ def test_fresh_weights_follow_the_seed(config, batch):
     one, same, other = (logits_of(build(config, seed), batch) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert all(not torch.equal(a, b) for a, b in itertools.combinations((one, other), 2))
+
+
+# Learning: the tail of short sources is the head of their targets, so order and alignment count.
+
+LETTERS = range(4, 12)
+
+
+def reversal_errors(model: Seq2Seq, rows: list[list[int]]) -> int:
+    """Sequences that are not decoded in reverse."""
+    model.eval()
+    found = greedy(model, *pad_ids([[*row, EOS] for row in rows]), cap=12).ids
+    return sum(ids != row[::-1] for ids, row in zip(found, rows, strict=True))
+
+
+def learn_to_reverse(config: ModelConfig, longest: int, *, steps: int) -> int:
+    """Errors on 60 sequences of full length that were held out of training."""
+    dry = {name: 0 for name in type(config).model_fields if "dropout" in name}
+    model = build(config.override(dry), target=4 + len(LETTERS))
+    draw = random.Random(1)
+    held_out = [draw.choices(LETTERS, k=longest) for _ in range(60)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, fused=True)
+    errors = len(held_out)
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = 5e-3 if step < 300 else 1e-3
+        model.train()
+        rows = [draw.choices(LETTERS, k=draw.randint(1, longest)) for _ in range(64)]
+        chosen = [row for row in rows if longest == 1 or row not in held_out]
+        batch = batch_of([[*row, EOS] for row in chosen], [[*row[::-1], EOS] for row in chosen])
+        optimizer.zero_grad()
+        likelihood(model, model(batch), batch).mean.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 25 == 0 and not (errors := reversal_errors(model, held_out)):
+            break
+    return errors
+
+
+def limit_of(module: str, form: str) -> tuple[int, str]:
+    """The longest source that a form says it learns to reverse, and why no longer ones."""
+    declared = getattr(importlib.import_module(f"trainables.{module}"), "CANNOT_REVERSE", {})
+    longest, reason = declared.get(form, declared.get("*", (3, "")))
+    return longest, reason
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [pytest.param(c, limit_of(m, f), id=id_of(m, f)) for m, f, c in all_forms() if f],
+)
+def test_learns_to_reverse(config, limit):
+    longest, reason = limit
+    assert longest == 3 or len(reason) > 20
+    assert learn_to_reverse(config, longest, steps=1000) == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        pytest.param(name, next(c for m, f, c in all_forms() if m == name and f), id=name)
+        for name in sorted({module for module, _, _ in all_forms()})
+        if not limit_of(name, "*")[1]
+    ],
+)
+def test_learns_to_reverse_longer_sources(module, config):
+    assert learn_to_reverse(config, 5, steps=1200) == 0
+
+
+# Two workers.
+
+
+def gradients(model: Seq2Seq, batch: Batch, wrap: Callable[[nn.Module], nn.Module]) -> list[Tensor]:
+    """Of the mean over all tokens of TARGET; twice, for DDP finds unused parameters late."""
+    trainee = wrap(Trainee(model, Objective()))
+    for _ in range(2):
+        model.zero_grad()
+        workers = dist.get_world_size() if isinstance(trainee, DistributedDataParallel) else 1
+        tokens = torch.tensor(sum(map(len, TARGET)) / workers)
+        trainee(batch, 1.0, tokens)[1].backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def work_in_a_pair(rank: int, meeting: Path) -> None:
+    """A worker: the largest difference of its gradients to those of one big batch, by form."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=2)
+    part = slice(0, 2) if rank == 0 else slice(2, 3)
+    found: dict[str, float | str] = {}
+    for module, form, config in all_forms():
+        model = build(config)
+        whole = gradients(model, batch_of(SOURCE, TARGET), lambda trainee: trainee)
+        try:
+            share = batch_of(SOURCE[part], TARGET[part])
+            mine = gradients(model, share, DistributedDataParallel)
+            pairs = [(a, b) for a, b in zip(mine, whole, strict=True) if a.numel()]
+            found[id_of(module, form)] = max(float((a - b).abs().max()) for a, b in pairs)
+        except Exception as error:  # noqa: BLE001 - told to the test that waits for it
+            found[id_of(module, form)] = str(error)
+            break
+    if rank == 0:
+        meeting.with_suffix(".json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def pair_of_workers(tmp_path_factory) -> Mapping[str, float | str]:
+    meeting = tmp_path_factory.mktemp("pair") / "meeting"
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='worker')"
+    words = [sys.executable, "-c", code, __file__, str(meeting)]
+    workers = [
+        subprocess.Popen([*words, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    told = [worker.communicate(timeout=200)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], told
+    return json.loads(meeting.with_suffix(".json").read_text())
+
+
+@pytest.mark.parametrize("form", [id_of(m, f) for m, f, _ in all_forms()])
+def test_two_workers_have_the_gradients_of_one(pair_of_workers, form):
+    assert isinstance(pair_of_workers[form], float), pair_of_workers[form]
+    assert pair_of_workers[form] < 1e-6
+
+
+if __name__ == "worker":
+    work_in_a_pair(int(sys.argv[3]), Path(sys.argv[2]))
