@@ -216,7 +216,10 @@ def translate(
     workspace: Workspace = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Translate stdin to stdout, line by line; `beam=4` for beam search."""
+    """Translate stdin to stdout, line by line; `beam=4` for beam search.
+
+    A model of recordings reads their paths: one a line, or several of one utterance with tabs.
+    """
     from vinedresser.cli import verbs
 
     verbs.translate(model, overrides or [], workspace, as_json=as_json)

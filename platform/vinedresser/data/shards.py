@@ -139,6 +139,8 @@ def _repaired(folder: Path, task: Task, corpus: Corpus) -> list[str]:
 def _tell(shards: ShardSet, corpus: Corpus, say: Say) -> None:
     rows = ", ".join(f"{count:,} {split}" for split, count in shards.counts.items())
     sizes = f"{shards.source_size:,}" + ("" if shards.is_joint else f" and {shards.target_size:,}")
+    if shards.features:
+        sizes = f"{shards.target_size:,}, frames of {shards.features} bands"
     say(f"prepare: {shards.folder.name}: {rows} pairs; vocabulary {sizes}")
     for split, account in shards.meta["account"].items():
         if dropped := account["dropped"]:
