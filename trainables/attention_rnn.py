@@ -96,7 +96,7 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "bahdanau": {**_SMALL, "order": "bahdanau", "score": "additive", "encoder_units": 20},
     "gru_bahdanau": {**_SMALL, "order": "bahdanau", "cell": "gru", "layer_norm": True},
     "additive": {**_SMALL, "score": "additive"},
-    "cosine": {**_SMALL, "score": "cosine"},
+    "cosine": {**_SMALL, "score": "cosine", "input_feeding": True},
     "dot": {**_SMALL, "score": "dot"},
     "scaled_dot": {**_SMALL, "score": "scaled_dot", "input_feeding": True},
     "layer_norm": {**_DEEP, "layer_norm": True, "input_feeding": True},
