@@ -14,10 +14,12 @@ import torch
 from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cli import main
 from vinedresser.config import Batching, Experiment, Task
+from vinedresser.data import windows
 from vinedresser.data.batches import Batches, load_split
 from vinedresser.data.corpus import read
 from vinedresser.data.frames import features
 from vinedresser.data.shards import ShardSet, prepare, tokenizers
+from vinedresser.data.windows import ShardPool
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.evaluate import evaluate, tokenized
 from vinedresser.run import Run
@@ -101,6 +103,16 @@ def test_batches_keep_the_budget_in_frames(shards):
         assert batch.source_BS.shape[0] * batch.source_BS.shape[1] <= 400
         seen += batch.rows_B.tolist()
     assert sorted(seen) == list(range(300))
+
+
+def test_a_window_of_frames_has_so_many_bytes(shards, monkeypatch):
+    mean = shards.meta["lengths"]["train"]["source"]["mean"]
+    assert len(ShardPool(shards, "train")) == 1
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 200 * mean * 20 * 2 + 1)
+    assert len(ShardPool(shards, "train")) == 2
+    batches = Batches(shards, Batching(tokens=400), seed=1)
+    rows = [row for i in range(batches.per_epoch) for row in batches[i].rows_B.tolist()]
+    assert sorted(rows) == list(range(300))
 
 
 @pytest.mark.ray

@@ -113,11 +113,10 @@ def test_one_window_is_planned_as_the_split_in_memory(blocks):
     assert Batches(blocks, Batching(tokens=TOKENS), seed=0).per_epoch == in_memory.per_epoch
 
 
-def test_windows_are_equal_parts(monkeypatch):
-    monkeypatch.setattr(windows, "WINDOW_ROWS", 100)
+def test_windows_are_equal_parts():
     for rows in ([30] * 35, [0, 100, 0, 0, 7, 3], [250], [1], [0], [99, 1], [99, 2]):
         rows_of_block = np.array(rows)
-        of = windows_of(rows_of_block)
+        of = windows_of(rows_of_block, 100)
         assert (np.diff(of) >= 0).all()
         sums = np.bincount(of, weights=rows_of_block)
         assert sums.max() <= 100 + max(rows)

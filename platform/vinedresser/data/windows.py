@@ -24,6 +24,9 @@ from vinedresser.errors import DamagedError, DataError
 
 # Rows of a window, at most about: 60 MB of ids in memory at 15 tokens a side, and 50 shards.
 WINDOW_ROWS = 1_000_000
+# Bytes of the frames of a window, at most about: 60,000 utterances of 2.2 s in 40 bands, 5,600 of
+# 12 s in 80 bands. Two windows may be in memory at a time.
+WINDOW_BYTES = 1 << 30
 
 # Makes the sequences of a batch anew; as many of them, and within the batch's budget.
 Change = Callable[[Side, Side], tuple[Side, Side]]
@@ -246,7 +249,11 @@ def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
             f"{path}: {total} {split} rows, the manifest says {shards.counts[split]}; "
             "re-run `prepare`"
         )
-    windows = windows_of(rows_of_block)
+    at_most = WINDOW_ROWS
+    if shards.features:
+        frames = shards.meta["lengths"][split]["source"]["mean"]
+        at_most = min(at_most, int(WINDOW_BYTES / (frames * shards.features * 2)))
+    windows = windows_of(rows_of_block, at_most)
     held, at = list[list[Ints]](), 0
     for columns in _entries(path, split, ["block", "source", "target", "count"]):
         window = windows[columns[0]]
@@ -260,13 +267,13 @@ def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
         yield _layout(held, width)
 
 
-def windows_of(rows_of_block: Ints) -> Ints:
-    """(blocks,) -> the window of each block: equal parts of at most about `WINDOW_ROWS` rows.
+def windows_of(rows_of_block: Ints, at_most: int) -> Ints:
+    """(blocks,) -> the window of each block: equal parts of at most about so many rows.
 
     Equal, because a short last window would pad more and be shuffled less than the others.
     """
     total = int(rows_of_block.sum())
-    windows = max(1, -(-total // WINDOW_ROWS))
+    windows = max(1, -(-total // max(1, at_most)))
     middles = 2 * np.cumsum(rows_of_block) - rows_of_block
     found: Ints = np.minimum(middles * windows // max(1, 2 * total), windows - 1)
     return found
