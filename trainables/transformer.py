@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from vinedresser.batch import PAD, is_real
+from vinedresser.batch import EOS, PAD, is_real
 from vinedresser.config import ModelConfig
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
+from vinedresser.nn import feed_forward
 from vinedresser.nn.attention import Cache, MultiHeadAttention, linear
 from vinedresser.nn.dropout import Dropout
-from vinedresser.nn.positions import sinusoids
+from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
+from vinedresser.nn.feed_forward import Activation
+from vinedresser.nn.norms import NormKind, build_norm
+from vinedresser.nn.positions import PositionKind, Positions
+from vinedresser.nn.reduced_values import ReducedValueAttention, ReducedValues
+from vinedresser.nn.subsampling import FrontEnd, SubsamplingConfig
 
 # Self-attention of the encoder, of the decoder, and the decoder's attention to the encoder.
 AttentionKind = Literal["enc_self", "dec_self", "dec_enc"]
@@ -38,9 +43,30 @@ class TransformerConfig(ModelConfig):
     attention_dropout: Rate = 0.1
     # pre: x + f(norm(x)), with a norm after the last layer; post: norm(x + f(x)) (methods.md 47).
     norm: Literal["pre", "post"] = "pre"
+    # batch and power have limits, told in nn/norms.py (methods.md 48).
+    norm_kind: NormKind = "layer"
+    # Of the feed-forward layers; the glu forms have three matrices of d_ff instead of two.
+    activation: Activation = "relu"
+    # Added to embeddings. Positions beyond a table share its last row: from max_positions on for
+    # learned, from d_model on for one_hot (methods.md 57).
+    positions: PositionKind = "sinusoidal"
+    # learned only: rows of its table.
+    max_positions: PositiveInt = 512
     # none; output: target embedding and output layer share weights; all: the source too, which
     # needs a joint vocabulary.
     tie: Literal["none", "output", "all"] = "output"
+    # Embeddings times sqrt(d_model), and a bias on the source's (methods.md 58).
+    rescale_emb: bool = True
+    inp_emb_bias: bool = False
+    # Source ids by a table or by convolutions over characters; frames are always projected.
+    embedding: SourceEmbeddingConfig = SourceEmbeddingConfig()
+    # A front end that shortens the source before the first layer (methods.md 25-29).
+    subsampling: SubsamplingConfig = SubsamplingConfig()
+    # Values of all attention: W_v x; low_rank: U V x, with U of value_rank columns shared by all
+    # heads; none: x itself, each head its slice (methods.md 62, 63).
+    values: Literal["full", "low_rank", "none"] = "full"
+    # low_rank only; 0 takes the head dimension.
+    value_rank: Annotated[int, Field(ge=0)] = 0
     # Attention kinds whose heads get a trainable gate.
     concrete_heads: tuple[AttentionKind, ...] = ()
     # Kind -> layers -> 0/1 a head: only heads with 1 are built (methods.md 87).
@@ -48,10 +74,15 @@ class TransformerConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.head_dim == 0 and self.d_model % self.num_heads:
+        is_split = self.head_dim == 0 or self.values != "full"
+        if is_split and self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is no multiple of num_heads {self.num_heads}")
-        if self.d_model % 2:
+        if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"d_model {self.d_model} is odd; sinusoidal positions need it even")
+        if self.value_rank and self.values != "low_rank":
+            raise ValueError(f"value_rank is of values: low_rank, values is {self.values}")
+        if self.value_rank > self.d_model:
+            raise ValueError(f"value_rank {self.value_rank} is over d_model {self.d_model}")
         if both := set(self.concrete_heads) & set(self.alive_heads):
             raise ValueError(f"{min(both)} is both in concrete_heads and in alive_heads")
         for kind, layers in self.alive_heads.items():
@@ -66,16 +97,18 @@ class TransformerConfig(ModelConfig):
         """How many layers have attention of this kind."""
         return self.encoder_layers if kind == "enc_self" else self.decoder_layers
 
-    def heads_of(self, kind: AttentionKind, layer: int) -> int:
-        """How many heads are built in a layer."""
+    def heads_of(self, kind: AttentionKind, layer: int) -> tuple[int, ...]:
+        """Which heads are built in a layer."""
         alive = self.alive_heads.get(kind)
-        return sum(alive[layer]) if alive is not None else self.num_heads
+        heads = range(self.num_heads)
+        return tuple(h for h in heads if alive is None or alive[layer][h])
 
     def build(self, vocabulary: Vocabulary) -> "Transformer":
         """A Transformer with fresh weights.
 
         Raises:
-            ValueError: `tie: all` without a joint vocabulary.
+            ValueError: `tie: all` without a joint vocabulary of ids, or with character embedding;
+                character embedding of frames.
         """
         return Transformer(self, vocabulary)
 
@@ -99,6 +132,66 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
         },
     },
     "pruned_pre": {**_SMALL, "alive_heads": {"dec_self": [[0, 0, 0, 0], [0, 1, 1, 0]]}},
+    "learned": {**_SMALL, "positions": "learned", "max_positions": 64, "inp_emb_bias": True},
+    "one_hot": {**_SMALL, "positions": "one_hot", "rescale_emb": False},
+    "no_positions": {**_SMALL, "positions": "none"},
+    "gelu": {**_SMALL, "activation": "gelu"},
+    "swiglu": {**_SMALL, "activation": "swiglu"},
+    "geglu_post": {**_SMALL, "activation": "geglu", "norm": "post"},
+    # In evaluation mode they keep every row of the suite; nn/norms.py tells which fail in training.
+    "batch_norm": {**_SMALL, "norm_kind": "batch"},
+    "power_norm": {**_SMALL, "norm_kind": "power"},
+    "low_rank": {**_SMALL, "values": "low_rank", "value_rank": 4},
+    "low_rank_pruned": {
+        **_SMALL,
+        "values": "low_rank",
+        "alive_heads": {"enc_self": [[0, 0, 0, 0], [1, 0, 1, 1]], "dec_enc": [[0, 1, 0, 0]] * 2},
+    },
+    "value_free": {**_SMALL, "values": "none", "head_dim": 6},
+    "value_free_gated": {**_SMALL, "values": "none", "concrete_heads": ["enc_self", "dec_enc"]},
+    "value_free_pruned": {
+        **_SMALL,
+        "values": "none",
+        "alive_heads": {"dec_self": [[0, 1, 0, 0], [0, 0, 0, 0]], "dec_enc": [[1, 0, 0, 1]] * 2},
+    },
+    "subsampled_conv": {**_SMALL, "subsampling": {"kind": "conv", "layers": 1}},
+    "subsampled_pool": {**_SMALL, "subsampling": {"kind": "pool"}, "norm": "post"},
+    "subsampled_concat": {**_SMALL, "subsampling": {"kind": "concat", "factor": 3, "layers": 1}},
+    "characters": {
+        **_SMALL,
+        "embedding": {
+            "kind": "characters", "character_features": 8, "widths": [1, 2, 3], "filters": 8
+        },
+    },
+}  # fmt: skip
+
+# The field's sizes, with layer norm first and a norm after each stack: `norm: post` takes the
+# order of Vaswani et al. 2017, whose rates want a warm-up of thousands of updates.
+# Parameters with two vocabularies (tie: output) and with a joint one (tie: all):
+#   size       8,000: output          all    37,000: output          all
+#   tiny           2,982,208    1,958,208       10,435,208    5,699,208
+#   small          9,634,624    7,586,624       24,511,624   15,039,624
+#   base          52,340,544   48,244,544       82,065,544   63,121,544
+#   big          192,753,472  184,561,472      252,174,472  214,286,472
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "transformer-tiny": {
+        "d_model": 128, "d_ff": 512, "encoder_layers": 2, "decoder_layers": 2
+    },
+    "transformer-small": {},
+    "transformer-base": {
+        "d_model": 512, "d_ff": 2048, "num_heads": 8, "encoder_layers": 6, "decoder_layers": 6,
+        "attention_dropout": 0.0,
+    },
+    "transformer-big": {
+        "d_model": 1024, "d_ff": 4096, "num_heads": 16, "encoder_layers": 6, "decoder_layers": 6,
+        "attention_dropout": 0.0, "dropout": 0.3,
+    },
+}  # fmt: skip
+
+# Sources that a form learns to reverse have at most so many tokens, because ...
+CANNOT_REVERSE: Mapping[str, tuple[int, str]] = {
+    "no_positions": (1, "without positions the encoder sees a bag of tokens"),
+    "subsampled_pool": (1, "the mean over a window of embeddings forgets the order inside it"),
 }
 
 
@@ -107,46 +200,59 @@ class Residual(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = build_norm(config.norm_kind, config.d_model)
         self.dropout = Dropout(config.dropout)
         self.is_pre = config.norm == "pre"
 
-    def enter(self, x_BTD: Tensor) -> Tensor:
-        """What the sub-layer is given."""
-        entered: Tensor = self.norm(x_BTD) if self.is_pre else x_BTD
+    def enter(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
+        """What the sub-layer is given. Real positions matter to norms over a batch only."""
+        entered: Tensor = self.norm(x_BTD, real_BT) if self.is_pre else x_BTD
         return entered
 
-    def leave(self, x_BTD: Tensor, out_BTD: Tensor) -> Tensor:
+    def leave(self, x_BTD: Tensor, out_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
         """What the sub-layer's output becomes."""
         summed = x_BTD + self.dropout(out_BTD)
-        left: Tensor = summed if self.is_pre else self.norm(summed)
+        left: Tensor = summed if self.is_pre else self.norm(summed, real_BT)
         return left
 
 
-class FeedForward(nn.Module):
-    """relu(x W1 + b1) W2 + b2 at every position, with its residual."""
+class FeedForward(feed_forward.FeedForward):
+    """The position-wise layer with its residual."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.inner = linear(config.d_model, config.d_ff)
-        self.outer = linear(config.d_ff, config.d_model)
-        self.dropout = Dropout(config.dropout)
+        super().__init__(
+            config.d_model, config.d_ff, activation=config.activation, dropout=config.dropout
+        )
         self.residual = Residual(config)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        inner = self.dropout(F.relu(self.inner(self.residual.enter(x_BTD))))
-        return self.residual.leave(x_BTD, self.outer(inner))
+        out_BTD = super().forward(self.residual.enter(x_BTD, real_BT))
+        return self.residual.leave(x_BTD, out_BTD, real_BT)
 
 
 def _attention(config: TransformerConfig, kind: AttentionKind, layer: int) -> MultiHeadAttention:
-    return MultiHeadAttention(
+    heads = config.heads_of(kind, layer)
+    head_dim = config.head_dim or config.d_model // config.num_heads
+    is_cross, has_gates = kind == "dec_enc", kind in config.concrete_heads
+    dropout = config.attention_dropout
+    if config.values == "full":
+        return MultiHeadAttention(
+            config.d_model,
+            len(heads),
+            head_dim,
+            dropout=dropout,
+            is_cross=is_cross,
+            has_gates=has_gates,
+        )
+    rank = (config.value_rank or head_dim) if config.values == "low_rank" else 0
+    return ReducedValueAttention(
         config.d_model,
-        config.heads_of(kind, layer),
-        config.head_dim or config.d_model // config.num_heads,
-        dropout=config.attention_dropout,
-        is_cross=kind == "dec_enc",
-        has_gates=kind in config.concrete_heads,
+        ReducedValues(heads, config.num_heads, rank),
+        head_dim,
+        dropout=dropout,
+        is_cross=is_cross,
+        has_gates=has_gates,
     )
 
 
@@ -159,10 +265,11 @@ class EncoderLayer(nn.Module):
         self.self_residual = Residual(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BSD: Tensor, hidden: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        out = self.enc_self(self.self_residual.enter(x_BSD), hidden=hidden)
-        out_BSD: Tensor = self.feed_forward(self.self_residual.leave(x_BSD, out))
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, D); padding is not attended to."""
+        entered = self.self_residual.enter(x_BSD, real_BS)
+        out = self.enc_self(entered, hidden=~real_BS[:, None, None, :])
+        out_BSD: Tensor = self.feed_forward(self.self_residual.leave(x_BSD, out, real_BS), real_BS)
         return out_BSD
 
 
@@ -185,13 +292,14 @@ class DecoderLayer(nn.Module):
         self.cross_residual = Residual(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, memory_BSD: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, real_BT: Tensor, memory: Memory) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        out = self.dec_self(self.self_residual.enter(x_BTD), is_causal=True)
-        x_BTD = self.self_residual.leave(x_BTD, out)
-        memory = self.dec_enc.remember(memory_BSD)
-        out = self.dec_enc(self.cross_residual.enter(x_BTD), memory=memory, hidden=hidden)
-        out_BTD: Tensor = self.feed_forward(self.cross_residual.leave(x_BTD, out))
+        out = self.dec_self(self.self_residual.enter(x_BTD, real_BT), is_causal=True)
+        x_BTD = self.self_residual.leave(x_BTD, out, real_BT)
+        entered, hidden = self.cross_residual.enter(x_BTD, real_BT), _hidden(memory)
+        out = self.dec_enc(entered, memory=self.dec_enc.remember(memory.states_BSD), hidden=hidden)
+        x_BTD = self.cross_residual.leave(x_BTD, out, real_BT)
+        out_BTD: Tensor = self.feed_forward(x_BTD, real_BT)
         return out_BTD
 
     def step(self, x_B1D: Tensor, state: LayerState, hidden: Tensor) -> Tensor:
@@ -213,8 +321,13 @@ class TransformerState:
     hidden_B11S: Tensor
 
 
+def _hidden(memory: Memory) -> Tensor:
+    """(B, 1, 1, S): true on source padding."""
+    return ~memory.is_real_BS[:, None, None, :]
+
+
 class Transformer(Seq2Seq):
-    """Encoder and decoder stacks over embedded tokens with sinusoidal positions."""
+    """Encoder and decoder stacks over embedded tokens, or over frames, with positions."""
 
     def __init__(self, config: TransformerConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -222,47 +335,63 @@ class Transformer(Seq2Seq):
             raise ValueError("tie: all needs a joint vocabulary; use tie: output")
         self.config = config
         d = config.d_model
-        self.target_embedding = _embedding(vocabulary.target, d)
-        self.source_embedding = (
-            self.target_embedding if config.tie == "all" else _embedding(vocabulary.source, d)
+        # Tables have variance 1 / d: scaled by sqrt(d), embeddings have the positions' size.
+        self.scale = d**0.5 if config.rescale_emb else 1.0
+        self.target_embedding = token_table(vocabulary.target, d)
+        self.source_embedding = SourceEmbedding(
+            vocabulary,
+            d,
+            config.embedding,
+            scale=self.scale,
+            table=self.target_embedding if config.tie == "all" else None,
         )
+        self.source_bias = nn.Parameter(torch.zeros(d)) if config.inp_emb_bias else None
+        self.front_end = FrontEnd(config.subsampling, d)
+        kind, rows = config.positions, config.max_positions
+        self.source_positions = Positions(kind, d, max_positions=rows)
+        self.target_positions = Positions(kind, d, max_positions=rows)
         self.encoder = nn.ModuleList(EncoderLayer(config, i) for i in range(config.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
-        is_pre = config.norm == "pre"
-        self.encoder_norm = nn.LayerNorm(d) if is_pre else nn.Identity()
-        self.decoder_norm = nn.LayerNorm(d) if is_pre else nn.Identity()
+        if config.norm == "pre":
+            self.encoder_norm = build_norm(config.norm_kind, d)
+            self.decoder_norm = build_norm(config.norm_kind, d)
         self.output = linear(d, vocabulary.target)
         if config.tie != "none":
             self.output.weight = self.target_embedding.weight
         self.dropout = Dropout(config.dropout)
-        self.positions: Tensor
-        self.register_buffer("positions", sinusoids(256, d), persistent=False)
-
-    def _embed(self, embedding: nn.Embedding, ids_BT: Tensor, first: int = 0) -> Tensor:
-        end = first + ids_BT.shape[1]
-        if end > len(self.positions):
-            longer = sinusoids(2 * end, self.config.d_model)
-            self.positions = longer.to(self.positions.device)
-        scaled = embedding(ids_BT) * self.config.d_model**0.5
-        embedded: Tensor = self.dropout(scaled + self.positions[first:end])
-        return embedded
 
     def encode(self, source_BS: Tensor, source_lengths_B: Tensor) -> Memory:
         """See Seq2Seq."""
-        mask_BS = is_real(source_lengths_B, source_BS.shape[1])
-        x_BSD = self._embed(self.source_embedding, source_BS)
-        hidden = ~mask_BS[:, None, None, :]
+        x_BSD = self.source_embedding(source_BS, source_lengths_B)
+        if self.source_bias is not None:
+            x_BSD = x_BSD + self.source_bias
+        x_BSD, lengths_B = self.front_end(x_BSD, source_lengths_B)
+        x_BSD = self.dropout(self.source_positions(x_BSD))
+        real_BS = is_real(lengths_B, x_BSD.shape[1])
         for layer in self.encoder:
-            x_BSD = layer(x_BSD, hidden)
-        return Memory(self.encoder_norm(x_BSD), mask_BS)
+            x_BSD = layer(x_BSD, real_BS)
+        if self.config.norm == "pre":
+            x_BSD = self.encoder_norm(x_BSD, real_BS)
+        return Memory(x_BSD, real_BS)
+
+    def _embed_target(self, ids_BT: Tensor, first: int = 0) -> Tensor:
+        x_BTD = self.target_embedding(ids_BT) * self.scale
+        embedded: Tensor = self.dropout(self.target_positions(x_BTD, first))
+        return embedded
 
     def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
         """See Seq2Seq."""
-        x_BTD = self._embed(self.target_embedding, inputs_BT)
-        hidden = ~memory.is_real_BS[:, None, None, :]
+        x_BTD = self._embed_target(inputs_BT)
+        # After its end an input is EOS, then padding; only norms over a batch look at this.
+        real_BT = (inputs_BT != PAD) & (inputs_BT != EOS)
         for layer in self.decoder:
-            x_BTD = layer(x_BTD, memory.states_BSD, hidden)
-        states: Tensor = self.decoder_norm(x_BTD)
+            x_BTD = layer(x_BTD, real_BT, memory)
+        return self._leave_decoder(x_BTD, real_BT)
+
+    def _leave_decoder(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
+        if self.config.norm == "post":
+            return x_BTD
+        states: Tensor = self.decoder_norm(x_BTD, real_BT)
         return states
 
     def logits(self, states: Tensor) -> Tensor:
@@ -280,16 +409,16 @@ class Transformer(Seq2Seq):
             for layer in self.decoder
             if isinstance(layer, DecoderLayer)
         ]
-        return TransformerState(0, layers, ~memory.is_real_BS[:, None, None, :])
+        return TransformerState(0, layers, _hidden(memory))
 
     def step(self, state: TransformerState, tokens_B: Tensor) -> tuple[Tensor, TransformerState]:
         """See Seq2Seq. Caches are extended in place: the old state is used up."""
-        x_B1D = self._embed(self.target_embedding, tokens_B[:, None], state.position)
+        x_B1D = self._embed_target(tokens_B[:, None], state.position)
         for layer, kept in zip(self.decoder, state.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             x_B1D = layer.step(x_B1D, kept, state.hidden_B11S)
         state.position += 1
-        return self.logits(self.decoder_norm(x_B1D))[:, 0], state
+        return self.logits(self._leave_decoder(x_B1D))[:, 0], state
 
     def select(self, state: TransformerState, rows: Tensor) -> TransformerState:
         """See Seq2Seq."""
@@ -305,11 +434,3 @@ class Transformer(Seq2Seq):
             for kept in state.layers
         ]
         return TransformerState(state.position, layers, state.hidden_B11S.index_select(0, rows))
-
-
-def _embedding(size: int, features: int) -> nn.Embedding:
-    embedding = nn.Embedding(size, features, padding_idx=PAD)
-    nn.init.normal_(embedding.weight, std=features**-0.5)
-    with torch.no_grad():
-        embedding.weight[PAD].zero_()
-    return embedding

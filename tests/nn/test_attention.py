@@ -90,6 +90,37 @@ class TestAgainstTorch:
         torch.testing.assert_close(ours.query_key_value.weight.grad, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["padded", "causal", "cross", "gated"])
+def test_both_implementations_give_the_same_numbers(x_BTD, hidden_BS, form, monkeypatch):
+    """Outputs and gradients; which one runs depends on device and length alone."""
+    hidden = None if form == "causal" else hidden_BS[:, None, None]
+    results = []
+    for limit in (10**9, -1):
+        monkeypatch.setattr(attention, "_PLAIN_SCORES", limit)
+        ours = layer(is_cross=form == "cross", has_gates=form == "gated")
+        x = x_BTD.clone().requires_grad_()
+        memory = ours.remember(2 * x) if form == "cross" else None
+        out = ours(x, memory=memory, hidden=hidden, is_causal=form == "causal")
+        out.square().mean().backward()
+        results.append((out.detach(), x.grad, *(p.grad for p in ours.parameters())))
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_length_and_device_choose_the_implementation(monkeypatch):
+    called = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or real(*a, **k)
+    )
+    for length, is_fused in ((128, False), (129, True)):
+        layer()(torch.zeros(1, length, D))
+        assert bool(called) == is_fused
+    called.clear()
+    layer().to("meta")(torch.zeros(1, 3, D, device="meta"))
+    assert called
+
+
 def test_scores_are_scaled_dot_products(x_BTD):
     ours = layer()
     queries, keys, values = ours._split(ours.query_key_value(x_BTD), 3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vinedresser.nn.positions import sinusoids
+from vinedresser.nn.positions import Positions, sinusoids
 
 
 def test_position_zero_is_zeros_and_ones():
@@ -37,3 +37,44 @@ def test_a_longer_table_begins_with_the_shorter():
 def test_odd_features_are_refused():
     with pytest.raises(ValueError, match="7 features"):
         sinusoids(3, 7)
+
+
+class TestAdded:
+    @pytest.mark.parametrize("kind", ["sinusoidal", "learned", "one_hot", "none"])
+    def test_whole_equals_one_position_at_a_time_beyond_any_table(self, kind):
+        torch.manual_seed(0)
+        added = Positions(kind, 8, max_positions=20)
+        x_BTD = torch.randn(2, 300, 8)
+        whole = added(x_BTD)
+        steps = [added(x_BTD[:, t : t + 1], t) for t in range(300)]
+        torch.testing.assert_close(torch.cat(steps, 1), whole)
+        torch.testing.assert_close(added(x_BTD[:, 7:30], 7), whole[:, 7:30])
+
+    def test_sinusoids_are_what_is_added(self):
+        zeros = torch.zeros(1, 300, 8)
+        torch.testing.assert_close(Positions("sinusoidal", 8)(zeros)[0], sinusoids(300, 8))
+
+    def test_one_hot_rows_are_sqrt_2_apart_until_the_features_end(self):
+        rows = Positions("one_hot", 8)(torch.zeros(1, 12, 8))[0]
+        distances = torch.cdist(rows[:8], rows[:8])
+        wanted = torch.full((8, 8), 2**0.5).fill_diagonal_(0)
+        torch.testing.assert_close(distances, wanted)
+        assert torch.equal(rows[:8], torch.eye(8))
+        assert torch.equal(rows[8:], rows[7:8].expand(4, 8))  # clamped
+
+    def test_learned_positions_share_the_last_row_beyond_the_table(self):
+        added = Positions("learned", 4, max_positions=5)
+        rows = added(torch.zeros(1, 9, 4))[0]
+        assert torch.equal(rows[:5], added.table)
+        assert torch.equal(rows[5:], added.table[4:5].expand(4, 4))
+        rows[3].sum().backward()
+        assert added.table.grad.abs().sum(1).tolist() == [0, 0, 0, 4, 0]
+
+    def test_none_adds_nothing(self):
+        x_BTD = torch.randn(2, 3, 4)
+        assert Positions("none", 4)(x_BTD) is x_BTD
+
+    def test_only_learned_positions_are_weights(self):
+        for kind in ("sinusoidal", "one_hot", "none"):
+            assert not Positions(kind, 8).state_dict()
+        assert list(Positions("learned", 8).state_dict()) == ["table"]

@@ -34,7 +34,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 @dataclass
 class Cache:
-    """Keys and values of the positions so far: two (B, H, L, K), of which `length` are filled."""
+    """Keys and values of the positions so far: (B, H, L, K) each, of which `length` are filled."""
 
     keys_BHLK: Tensor
     values_BHLK: Tensor
@@ -60,21 +60,33 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.is_cross = num_heads, head_dim, is_cross
-        width = num_heads * head_dim
-        if is_cross:
+        # Features of a head's values.
+        self.value_dim = self._build_projections(d_model)
+        self.output = linear(num_heads * self.value_dim, d_model)
+        self.dropout = Dropout(dropout)
+        self.gates = HeadGates(num_heads) if has_gates else None
+
+    def _build_projections(self, d_model: int) -> int:
+        """Makes the layers that queries, keys and values come from; returns `value_dim`."""
+        width = self.num_heads * self.head_dim
+        if self.is_cross:
             self.query = linear(d_model, width)
             self.key_value = linear(d_model, 2 * width)
         else:
+            # One product instead of three.
             self.query_key_value = linear(d_model, 3 * width)
-        self.output = linear(width, d_model)
-        self.dropout = Dropout(dropout)
-        self.gates = HeadGates(num_heads) if has_gates else None
+        return self.head_dim
 
     def _split(self, x_BTW: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, T, parts * H * K) -> parts times (B, H, T, K)."""
         B, T = x_BTW.shape[:2]
         split = x_BTW.view(B, T, parts, self.num_heads, self.head_dim)
         return split.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, T, K) of self-attention."""
+        queries, keys, values = self._split(self.query_key_value(x_BTD), 3)
+        return queries, keys, values
 
     def remember(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, H, S, K) of a memory; computed once a source (methods.md 56)."""
@@ -98,7 +110,7 @@ class MultiHeadAttention(nn.Module):
             is_causal: position t sees 0..t only.
         """
         if memory is None:
-            queries, keys, values = self._split(self.query_key_value(x_BTD), 3)
+            queries, keys, values = self._project(x_BTD)
         else:
             (queries,), (keys, values) = self._split(self.query(x_BTD), 1), memory
         return self._merge(self._attend(queries, keys, values, hidden, is_causal))
@@ -115,7 +127,7 @@ class MultiHeadAttention(nn.Module):
         if memory is not None:
             (queries,), (keys, values) = self._split(self.query(x_B1D), 1), memory
         elif cache is not None:
-            queries, key, value = self._split(self.query_key_value(x_B1D), 3)
+            queries, key, value = self._project(x_B1D)
             cache.keys_BHLK[:, :, cache.length] = key[:, :, 0]
             cache.values_BHLK[:, :, cache.length] = value[:, :, 0]
             cache.length += 1
@@ -127,8 +139,9 @@ class MultiHeadAttention(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int, like: Tensor) -> Cache:
         """An empty cache for `max_length` positions."""
-        shape = (batch_size, self.num_heads, max_length, self.head_dim)
-        return Cache(like.new_zeros(shape), like.new_zeros(shape), 0)
+        shape = (batch_size, self.num_heads, max_length)
+        keys, values = (like.new_zeros((*shape, k)) for k in (self.head_dim, self.value_dim))
+        return Cache(keys, values, 0)
 
     def _attend(
         self,
@@ -163,33 +176,35 @@ class MultiHeadAttention(nn.Module):
         B, _, T, _ = heads_BHTK.shape
         if self.gates is not None:
             heads_BHTK = heads_BHTK * self.gates(B)[:, :, None, None].to(heads_BHTK.dtype)
-        width = self.num_heads * self.head_dim
+        width = self.num_heads * self.value_dim
         merged: Tensor = self.output(heads_BHTK.transpose(1, 2).reshape(B, T, width))
         return merged
+
+    def _head_layers(self) -> list[tuple[str, int, int]]:
+        """Projections whose rows belong to heads: name, parts, features of a head in a part."""
+        if self.is_cross:
+            return [("query", 1, self.head_dim), ("key_value", 2, self.head_dim)]
+        return [("query_key_value", 3, self.head_dim)]
 
     def kept(self, heads: list[int], scales: Tensor) -> dict[str, Tensor]:
         """The weights of a smaller layer: only these heads, each scaled on its way out.
 
         Rows of the query, key and value projections of other heads are cut, columns of the
-        output projection are multiplied by the head's gate: (g h) W = h (g W).
+        output projection are multiplied by the head's gate: (g h) W = h (g W). What heads share
+        stays.
 
         Args:
             heads: indices of heads to keep, ascending.
             scales: (H,) gate of every head.
         """
-        H, K = self.num_heads, self.head_dim
-
-        def rows(layer: nn.Linear, parts: int) -> tuple[Tensor, Tensor]:
-            weight = layer.weight.detach().view(parts, H, K, -1)[:, heads]
-            bias = layer.bias.detach().view(parts, H, K)[:, heads]
-            return weight.reshape(-1, layer.in_features), bias.reshape(-1)
-
-        layers = [("query", 1), ("key_value", 2)] if self.is_cross else [("query_key_value", 3)]
-        result: dict[str, Tensor] = {}
-        for name, parts in layers:
-            weight, bias = rows(getattr(self, name), parts)
-            result |= {f"{name}.weight": weight, f"{name}.bias": bias}
-        out = self.output.weight.detach().view(-1, H, K) * scales.to(self.output.weight)[:, None]
+        H, V = self.num_heads, self.value_dim
+        result = {n: t.detach() for n, t in self.state_dict().items() if "gates" not in n}
+        for name, parts, features in self._head_layers():
+            layer: nn.Linear = getattr(self, name)
+            weight = layer.weight.detach().view(parts, H, features, -1)[:, heads]
+            bias = layer.bias.detach().view(parts, H, features)[:, heads]
+            result[f"{name}.weight"] = weight.reshape(-1, layer.in_features)
+            result[f"{name}.bias"] = bias.reshape(-1)
+        out = self.output.weight.detach().view(-1, H, V) * scales.to(self.output.weight)[:, None]
         result["output.weight"] = out[:, heads].reshape(self.output.out_features, -1)
-        result["output.bias"] = self.output.bias.detach()
         return {name: tensor.clone() for name, tensor in result.items()}
