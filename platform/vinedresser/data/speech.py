@@ -305,7 +305,10 @@ def _recordings_of(corpus: DigitsCorpus) -> dict[str, dict[str, list[str]]]:
     """
     folder = Path(corpus.path)
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected recordings as 7_george_12.wav")
+        raise DataError(
+            f"{folder}: no such folder; expected recordings as 7_george_12.wav. "
+            "Fix: set corpus.path to theirs"
+        )
     held = corpus.test_recordings + corpus.dev_recordings
     found: dict[str, dict[str, list[str]]] = {"train": {}, "dev": {}, "test": {}}
     for name in sorted(path.name for path in folder.iterdir()):
