@@ -29,7 +29,11 @@ _HALF = math.sqrt(0.5)
 
 
 class ConvConfig(ModelConfig):
-    """The defaults are as large as the small Transformer: 5.5 million weights in the layers."""
+    """The defaults are as large as the small Transformer: 5.5 million weights in the layers.
+
+    It wants a higher learning rate than the others: after 150 updates of 4,096 tokens on Multi30k
+    it stood at 4.5 nats a token with optim.lr 3e-3 and at 5.3 with 1e-3.
+    """
 
     d_model: PositiveInt = 256
     # Positions that a layer sees; L layers of width K see L * (K - 1) + 1 of them.

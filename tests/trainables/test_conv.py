@@ -1,7 +1,6 @@
 """What only the convolutional model promises (methods.md 60; Gehring et al. 2017)."""
 
 import math
-import random
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch import nn
 
 from trainables.conv import VARIANTS, Attention, ConvConfig, DecoderLayer, EncoderLayer, Source
 from vinedresser.batch import EOS, Batch, is_real, pad_ids
-from vinedresser.decode import greedy
 from vinedresser.errors import ConfigError
 from vinedresser.model import Memory, Vocabulary
 from vinedresser.objectives import likelihood
@@ -143,36 +141,6 @@ def test_frames_of_any_length(kind):
         alone = model.encode(frames[i : i + 1, :length], lengths[i : i + 1])
         found = model.decode(alone, inputs[:1])
         torch.testing.assert_close(found[0], states[i], atol=1e-5, rtol=0)
-
-
-def reversal(draw: random.Random, rows: int) -> Batch:
-    sources = [[draw.randint(4, 9) for _ in range(draw.randint(1, 6))] for _ in range(rows)]
-    return Batch(
-        *pad_ids([[*row, EOS] for row in sources]),
-        *pad_ids([[*row[::-1], EOS] for row in sources]),
-        torch.arange(rows),
-    )
-
-
-def test_learns_to_reverse():
-    torch.manual_seed(0)
-    draw = random.Random(0)
-    model = ConvConfig(d_model=64, encoder_layers=2, decoder_layers=2, dropout=0).build(
-        Vocabulary(10, 10)
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for step in range(300):
-        batch = reversal(draw, 32)
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 300)
-        optimizer.zero_grad()
-        likelihood(model, model(batch), batch).mean.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    held_out = reversal(random.Random(1), 100)
-    model.eval()
-    found = greedy(model, held_out.source_BS, held_out.source_lengths_B, cap=20).ids
-    wanted = [row[: row.index(EOS)] for row in held_out.target_BT.tolist()]
-    assert found == wanted
 
 
 def test_variants_have_every_subsampling():
