@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import sys
 from types import SimpleNamespace
@@ -207,16 +208,30 @@ def test_multi30k_wastes_little(multi30k, tmp_path):
     assert source.size == 8000
 
 
-def test_ray_is_used_only_where_it_is_connected_and_pays(monkeypatch):
-    for is_connected in (True, False):
-        fake = SimpleNamespace(is_initialized=lambda value=is_connected: value)
-        monkeypatch.setitem(sys.modules, "ray", fake)
-        expected = execute.with_ray if is_connected else execute.in_process
-        assert execute.executor("auto", execute.RAY_ROWS) is expected
-        assert execute.executor("auto", execute.RAY_ROWS - 1) is execute.in_process
-        assert execute.executor("ray", 1) is execute.with_ray
-    monkeypatch.delitem(sys.modules, "ray")
-    assert execute.executor("auto", execute.RAY_ROWS) is execute.in_process
+def test_ray_is_used_only_where_it_pays(monkeypatch):
+    used = []
+    monkeypatch.setattr(execute, "with_ray", lambda *_: iter(used.append("ray") or []))
+    monkeypatch.setattr(execute, "in_process", lambda *_: iter(used.append("here") or []))
+
+    @contextlib.contextmanager
+    def connect():
+        used.append("connect")
+        yield
+
+    def choice(rows, name="auto", **options):
+        used.clear()
+        list(execute.run_blocks([SimpleNamespace(count=rows)], None, name, **options))
+        return used[:]
+
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    assert choice(10**9) == ["here"]
+    assert choice(10**9, "ray") == ["ray"]
+    assert choice(execute.RAY_START_ROWS - 1, connect=connect) == ["here"]
+    assert choice(execute.RAY_START_ROWS, connect=connect) == ["connect", "ray"]
+    assert choice(10**9, "in_process", connect=connect) == ["here"]
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    assert choice(execute.RAY_ROWS - 1) == ["here"]
+    assert choice(execute.RAY_ROWS) == ["ray"]
 
 
 @pytest.mark.ray

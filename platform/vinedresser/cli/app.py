@@ -95,8 +95,7 @@ def prepare(
     from vinedresser.cluster import connect
     from vinedresser.data.shards import prepare as write
 
-    with connect():
-        shards = write(value, workspace / "shards", executor="ray", say=_Say())
+    shards = write(value, workspace / "shards", connect=connect, say=_Say())
     result = {"folder": str(shards.folder), "digest": shards.digest, "counts": dict(shards.counts)}
     return _print_json(result) if as_json else print(shards.folder)
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vinedresser.data.account import Tally, describe, refuse_empty
 from vinedresser.data.clean import HELD, Sieve, clean, hashes_file, held_out, repeats_file
 from vinedresser.data.corpus import Corpus
 from vinedresser.data.encode import BlockJob, encode_block, save_pairs, shard_name, write_lengths
-from vinedresser.data.execute import Executor, executor
+from vinedresser.data.execute import Connect, Executor, run_blocks
 from vinedresser.data.hashing import find_repeats, save_lines
 from vinedresser.data.row import Account, Block, Pairs
 from vinedresser.data.tokenizers import load_source, train_source
@@ -26,7 +27,15 @@ _SCRATCH = ".scratch"
 Say = Callable[[str], None]
 
 
-def build(task: Task, corpus: Corpus, staging: Staging, how: Executor, say: Say) -> None:
+@dataclass(frozen=True)
+class How:
+    """Where blocks are encoded; see `execute.run_blocks`."""
+
+    executor: Executor
+    connect: Connect | None
+
+
+def build(task: Task, corpus: Corpus, staging: Staging, how: How, say: Say) -> None:
     """Fills a staging folder and the account in its `meta`.
 
     Raises:
@@ -40,9 +49,8 @@ def build(task: Task, corpus: Corpus, staging: Staging, how: Executor, say: Say)
         _leave_for_workers(job, corpus, blocks["train"])
         _train_tokenizers(job, blocks["train"])
         tally = Tally(corpus.splits)
-        rows = sum(block.count for of in blocks.values() for block in of)
-        run = executor(how, rows)
-        for encoded in run([*itertools.chain.from_iterable(blocks.values())], job):
+        every = [*itertools.chain.from_iterable(blocks.values())]
+        for encoded in run_blocks(every, job, how.executor, how.connect):
             tally.add(encoded)
         corpus.refuse_changed()
         # A worker that died while writing leaves a part behind; it is no shard.

@@ -138,7 +138,7 @@ _OTHER_SPACES = "\t\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\u1680\u2028\u2029"
 
 
 def _single_spaces(lines: str) -> str:
-    """ " ".join(line.split()) of each line of a text."""
+    """Each line of a text as `" ".join(line.split())` would have it."""
     for space in _OTHER_SPACES:
         if space in lines:
             lines = lines.replace(space, " ")

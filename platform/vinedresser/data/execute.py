@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import re
 import sys
 import warnings
@@ -13,25 +14,41 @@ from vinedresser.data.row import Block
 from vinedresser.errors import MachineError
 
 Executor = Literal["auto", "in_process", "ray"]
-Run = Callable[[Sequence[Block], BlockJob], Iterator[Encoded]]
 
-# `auto` takes Ray from this many raw rows on. A dataset costs 3 s and some 10 CPU-s on two cores
-# even where Ray runs already; in process that is the time of about 300,000 pairs.
-RAY_ROWS = 300_000
+# `auto` takes Ray from this many raw rows on. A dataset costs 9 s and 8 CPU-s even where Ray runs
+# already, and starting it 10 s more; each million pairs 24 s on two cores, in process 50 s.
+RAY_ROWS, RAY_START_ROWS = 500_000, 1_000_000
+
+Connect = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def executor(name: Executor, rows: int) -> Run:
-    """The function behind a name.
+def run_blocks(
+    blocks: Sequence[Block], job: BlockJob, name: Executor, connect: Connect | None = None
+) -> Iterator[Encoded]:
+    """`encode_block` of each block, in whatever order they end.
 
     Args:
-        name: `auto` is Ray where this process is connected to one and there is enough to do.
-        rows: raw rows of all splits.
+        blocks: of all splits.
+        job: see `BlockJob`.
+        name: `auto` is Ray where there is enough to do for it to pay.
+        connect: starts or joins a Ray where this process has none; without it `auto` stays here.
     """
+    rows = sum(block.count for block in blocks)
     if name == "auto":
-        ray = sys.modules.get("ray")
-        is_worth_it = rows >= RAY_ROWS and ray is not None and ray.is_initialized()
-        name = "ray" if is_worth_it else "in_process"
-    return with_ray if name == "ray" else in_process
+        name = "ray" if rows >= _needed(can_connect=connect is not None) else "in_process"
+    if name == "in_process":
+        yield from in_process(blocks, job)
+        return
+    with connect() if connect is not None else contextlib.nullcontext():
+        yield from with_ray(blocks, job)
+
+
+def _needed(*, can_connect: bool) -> float:
+    """Rows from which Ray pays, as things are."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return RAY_ROWS
+    return RAY_START_ROWS if can_connect else math.inf
 
 
 def in_process(blocks: Sequence[Block], job: BlockJob) -> Iterator[Encoded]:

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 Hashes = NDArray[np.uint64]
 
-# Hashes in memory at a time: 32 MB with their sorted copy.
-_AT_A_TIME = 2_000_000
+# Hashes in memory at a time: 8 MB with their sorted copy.
+_AT_A_TIME = 500_000
 
 
 def hash_pairs(source: Sequence[str], target: Sequence[str]) -> Hashes:
@@ -34,8 +34,8 @@ def save_hashes(path: Path, hashes: Hashes, lines: NDArray[np.int64]) -> None:
     np.save(path, np.stack([hashes[order], lines[order].astype(np.uint64)]))
 
 
-def _ranges(files: Sequence[Path]) -> Iterator[list[tuple[int, NDArray[np.uint64]]]]:
-    """All files' hashes by ranges of values: (file, (2, n) hashes and lines), a part at a time."""
+def _ranges(files: Sequence[Path], rows: int = 2) -> Iterator[list[tuple[int, NDArray[np.uint64]]]]:
+    """All files' hashes by ranges of values: (file, (rows, n) hashes and lines), part by part."""
     held = [np.load(path, mmap_mode="r") for path in files]
     total = sum(array.shape[1] for array in held)
     parts = max(1, -(-total // _AT_A_TIME))
@@ -43,7 +43,7 @@ def _ranges(files: Sequence[Path]) -> Iterator[list[tuple[int, NDArray[np.uint64
     cuts = [[0, *np.searchsorted(array[0], edges).tolist(), array.shape[1]] for array in held]
     for part in range(parts):
         yield [
-            (index, np.asarray(array[:, cut[part] : cut[part + 1]]))
+            (index, np.asarray(array[:rows, cut[part] : cut[part + 1]]))
             for index, (array, cut) in enumerate(zip(held, cuts, strict=True))
         ]
 
@@ -51,7 +51,7 @@ def _ranges(files: Sequence[Path]) -> Iterator[list[tuple[int, NDArray[np.uint64
 def count_repeats(files: Sequence[Path]) -> int:
     """Rows whose pair stood before, over the files of all blocks."""
     total = 0
-    for part in _ranges(files):
+    for part in _ranges(files, rows=1):
         hashes = np.concatenate([rows[0] for _, rows in part] or [np.zeros(0, np.uint64)])
         total += len(hashes) - len(np.unique(hashes))
     return total

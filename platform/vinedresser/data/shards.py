@@ -17,9 +17,9 @@ from vinedresser.commit import (
     verify,
 )
 from vinedresser.config.task import Task
-from vinedresser.data.build import build, build_again
+from vinedresser.data.build import How, build, build_again
 from vinedresser.data.corpus import Corpus, open_corpus
-from vinedresser.data.execute import Executor
+from vinedresser.data.execute import Connect, Executor
 from vinedresser.data.tokenizers import SourceEncoder, TextTokenizer, load_source, load_tokenizer
 from vinedresser.errors import DamagedError, DataError
 
@@ -61,7 +61,12 @@ class ShardSet:
 
 
 def prepare(
-    task: Task, root: Path, *, executor: Executor = "auto", say: Say = lambda _: None
+    task: Task,
+    root: Path,
+    *,
+    executor: Executor = "auto",
+    connect: Connect | None = None,
+    say: Say = lambda _: None,
 ) -> ShardSet:
     """Writes a task's shards under `root`, or recognises them there.
 
@@ -71,8 +76,9 @@ def prepare(
         task: corpus, tokenizers, limits and cleaning.
         root: folder of shard sets; with Ray it must be one that every node sees, as must the
             corpus.
-        executor: `auto` is Ray where this process is connected to one and the corpus is large
-            enough to pay for it. Both write the same bytes, with any number of workers.
+        executor: `auto` is Ray where the corpus is large enough to pay for it, and this process
+            is connected or may connect. Both write the same bytes, with any number of workers.
+        connect: a context in which this process is connected to Ray, as `cluster.connect`.
         say: takes one line of progress or warning.
 
     Raises:
@@ -87,7 +93,7 @@ def prepare(
         say(f"prepare: {folder.name} unchanged")
         return found
     with commit(folder) as staging:
-        build(task, corpus, staging, executor, say)
+        build(task, corpus, staging, How(executor, connect), say)
         staging.meta |= {"digest": digest, "schema": SCHEMA, "task": task.to_json()}
     shards = open_shards(folder)
     _tell(shards, corpus, say)
