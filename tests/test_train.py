@@ -184,6 +184,7 @@ class TestWindow:
         window.add(self.step(2, 8.0, 16, 3.0))
         logged = window.close()
         assert logged.pop("train/tokens_per_second") > 0
+        assert logged.pop("train/seconds_per_step") > 0
         assert logged == pytest.approx(
             {
                 "train/nats_per_token": 1.0,

@@ -145,7 +145,7 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "low_rank_pruned": {
         **_SMALL,
         "values": "low_rank",
-        "alive_heads": {"enc_self": [[0, 0, 0, 0], [1, 0, 1, 1]], "dec_enc": [[0, 1, 0, 0]] * 2},
+        "alive_heads": {"enc_self": [[0, 0, 0, 0], [1, 0, 1, 1]], "dec_enc": [[1, 1, 0, 1]] * 2},
     },
     "value_free": {**_SMALL, "values": "none", "head_dim": 6},
     "value_free_gated": {**_SMALL, "values": "none", "concrete_heads": ["enc_self", "dec_enc"]},

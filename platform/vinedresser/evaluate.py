@@ -92,7 +92,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = model.device
     rows: list[int] = []
     texts: list[str] = []
     nats = wrong = tokens = 0.0

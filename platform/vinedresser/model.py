@@ -3,14 +3,17 @@
 Because of it one loop, one search, one pruner and one conformance suite serve the whole zoo.
 """
 
+import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from vinedresser.batch import Batch
+from vinedresser.errors import ConfigError
 from vinedresser.nn.record import recording
 
 
@@ -45,12 +48,43 @@ class Memory:
     is_real_BS: Tensor
 
 
+Encode = Callable[["Seq2Seq", Tensor, Tensor], Memory]
+
+
+def _crossing(encode: Encode) -> Encode:
+    """An encoder pass that fetches its source and hands its memory over to the decoder's device."""
+
+    @functools.wraps(encode)
+    def crossed(model: "Seq2Seq", source_BS: Tensor, source_lengths_B: Tensor) -> Memory:
+        if model.devices is None:
+            return encode(model, source_BS, source_lengths_B)
+        encoder, decoder = model.devices
+        memory = encode(model, source_BS.to(encoder), source_lengths_B.to(encoder))
+        return Memory(memory.states_BSD.to(decoder), memory.is_real_BS.to(decoder))
+
+    return crossed
+
+
 class Seq2Seq(nn.Module):
     """An encoder, a decoder that can be fed whole or step by step, and an output layer.
 
     Teacher-forced states equal the stepwise ones to rounding, and nothing that is returned for a
     sentence depends on its batch mates or on padding.
+
+    What only `encode` uses is held in attributes named `source_...`, `encoder...` or `front_end`,
+    so that `place` can tell it from the rest.
+
+    Attributes:
+        devices: encoder's and decoder's, where `place` parted them.
     """
+
+    devices: tuple[torch.device, torch.device] | None = None
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Models write `encode` for one device; where there are two, this is where they meet."""
+        super().__init_subclass__(**settings)
+        if "encode" in vars(cls):
+            cls.encode = _crossing(cls.encode)  # type: ignore[assignment, method-assign]
 
     @abstractmethod
     def encode(self, source_BS: Tensor, source_lengths_B: Tensor) -> Memory:
@@ -76,6 +110,37 @@ class Seq2Seq(nn.Module):
     def select(self, state: Any, rows: Tensor) -> Any:
         """The state of the given rows, in their order; rows may repeat (beams) or be left out."""
 
+    def place(self, *, encoder: torch.device, decoder: torch.device) -> Self:
+        """Moves the weights; the encoder's may live on another device (methods.md 36).
+
+        Batches, states and logits are on the decoder's device. Per source, its ids or frames and
+        lengths cross to the encoder, its memory crosses back; nothing else does.
+
+        Raises:
+            ConfigError: both sides share a weight and the devices differ.
+        """
+        is_apart = encoder != decoder
+        sides: dict[bool, set[int]] = {True: set(), False: set()}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            sides[_is_of_encoder(name)].add(id(parameter))
+        if is_apart and sides[True] & sides[False]:
+            raise ConfigError(
+                "compute.devices parts encoder and decoder, but they share the embedding; "
+                "Fix: set model.tie=output"
+            )
+        for name, child in self.named_children():
+            child.to(encoder if _is_of_encoder(name) else decoder)
+        own = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
+        for name, tensor in own:
+            tensor.data = tensor.data.to(encoder if _is_of_encoder(name) else decoder)
+        self.devices = (encoder, decoder) if is_apart else None
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go and logits come from."""
+        return self.devices[1] if self.devices else next(self.parameters()).device
+
     def forward(self, batch: Batch) -> Tensor:
         """Teacher-forced states (B, T, D) of a batch."""
         memory = self.encode(batch.source_BS, batch.source_lengths_B)
@@ -99,3 +164,9 @@ class Seq2Seq(nn.Module):
         for module, weights_BHTS in found:
             steps.setdefault(names[module], []).append(weights_BHTS)
         return {name: torch.cat(weights, 2) for name, weights in steps.items()}
+
+
+def _is_of_encoder(name: str) -> bool:
+    """By the first part of a parameter's or module's name."""
+    first = name.split(".")[0]
+    return first.startswith(("source_", "encoder")) or first == "front_end"

@@ -136,7 +136,7 @@ class Run:
         self.model = experiment.model.build(vocabulary_of(*self.tokenizers, joint=joint))
         if experiment.init is not None:
             _log.info("warm start: %s", warm_start(self.model, load_bundle(Path(experiment.init))))
-        self.model.to(place.device).train()
+        self.model.place(encoder=place.of_encoder, decoder=place.device).train()
         self.optimizer = build_optimizer(
             self.model, experiment.optim, gate_lr_factor=experiment.objective.gate_lr_factor
         )
@@ -150,7 +150,7 @@ class Run:
         self.dev = load_split(shards, "dev") if place.rank == 0 else None
         # A second copy of the model holds the averaged weights while they are judged.
         self.judged = experiment.model.build(vocabulary_of(*self.tokenizers, joint=joint))
-        self.judged.to(place.device).eval()
+        self.judged.place(encoder=place.of_encoder, decoder=place.device).eval()
 
     def execute(self) -> Outcome | None:
         """Trains to the end; the outcome on rank 0, None on the others."""

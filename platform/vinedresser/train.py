@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,22 +32,32 @@ class Place:
     """Where one worker of a run computes.
 
     Attributes:
-        device: of the weights.
+        device: of the weights, of the batch and of the loss.
         autocast_dtype: bfloat16, or None for plain fp32.
         rank: this worker, 0-based.
         workers: how many there are.
+        encoder: another device, of the encoder's weights (methods.md 36).
     """
 
     device: torch.device
     autocast_dtype: torch.dtype | None
     rank: int = 0
     workers: int = 1
+    encoder: torch.device | None = None
+
+    @property
+    def of_encoder(self) -> torch.device:
+        """Where the encoder's weights are."""
+        return self.encoder or self.device
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of a training step."""
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        stack = ExitStack()
+        for name in sorted({self.device.type, self.of_encoder.type}):
+            stack.enter_context(torch.autocast(name, self.autocast_dtype))
+        return stack
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -63,15 +73,29 @@ def place(compute: Compute, *, rank: int = 0) -> Place:
     Raises:
         MachineError: a device or precision was asked for that is not here.
     """
-    has_cuda = torch.cuda.is_available()
+    has_cuda, encoder = torch.cuda.is_available(), None
     if compute.device == "cuda" and not has_cuda:
         raise MachineError("compute.device is cuda but no GPU is here; use compute.device=cpu")
-    name = "cuda" if has_cuda and compute.device != "cpu" else "cpu"
-    device = torch.device(name)
+    device = torch.device("cuda" if has_cuda and compute.device != "cpu" else "cpu")
+    if compute.devices:
+        device, encoder = (_device(n) for n in (compute.devices.decoder, compute.devices.encoder))
     torch.set_num_threads(compute.threads)
     _keep_freed_memory()
-    is_bf16 = compute.precision == "bf16" or (compute.precision == "auto" and has_bf16(device))
-    return Place(device, torch.bfloat16 if is_bf16 else None, rank, compute.workers)
+    is_native = has_bf16(device) and (encoder is None or has_bf16(encoder))
+    is_bf16 = compute.precision == "bf16" or (compute.precision == "auto" and is_native)
+    return Place(device, torch.bfloat16 if is_bf16 else None, rank, compute.workers, encoder)
+
+
+def _device(name: str) -> torch.device:
+    """A device of compute.devices that is here.
+
+    Raises:
+        MachineError: it is not.
+    """
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise MachineError(f"compute.devices names {name}, {count} GPUs are here; Fix: name cpu")
+    return device
 
 
 def _keep_freed_memory() -> None:
@@ -118,7 +142,8 @@ class Trainee(nn.Module):
         loss = likelihood(self.model, states_BTD, batch, label_smoothing=smoothing)
         goal = loss.total / tokens
         if self.objective.l0 > 0:
-            goal = goal + self.objective.l0 * expected_open_share(self.model)
+            share = expected_open_share(self.model).to(goal.device)
+            goal = goal + self.objective.l0 * share
         return loss.total.detach(), goal
 
 
@@ -230,7 +255,7 @@ class Window:
                 f"step {last.index}: loss {loss:.3g}, gradient norm {largest:.3g}; "
                 "lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps"
             )
-        seconds = time.perf_counter() - self._since
+        seconds, steps = time.perf_counter() - self._since, len(self._steps)
         self.restart()
         return {
             "train/nats_per_token": loss,
@@ -239,6 +264,7 @@ class Window:
             "train/clipped_share": float((norms > self._clip_norm).float().mean()),
             "train/gold_share": last.epsilon,
             "train/tokens_per_second": tokens / seconds,
+            "train/seconds_per_step": seconds / steps,
         }
 
     def restart(self) -> None:

@@ -62,7 +62,8 @@ def test_every_key_with_one_edit_is_refused_with_its_line(experiment, lexicon, t
     for path in keys_of(tree):
         if path == ("model", "kind"):
             continue
-        for typo in edits(path[-1]):
+        # `compute.device` is one edit from `compute.devices`; their values tell them apart.
+        for typo in edits(path[-1]) - {"device"}:
             lines = yaml.safe_dump(renamed(tree, path, typo), sort_keys=False).split("\n")
             number = [line.strip().startswith(f"{typo}:") for line in lines].index(True) + 1
             file = write("\n".join(lines))

@@ -251,6 +251,16 @@ class Evaluation(Section):
     tokens: Annotated[int, Field(ge=16)] = 4096
 
 
+DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+
+
+class Devices(Section):
+    """Encoder and decoder on devices of their own; batch and output layer are the decoder's."""
+
+    encoder: DeviceName
+    decoder: DeviceName
+
+
 class Compute(Section):
     """Where a run runs. Results do not depend on it beyond rounding."""
 
@@ -259,8 +269,28 @@ class Compute(Section):
     threads: PositiveInt = 1
     # auto: cuda where there is one, else cpu.
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Instead of `device`, for one worker: `{encoder: cuda:0, decoder: cpu}` (methods.md 36).
+    # train/seconds_per_step tells what it costs.
+    devices: Devices | None = None
     # auto: bf16 autocast where the processor or GPU has it, else fp32.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    @model_validator(mode="after")
+    def _places_once(self) -> Self:
+        if self.devices and self.device != "auto":
+            raise ValueError("device and devices are both set; leave one of them out")
+        if self.devices and self.workers > 1:
+            raise ValueError(
+                f"devices parts one model over devices, {self.workers} workers hold one each; "
+                "set workers to 1"
+            )
+        return self
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it cannot run without one."""
+        names = [self.devices.encoder, self.devices.decoder] if self.devices else [self.device]
+        return any(name.startswith("cuda") for name in names)
 
 
 class Experiment(Section):

@@ -68,4 +68,6 @@ def expected_open_share(model: nn.Module) -> Tensor:
     gates = head_gates(model)
     if not gates:
         raise ValueError("the model has no head gates; set model.concrete_heads")
-    return torch.cat([gate.open_probability() for gate in gates]).mean()
+    # Encoder and decoder may be on two devices.
+    device = gates[-1].log_alpha.device
+    return torch.cat([gate.open_probability().to(device) for gate in gates]).mean()

@@ -88,7 +88,7 @@ def _resources(study: Study) -> Any:
     if compute.workers > 1:
         # The trial only waits for its worker group.
         return {"CPU": TRIAL_CPUS}
-    return {"CPU": compute.threads, "GPU": 1.0 if compute.device == "cuda" else 0.0}
+    return {"CPU": compute.threads, "GPU": 1.0 if compute.needs_gpu else 0.0}
 
 
 def _concurrent(study: Study) -> int | None:
