@@ -52,6 +52,9 @@ class Tokenizer(Section):
     lowercase: bool = False
     # bpe and unigram: 256 byte pieces spell what is in no other piece, so that nothing is unknown.
     byte_fallback: bool = False
+    # bpe and unigram: rows that the pieces are learned from, at most, evenly spread over train.
+    # SentencePiece holds them in memory, 1.3 GB a million pairs.
+    training_rows: PositiveInt = 100_000
     # bpe and unigram: text too small for `vocab_size` gives a smaller vocabulary, not an error.
     shrink: bool = False
 

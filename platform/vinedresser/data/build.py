@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vinedresser.commit import Staging
-from vinedresser.config.task import Task
+from vinedresser.config.speech import Frames
+from vinedresser.config.task import Task, Tokenizer
 from vinedresser.data.account import Tally, describe, refuse_empty
 from vinedresser.data.clean import HELD, Sieve, clean, hashes_file, held_out, repeats_file
 from vinedresser.data.corpus import Corpus
@@ -19,8 +20,8 @@ from vinedresser.data.hashing import find_repeats, save_lines
 from vinedresser.data.row import Account, Block, Pairs
 from vinedresser.data.tokenizers import load_source, train_source
 
-# Rows that SentencePiece learns from, at most: it holds them in memory, about 1 GB a million.
-MAX_TRAINING_ROWS = 1_000_000
+# Blocks that SentencePiece learns from, at most: a million rows are read to choose from.
+TRAINING_BLOCKS = 50
 # Inside the staging folder, so that a killed job's is cleared with it; never part of the set.
 _SCRATCH = ".scratch"
 
@@ -146,23 +147,31 @@ def _train_tokenizers(job: BlockJob, train: Sequence[Block]) -> None:
     _refuse_nothing(job, train)
     task, folder = job.task, Path(job.folder)
 
-    def texts(kind: str, sides: tuple[str, ...]) -> Iterator[str]:
+    def texts(config: Tokenizer | Frames, sides: tuple[str, ...]) -> Iterator[str]:
+        learns = config.kind in ("bpe", "unigram")
+        chosen = _spread(train) if learns else train
         pairs: Iterator[tuple[str, ...]] = itertools.chain.from_iterable(
             zip(*(getattr(part, side) for side in sides), strict=True)
-            for part in (_cleaned(block, job) for block in train)
+            for part in (_cleaned(block, job) for block in chosen)
         )
-        if kind in ("bpe", "unigram"):
-            rows = sum(block.count for block in train)
-            pairs = itertools.islice(pairs, 0, None, -(-rows // MAX_TRAINING_ROWS))
+        if isinstance(config, Tokenizer) and learns:
+            rows = sum(block.count for block in chosen)
+            pairs = itertools.islice(pairs, 0, None, -(-rows // config.training_rows))
         return itertools.chain.from_iterable(pairs)
 
     if task.tokenizer:
-        words = texts(task.tokenizer.kind, ("source", "target"))
+        words = texts(task.tokenizer, ("source", "target"))
         train_source(task.tokenizer, words).save(folder, "joint")
         return
     for side, config in (("source", task.source_tokenizer), ("target", task.target_tokenizer)):
         assert config is not None
-        train_source(config, texts(config.kind, (side,))).save(folder, side)
+        train_source(config, texts(config, (side,))).save(folder, side)
+
+
+def _spread(train: Sequence[Block]) -> Sequence[Block]:
+    """At most 50 blocks, evenly spread: what SentencePiece learns from costs the same always."""
+    count = min(len(train), TRAINING_BLOCKS)
+    return [train[i * len(train) // count] for i in range(count)]
 
 
 def _refuse_nothing(job: BlockJob, train: Sequence[Block]) -> None:

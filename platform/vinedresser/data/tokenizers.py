@@ -168,7 +168,7 @@ def train_tokenizer(config: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
         config: the kind; `vocab_size`, `normalization`, `byte_fallback` and `shrink` matter to
             bpe and unigram only.
         texts: training texts of one side, or of both for a joint vocabulary. SentencePiece holds
-            them in memory, about 1 GB a million lines; symbols and characters are streamed.
+            them in memory, about 0.7 GB a million lines; symbols and characters are streamed.
 
     Raises:
         DataError: no text, or too little or too much of it for `vocab_size`; names the limit.
