@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 MAIN = [sys.executable, "-c", "import sys; from vinedresser.cli import main; sys.exit(main())"]
 VERBS = (
     "prepare", "train", "sweep", "prune", "export", "retrain", "evaluate", "translate", "runs",
-    "ui", "doctor",
+    "ui", "doctor", "describe",
 )  # fmt: skip
 
 Done = subprocess.CompletedProcess[str]
@@ -366,6 +366,69 @@ def test_evaluate_scores_a_split(in_process: Any, bundle: Path, files: Any) -> N
     code, out, err = in_process("evaluate", bundle, files("task.json"), "--json")
     assert (code, out) == (2, "")
     assert "test" in err
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "rnn-small", "listener", "conv-small", "rnn"])
+def test_describe_a_model(in_process: Any, name: str) -> None:
+    words = (name, "source=31", "target=43", "dropout=0.2")
+    code, out, err = in_process("describe", *words, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["parameters"] == sum(part["parameters"] for part in found["parts"]) > 10_000
+    assert found["model"]["dropout"] == 0.2
+    assert found["vocabulary"] == {"source": 31, "target": 43, "joint": False, "features": 0}
+    code, out, err = in_process("describe", *words)
+    assert (code, err) == (0, "")
+    assert f"{found['parameters']:,} parameters, all trainable" in out
+    assert "source 31, target 43 (sizes as given)" in out
+
+
+def test_describe_an_experiment_by_its_shards(
+    in_process: Any, files: Any, reversal: ShardSet, tmp_path: Path
+) -> None:
+    code, out, _ = in_process("describe", files("experiment.json"), "model.dropout=0.1")
+    assert code == 0
+    assert "assumed" in out
+    shutil.copytree(reversal.folder, tmp_path / "space" / "shards" / reversal.folder.name)
+    code, out, _ = in_process("describe", files("experiment.json"), "--json")
+    assert json.loads(out)["vocabulary"]["source"] == reversal.source_size
+    code, out, _ = in_process("describe", files("experiment.json"), "model=rnn-small", "--json")
+    assert json.loads(out)["model"]["kind"] == "trainables.attention_rnn"
+
+
+def test_describe_shards_and_bundles(
+    in_process: Any, reversal: ShardSet, bundle: Path, tmp_path: Path
+) -> None:
+    code, out, err = in_process("describe", reversal.folder, "tokens=64")
+    assert (code, err) == (0, "")
+    for word in ("train", "400", "real tokens of 64", "known", "repeat an earlier pair"):
+        assert word in out
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [path.read_bytes()[:4] for path in pictures] == [b"\x89PNG"] * 3
+    code, out, _ = in_process("describe", reversal.folder, "pictures=", "--json")
+    assert json.loads(out)["account"]["train"]["rows_out"] == 400
+    assert json.loads(out)["pictures"] == []
+    code, out, _ = in_process("describe", bundle, "--json")
+    assert json.loads(out)["vocabulary"]["target"] == reversal.target_size
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("transformer-smal",), ("there is no model", "did you mean transformer-small?")),
+        (("rnn-small", "dropuot=1"), ("did you mean dropout?",)),
+        (("rnn-small", "sorce=3"), ("sorce: unknown key",)),
+        (("transformer-tiny", "tie=all", "source=8", "target=9"), ("tie: all", "joint=true")),
+        ((".",), ("neither a shard set nor a model",)),
+        (("none.yaml",), ("none.yaml", "no such file")),
+    ],
+    ids=lambda value: value[0],
+)
+def test_describe_says_what_is_wrong(in_process: Any, words: Any, parts: Any) -> None:
+    code, out, err = in_process("describe", *words)
+    assert (code, out) == (2, ""), err
+    assert is_clear(err), err
+    assert all(part in err for part in parts), err
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 from vinedresser.config import Compute, Experiment
 from vinedresser.data.shards import open_shards
+from vinedresser.diagnostics.corpus import picture
 from vinedresser.errors import MachineError, TrainingError, VinedresserError
 from vinedresser.run import Outcome, Report, Run, finished, run_folder
 from vinedresser.tracking import NullTracker, Store, Tracker, ending, open_run
@@ -75,6 +76,8 @@ def execute(
     with ending(tracker):
         run = Run(experiment, shards, folder, place=where, tracker=tracker, report=report)
         outcome = run.execute()
+        if site.kind == "train" and rank == 0:  # trials of a search share one corpus
+            picture(tracker, shards)
     # Every rank reports equally often; a scheduler may end the process at this last report.
     report(outcome.final_report if outcome is not None else {})
     return outcome

@@ -225,6 +225,25 @@ def translate(
 
 
 @app.command()
+def describe(
+    what: Annotated[
+        str, typer.Argument(help="model or preset, experiment, bundle folder, or shard folder")
+    ],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is made of, or what a shard set holds, with pictures.
+
+    A model takes its own keys and `source=8000 target=8000 joint=true features=0`; a shard set
+    `tokens=4096 pictures=FOLDER`.
+    """
+    from vinedresser.cli.describe import describe as show
+
+    show(what, overrides or [], workspace, as_json=as_json)
+
+
+@app.command()
 def runs(
     task: Annotated[str, typer.Argument(help="name of one task; all by default")] = "",
     workspace: Workspace = HERE,
