@@ -249,7 +249,8 @@ def interval(values: Sequence[float]) -> str:
 def show(task: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """One table a task, a row an architecture."""
     metric = {"cmudict": ["per", "wer"], "multi30k": ["bleu"], "fsdd": ["per", "wer"]}[task]
-    head = ["model", "parameters", *metric, "tokens/CPU-s", "s a step", "updates", "epochs", "runs"]
+    head = ["model", "parameters", *metric, "tokens/CPU-s", "s a step", "updates", "epochs"]
+    head += ["CPU s", "runs"]
     table = Table(title=f"{task}, test split, greedy", title_justify="left", box=None)
     for i, column in enumerate(head):
         table.add_column(column, justify="right" if i else "left")
@@ -269,6 +270,7 @@ def show(task: str, rows: Sequence[Mapping[str, Any]]) -> None:
             f"{mean('cpu_seconds_a_step'):.3f}",
             f"{mean('steps'):,.0f}",
             f"{mean('epochs'):.1f}",
+            f"{mean('cpu_seconds'):.0f}",
             str(len(runs)),
         )
     Console(width=max(120, Console().width)).print(table, "")
