@@ -161,6 +161,11 @@ def test_a_subset_trains_on_some_rows_in_every_epoch(order):
     assert used[0] < used[1] < used[2] == set(range(2000))
 
 
+def test_a_subset_without_a_row_says_so():
+    with pytest.raises(DataError, match=r"0 rows in a subset of 1e-09; .*raise batch\.subset"):
+        Batches(split_of(20), Batching(tokens=100, subset=1e-9), seed=1)
+
+
 def test_neighbours_of_seeds_epochs_and_windows_draw_differently():
     keys = [(1,), (1, 1), (1, 0, 1), (1, 0, 1, 1), (0, 1), (1, 1, 0, 1), (2, 1)]
     draws = {float(_random(*key).random()) for key in keys}

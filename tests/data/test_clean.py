@@ -39,11 +39,13 @@ def write_task(folder: Path, train, **changes) -> Task:
             path.write_bytes("".join(row[at] + "\n" for row in rows).encode())
             sides[side] = str(path)
         pairs[split] = Pair(**sides)
-    fields = {"max_source_length": 9, "max_target_length": 9, **changes}
-    return Task(
-        name="toy", corpus=TextCorpus(**pairs), tokenizer=Tokenizer(kind="characters"),
-        metric="cer", **fields,
-    )  # fmt: skip
+    fields = {
+        "tokenizer": Tokenizer(kind="characters"),
+        "max_source_length": 9,
+        "max_target_length": 9,
+        **changes,
+    }
+    return Task(name="toy", corpus=TextCorpus(**pairs), metric="cer", **fields)
 
 
 @settings(max_examples=60, deadline=None)
@@ -190,3 +192,23 @@ def test_dev_and_test_keep_all_but_empty_rows():
     for split, left in (("dev", 1), ("test", 1), ("train", 0)):
         account = Account(rows_in=2)
         assert len(clean(pairs, split, task, account)[0]) == left == account.rows_out
+
+
+def test_a_side_of_which_no_token_is_left_is_empty(tmp_path):
+    rows = [*((f"a{i} b", f"c d{i}") for i in range(9)), ("\u200b", "a b"), ("a b", "\ufeff\u200b")]
+    pieces = Tokenizer(kind="bpe", vocab_size=30, shrink=True)
+    shards = prepare(write_task(tmp_path, rows, tokenizer=pieces), tmp_path / "out")
+    account = shards.meta["account"]["train"]
+    assert account["dropped"] == {"empty": 2}
+    assert account["first_lines"] == {"empty": [10, 11]}
+    split = load_split(shards, "train")
+    assert min(split.source_lengths.min(), split.target_lengths.min()) > 1
+
+
+def test_what_dev_and_test_share_is_told(tmp_path):
+    task = write_task(tmp_path, [("a", "b")] * 3)
+    assert not [n for n in prepare(task, tmp_path / "out").meta["notes"] if "stand in dev" in n]
+    (tmp_path / "test.source").write_text("Dev  A\ndev a\nx\n")
+    (tmp_path / "test.target").write_text("c\nB\nb\n")
+    notes = prepare(task, tmp_path / "out").meta["notes"]
+    assert "test: warning: 1 sources stand in dev, 1 of them with their target" in notes

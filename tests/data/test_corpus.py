@@ -201,3 +201,16 @@ def test_reading_needs_no_torch():
 
     code = "import sys, vinedresser.data; assert not {'torch', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+def test_pronunciations_that_differ_in_stress_alone_are_one(lexicon_task):
+    words = "".join(f"w{i} W AH0 D\nw{i}(2) W AH1 D\nw{i}(3) W OW1 D\n" for i in range(12))
+    sizes = {"dev_words": 2, "test_words": 2, "variants": "all"}
+    account = Account()
+    rows = [
+        (r.source, r.target) for r in read(lexicon_task(words, **sizes), "train", account=account)
+    ]
+    assert len(rows) == len(set(rows)) == 2 * 8
+    assert account.dropped == {"variant": 8 + 2 * 4}
+    stressed = list(read(lexicon_task(words, **sizes, keep_stress=True), "train"))
+    assert len(stressed) == 3 * 8

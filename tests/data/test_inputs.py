@@ -4,10 +4,19 @@ import gzip
 import zlib
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vinedresser.commit import verify
-from vinedresser.config import Cleaning, Pair, Task, TextCorpus, Tokenizer
+from vinedresser.config import (
+    Cleaning,
+    LexiconCorpus,
+    Pair,
+    TableCorpus,
+    Task,
+    TextCorpus,
+    Tokenizer,
+)
 from vinedresser.data import Account, prepare, read, source_digests
 from vinedresser.errors import ConfigError, DataError, MachineError
 
@@ -182,6 +191,29 @@ def test_object_storage_gives_the_same_shards(plain, tmp_path, s3):
     assert len(source_digests(task)) == 12
     found, wanted = shards_by_name(task, tmp_path / "a"), shards_by_name(plain, tmp_path / "b")
     assert found == wanted
+
+
+def test_object_storage_holds_tables_and_dictionaries_too(tmp_path, s3):
+    query, store = s3
+    words = "".join(f"w{i} W AH0 D\n" for i in range(9))
+    sides = {"src": [f"a{i}" for i in range(30)], "tgt": [f"b{i}" for i in range(30)]}
+    pq.write_table(pa.table(sides), tmp_path / "a.parquet")
+    for name, content in (
+        ("a.dict", words.encode()), ("a.parquet", (tmp_path / "a.parquet").read_bytes()),
+    ):  # fmt: skip
+        with store.open_output_stream(f"corpora/{name}") as stream:
+            stream.write(content)
+    found = f"s3://corpora/a.parquet{query}"
+    table = TableCorpus(kind="table", train=found, dev=found, source="src", target="tgt")
+    kinds = {
+        side: Tokenizer(kind="characters") for side in ("source_tokenizer", "target_tokenizer")
+    }
+    rows = list(read(Task(name="t", corpus=table, metric="per", **kinds), "train"))
+    assert [(row.source, row.target) for row in rows] == list(zip(*sides.values(), strict=True))
+    corpus = LexiconCorpus(path=f"s3://corpora/a.dict{query}", dev_words=2, test_words=2)
+    rows = list(read(Task(name="t", corpus=corpus, metric="per", **kinds), "train"))
+    assert len(rows) == 5
+    assert {row.target for row in rows} == {"W AH D"}
 
 
 def test_what_object_storage_answers_is_told_in_one_line(s3):

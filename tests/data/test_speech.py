@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from vinedresser.config import Task
-from vinedresser.config.speech import Frames
+from vinedresser.config.speech import Frames, SpeechCorpus
 from vinedresser.data.corpus import open_corpus, read, splits
 from vinedresser.data.flat import Flat
 from vinedresser.data.frames import Filterbank, features
@@ -159,6 +160,24 @@ def test_bad_recordings(name, tmp_path):
         features([str(tmp_path / name)], FRAMES)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_cut_wav(tmp_path):
+    path = Path(write(tmp_path / "a.wav", tone(300)))
+    whole = path.read_bytes()
+    frames = features([path], FRAMES)
+    path.write_bytes(whole[:-2])
+    wanted = rf"a\.wav: {len(whole) - 2:,} of {len(whole):,} bytes; the file is truncated"
+    with pytest.raises(DataError, match=wanted):
+        features([path], FRAMES)
+    # Written into a pipe: no size was known.
+    path.write_bytes(whole[:4] + b"\xff" * 4 + whole[8:])
+    assert np.array_equal(features([path], FRAMES), frames)
+
+
+def test_recordings_in_object_storage_are_refused(tones):
+    with pytest.raises(ValidationError, match="read from disk alone"):
+        SpeechCorpus(kind="speech", train="s3://b/train.tsv", dev=str(tones / "dev.tsv"))
 
 
 def test_cut_flac(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -138,3 +139,65 @@ def test_sigmorphon_as_it_is(shared_data, tmp_path):
     assert rows[0].target.split()
     _, target = tokenizers(shards)
     assert target.decode(target.encode(rows[0].target)) == rows[0].target
+
+
+def message(path, source="src", target="tgt") -> str:
+    with pytest.raises(DataError) as caught:
+        prepare(task_of(source, target, train=str(path), dev=str(path)), path.parent / "out")
+    assert not list((path.parent / "out").glob("**/*"))
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_numbers_of_too_many_digits_are_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"src": "a", "tgt": "b"}\n{"src": "a", "tgt": "b", "n": ' + "9" * 5000 + "}\n")
+    assert "a.jsonl:2:1: a number of too many digits" in message(path)
+
+
+def test_parquet_text_that_is_none_is_named_by_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_module, "BLOCK_ROWS", 3)
+    path = tmp_path / "a.parquet"
+    offsets = np.array([0, 1, 1, 2, 3, 6], dtype=np.int32)
+    parts = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"abcd\xff\xfe")]
+    damaged = pa.Array.from_buffers(pa.string(), 5, parts)
+    pq.write_table(pa.table({"src": ["x"] * 5, "tgt": damaged}), path)
+    assert "a.parquet: row 5, column 'tgt', byte 2: invalid UTF-8 byte 0xff" in message(path)
+    pq.write_table(pa.table({"src": ["x", "a\0b"], "tgt": ["x", "y"]}), path)
+    assert "a.parquet: row 2, column 'src': holds NUL" in message(path)
+
+
+def test_no_mutated_parquet_ends_in_a_traceback(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"src": [s for s, _ in PAIRS], "tgt": [t for _, t in PAIRS]})
+    pq.write_table(table, path, write_page_checksum=True)
+    good = path.read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for index in range(120):
+        bad = bytearray(good)
+        bad[int(rng.integers(len(bad)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad)
+        task = task_of(train=str(path), dev=str(path))
+        try:
+            rows = [(row.source, row.target) for row in read(task, "train")]
+        except DataError:
+            refused += 1
+        else:  # in statistics that nobody reads
+            assert rows == PAIRS, index
+    assert refused > 60
+
+
+def test_one_column_may_be_both_sides(tmp_path):
+    path = write(tmp_path, "parquet", PAIRS, "all")
+    rows = list(read(task_of("src", "src", train=path, dev=path), "train"))
+    assert [(row.source, row.target) for row in rows] == [(s, s) for s, _ in PAIRS]
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["src", "src", "tgt"]), path)
+    assert "a.parquet: several columns 'src'" in message(path)
+    path = tmp_path / "a.tsv"
+    path.write_text("src\tsrc\ttgt\na\tb\tc\n")
+    assert "a.tsv:1:1: several columns 'src'" in message(path)

@@ -11,7 +11,8 @@ class Cleaning(Section):
     """What becomes of rows that a model should not see. Every dropped row is counted by reason.
 
     Rows with an empty side are dropped from every split; all else concerns train alone, so that
-    scores on dev and test stay comparable.
+    scores on dev and test stay comparable. In train a side is empty, too, if no token is left of
+    it, as of a mark without width.
     """
 
     # Longer side / shorter side in tokens, both with end-of-sentence; 0 for no limit. Off by

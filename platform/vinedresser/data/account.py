@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vinedresser.config.task import Task
-from vinedresser.data.clean import Count, Found, hashes_file
+from vinedresser.data.clean import HELD, Count, Found, Held, hashes_file
 from vinedresser.data.corpus import Corpus
 from vinedresser.data.encode import LENGTHS, Encoded
 from vinedresser.data.hashing import count_repeats
@@ -133,6 +133,7 @@ def describe(task: Task, corpus: Corpus, tally: Tally, scratch: Path) -> dict[st
     notes = list(corpus.notes)
     notes += _alignment(task, corpus, lengths["train"])
     notes += _leakage(task, corpus, tally.found("train"))
+    notes += _shared(corpus, scratch)
     for split in corpus.splits:
         if (control := tally.found(split).control).rows:
             notes.append(
@@ -200,6 +201,16 @@ def _leakage(task: Task, corpus: Corpus, found: Found) -> list[str]:
         f"{_places(corpus, 'train', count)}" + ("; dropped" if rule == "drop" else "")
         for split, count in sorted(found.sources.items())
     ]
+
+
+def _shared(corpus: Corpus, scratch: Path) -> list[str]:
+    """What is selected on dev must not be what is reported on test; neither split is touched."""
+    if not corpus.is_parallel:
+        return []
+    sources, pairs = Held.load(scratch / HELD).shared("dev", "test")
+    if not sources:
+        return []
+    return [f"test: warning: {sources:,} sources stand in dev, {pairs:,} of them with their target"]
 
 
 def _overlap(task: Task, corpus: Corpus, tally: Tally, scratch: Path) -> dict[str, Any]:

@@ -126,7 +126,9 @@ class Batches:
         self._sizes = np.array([len(self._plan(w)[1]) for w in range(len(self._pool))], np.int64)
         self.per_epoch = int(self._sizes.sum())
         if not self.per_epoch:
-            raise DataError(f"{self._pool.name}: 0 rows; nothing to train on")
+            part = f" in a subset of {batching.subset:g}" if batching.subset < 1 else ""
+            fix = ". Fix: raise batch.subset" if part else ""
+            raise DataError(f"{self._pool.name}: 0 rows{part}; nothing to train on{fix}")
         self._epoch = -1
         self._order = self._ends = self._sizes
         self._shuffled: _Shuffled | None = None

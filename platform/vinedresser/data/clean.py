@@ -101,6 +101,12 @@ class Held:
         """What `save` wrote."""
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
+    def shared(self, one: str, other: str) -> tuple[int, int]:
+        """Distinct sources that two held-out splits share, and those with a target of both."""
+        mine, theirs = self._targets.get(one, {}), self._targets.get(other, {})
+        sources = mine.keys() & theirs.keys()
+        return len(sources), sum(not set(mine[s]).isdisjoint(theirs[s]) for s in sources)
+
     def look(self, pairs: Pairs, found: Found) -> NDArray[np.bool_]:
         """(n,) which rows have a source of a held-out split; counts them."""
         sources = fold_all(pairs.source)

@@ -199,8 +199,15 @@ def _fits(
     source, target = (side.lengths for side in sides)
     if split != "train":
         return np.ones(len(source), dtype=np.bool_)
+    # Signs without width are no white space, and normalisation leaves nothing of them but EOS.
+    has_both = np.ones(len(source), dtype=np.bool_)
+    for side in sides:
+        if side.values.dtype != np.float16:
+            has_both &= side.lengths > 1
+    _count(has_both, "empty", pairs, account)
     fits = (source <= task.max_source_length) & (target <= task.max_target_length)
-    _count(fits, "too_long", pairs, account)
+    _count(fits | ~has_both, "too_long", pairs, account)
+    fits &= has_both
     limit = task.cleaning.max_ratio
     if not limit:
         return fits

@@ -137,6 +137,7 @@ class Filterbank:
             )
         if not found.samples:
             raise DataError(f"{path}: no sample in it; {_WANTED}")
+        _refuse_cut(path)
 
     def _samples(self, path: Path) -> NDArray[np.float32]:
         soundfile, _ = _libraries()
@@ -235,6 +236,21 @@ def _refuse_absent(path: Path) -> None:
     if not path.is_file():
         what = "a directory" if path.is_dir() else "no such file"
         raise DataError(f"{path}: {what}; {_WANTED}")
+
+
+# Sizes that writers into a pipe put for "unknown": sox this one and a bit, ffmpeg all ones.
+_UNKNOWN_SIZE = 0x7FFFF000
+
+
+def _refuse_cut(path: Path) -> None:
+    """Refuses a WAV shorter than its header says: libsndfile reads what is left without a word."""
+    with path.open("rb") as stream:
+        head = stream.read(12)
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
+        return
+    wanted, size = int.from_bytes(head[4:8], "little") + 8, path.stat().st_size
+    if size < wanted < _UNKNOWN_SIZE:
+        raise DataError(f"{path}: {size:,} of {wanted:,} bytes; the file is truncated")
 
 
 def _reason(error: Exception) -> str:

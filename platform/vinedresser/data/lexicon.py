@@ -13,6 +13,7 @@ from typing import Any
 from vinedresser.config.corpus import PACKAGE_PREFIX, LexiconCorpus
 from vinedresser.config.task import Task
 from vinedresser.data import row
+from vinedresser.data.inputs import is_remote
 from vinedresser.data.row import Account, Block, Row
 from vinedresser.data.textfile import MAX_PROBLEMS, inspect_all, lines_of, refuse_changed
 from vinedresser.errors import ConfigError, DataError
@@ -38,6 +39,11 @@ def locate(path: str) -> Path:
             f"{path}: the Python package {name} is not installed. Fix: pip install {name}"
         )
     return Path(next(iter(found.submodule_search_locations))) / inside
+
+
+def _named(path: str) -> str:
+    """What a dictionary or a list is opened by: object storage as it is, else `locate`."""
+    return path if is_remote(path) else str(locate(path))
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,17 @@ class Dictionary:
     def members(self) -> dict[str, list[tuple[Row, str]]]:
         """Split -> its raw rows, each with the reason to drop it or ""; the rest is train's."""
         found: dict[str, list[tuple[Row, str]]] = {"train": [], "dev": [], "test": []}
+        kept = set[tuple[str, str]]()
         for word, phones, line, reason in self.entries:
             place = self.split_of.get(word, "")
             is_first = not reason
             if not is_first and self.corpus.variants == "all" and reason == "variant":
-                reason = "" if place == "train" else "variant"
+                # Without stress, some pronunciations of a word are one and the same.
+                is_new = place == "train" and (word, phones) not in kept
+                reason = "" if is_new else "variant"
             entry = Row(word, phones, line)
+            if not reason:
+                kept.add((word, phones))
             if is_first and place:
                 found[place].append((entry, ""))
             else:
@@ -174,9 +185,11 @@ class Lexicon:
     def __init__(self, task: Task) -> None:
         corpus = task.corpus
         assert isinstance(corpus, LexiconCorpus)
-        path = str(locate(corpus.path))
-        lists = {name: str(locate(name)) for name in corpus.exclude}
-        absent = {name for name, path in lists.items() if not Path(path).exists()}
+        path = _named(corpus.path)
+        lists = {name: _named(name) for name in corpus.exclude}
+        absent = {
+            name for name, path in lists.items() if not is_remote(path) and not Path(path).exists()
+        }
         if absent and not corpus.exclude_missing_ok:
             raise DataError(
                 "\n".join(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vinedresser.config.corpus import TableCorpus, names_of
@@ -26,7 +27,7 @@ from vinedresser.data.textfile import (
     refuse_changed,
     unpacked,
 )
-from vinedresser.errors import DataError
+from vinedresser.errors import DataError, MachineError
 
 Columns = tuple[int | str, int | str]
 
@@ -229,6 +230,11 @@ def _form_of_tsv(name: str, corpus: TableCorpus) -> Form:
     for column in wanted:
         if isinstance(column, int):
             places.append(column - 1)
+        elif fields.count(column) > 1:
+            raise DataError(
+                f"{name}:1:1: several columns {column!r}; expected one. Fix: number the columns "
+                "from 1, without the header line"
+            )
         elif column in fields:
             places.append(fields.index(column))
         else:
@@ -281,6 +287,8 @@ def _problem_of_json(raw: bytes, form: Form) -> str:
         return f"{error.colno}: not JSON ({error.msg}); {wanted}"
     except RecursionError:
         return f"1: nested too deeply; {wanted}"
+    except ValueError:  # Python turns no number of more than 4,300 digits into an integer
+        return f"1: a number of too many digits; {wanted}"
     if not isinstance(found, dict):
         return f"1: {type(found).__name__}; {wanted}"
     for key in form.columns:
@@ -318,6 +326,8 @@ def _inspect_parquet(name: str, form: Form) -> Facts:
                 f"{name}: no column {column!r}; expected it beside {_short(schema.names)}. Fix: "
                 "name one of these as `source` and `target`"
             )
+        if schema.names.count(column) > 1:
+            raise DataError(f"{name}: several columns {column!r}; expected one. Fix: rename them")
         kind = schema.field(column).type
         if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in _TEXT:
             raise DataError(f"{name}: column {column!r} is {kind}; expected text")
@@ -331,18 +341,21 @@ def _inspect_parquet(name: str, form: Form) -> Facts:
 def _regrouped(facts: Facts, form: Form, folder: Path) -> Facts:
     """The two columns again, as text, `BLOCK_ROWS` rows a row group."""
     path = folder / f"{facts.digest[:16]}.{len(list(folder.iterdir()))}.parquet"
-    schema = pa.schema({str(column): pa.large_string() for column in form.columns})
+    names = list(dict.fromkeys(map(str, form.columns)))  # one column may be both sides
+    schema = pa.schema({name: pa.large_string() for name in names})
     with (
         _reading(facts.name),
         open_seekable(facts.name) as source,
         pq.ParquetWriter(path, schema, compression="zstd") as writer,
     ):
-        held, size = list[pa.Table](), 0
+        held, size, done = list[pa.Table](), 0, 0
         file = pq.ParquetFile(source, page_checksum_verification=True)
-        for batch in file.iter_batches(row.BLOCK_ROWS, columns=list(form.columns)):
-            columns = [batch[column].cast(pa.large_string()) for column in form.columns]
+        for batch in file.iter_batches(row.BLOCK_ROWS, columns=names):
+            columns = [batch[name].cast(pa.large_string()) for name in names]
+            for name, column in zip(names, columns, strict=True):
+                _refuse_no_text(facts.name, name, column, done)
             held.append(pa.table(columns, schema=schema))
-            size += len(batch)
+            size, done = size + len(batch), done + len(batch)
             while size >= row.BLOCK_ROWS:
                 whole = pa.concat_tables(held)
                 writer.write_table(whole.slice(0, row.BLOCK_ROWS))
@@ -353,10 +366,44 @@ def _regrouped(facts: Facts, form: Form, folder: Path) -> Facts:
     return replace(facts, copy=str(path))
 
 
+def _refuse_no_text(name: str, column: str, cells: pa.Array, before: int) -> None:
+    """Refuses what Parquet calls text and is none: nothing that wrote the file had to look."""
+    try:
+        cells.validate(full=True)
+        has_nul = pc.any(pc.match_substring(cells, "\0")).as_py()
+    except pa.ArrowInvalid:
+        has_nul = True
+    if not has_nul:
+        return
+    for number, cell in enumerate(cells.cast(pa.large_binary()).to_pylist(), before + 1):
+        place = f"{name}: row {number}, column {column!r}"
+        try:
+            is_bad = "\0" in (cell or b"").decode()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{place}, byte {error.start + 1}: invalid UTF-8 byte 0x{cell[error.start]:02x}; "
+                "expected UTF-8. Fix: write the file anew from text"
+            ) from None
+        if is_bad:
+            raise DataError(f"{place}: holds NUL; expected text")
+
+
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{name}: not a whole Parquet file ({reason[:200]})") from None
+        raise DataError(f"{name}: not a whole Parquet file ({_words(error)})") from None
+    except OSError as error:
+        if error.errno is not None:  # a disk's own, also that of the copy
+            raise
+        if is_remote(name):
+            raise MachineError(
+                f"{name}: the object storage does not answer ({_words(error)})"
+            ) from None
+        # pyarrow's word for a page that cannot be unpacked.
+        raise DataError(f"{name}: not a whole Parquet file ({_words(error)})") from None
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
