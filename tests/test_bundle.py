@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from vinedresser.batch import EOS, UNK, pad_ids
-from vinedresser.bundle import Bundle, load_bundle, save_bundle, vocabulary_of, warm_start
+from vinedresser.bundle import (
+    Bundle,
+    load_bundle,
+    refuse_other_pieces,
+    save_bundle,
+    vocabulary_of,
+    warm_start,
+)
 from vinedresser.commit import commit
 from vinedresser.config import Experiment
 from vinedresser.data.shards import ShardSet, tokenizers
+from vinedresser.data.tokenizers import NUM_SPECIAL, Symbols
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import DamagedError, DataError
 from vinedresser.model import Seq2Seq
@@ -241,3 +249,12 @@ class TestWarmStart:
         with pytest.raises(DataError, match=message + r".*use the same model section"):
             warm_start(model, bundle)
         assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+
+
+def test_a_bundle_of_other_pieces_is_refused(bundle):
+    source, target = bundle.source_tokenizer, bundle.target_tokenizer
+    refuse_other_pieces(bundle, source, target)
+    others = Symbols("symbols", [f"other{i}" for i in range(target.size - NUM_SPECIAL)])
+    assert others.size == target.size
+    with pytest.raises(DataError, match=r"its target tokenizer is .* mean other pieces"):
+        refuse_other_pieces(bundle, source, others)

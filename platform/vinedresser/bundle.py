@@ -158,6 +158,23 @@ def load_bundle(folder: Path) -> Bundle:
     return Bundle(folder, manifest.digest, experiment, model, source, target, scores)
 
 
+def refuse_other_pieces(bundle: Bundle, source: SourceEncoder, target: SourceEncoder) -> None:
+    """Refuses a bundle whose ids mean other pieces: weights of equal shapes would fit them.
+
+    Raises:
+        DataError: which side has another tokenizer.
+    """
+    for side, mine, theirs in (
+        ("source", source, bundle.source_tokenizer), ("target", target, bundle.target_tokenizer),
+    ):  # fmt: skip
+        if mine.digest != theirs.digest:
+            raise DataError(
+                f"{bundle.folder}: its {side} tokenizer is {theirs.digest[:12]}, the data's is "
+                f"{mine.digest[:12]}; the same ids mean other pieces. Fix: train on the data that "
+                "the bundle was trained on, or without init"
+            )
+
+
 def warm_start(model: Seq2Seq, bundle: Bundle) -> str:
     """Copies a bundle's weights into a model of the same shapes (methods.md 76, 83).
 

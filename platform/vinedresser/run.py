@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vinedresser.bundle import load_bundle, save_bundle, vocabulary_of, warm_start
+from vinedresser.bundle import (
+    load_bundle,
+    refuse_other_pieces,
+    save_bundle,
+    vocabulary_of,
+    warm_start,
+)
 from vinedresser.checkpoint import (
     Checkpoint,
     newest_checkpoint,
@@ -135,7 +141,9 @@ class Run:
         joint = shards.task.has_joint_vocabulary
         self.model = experiment.model.build(vocabulary_of(*self.tokenizers, joint=joint))
         if experiment.init is not None:
-            _log.info("warm start: %s", warm_start(self.model, load_bundle(Path(experiment.init))))
+            bundle = load_bundle(Path(experiment.init))
+            refuse_other_pieces(bundle, *self.tokenizers)
+            _log.info("warm start: %s", warm_start(self.model, bundle))
         self.model.place(encoder=place.of_encoder, decoder=place.device).train()
         self.optimizer = build_optimizer(
             self.model, experiment.optim, gate_lr_factor=experiment.objective.gate_lr_factor
