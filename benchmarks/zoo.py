@@ -36,8 +36,8 @@ from rich.table import Table
 from search_spaces import demo, digits, translation
 from vinedresser.bundle import Bundle, load_bundle, vocabulary_of
 from vinedresser.config import Evaluation, Experiment, Pair, TextCorpus
-from vinedresser.data.batches import Batches, load_split, stream
-from vinedresser.data.shards import ShardSet, prepare, tokenizers
+from vinedresser.data.batches.stream import Batches, load_split, stream
+from vinedresser.data.shards.shard_set import ShardSet, prepare, tokenizers
 from vinedresser.evaluate import Scores, evaluate
 from vinedresser.optim import build_optimizer
 from vinedresser.run import Run

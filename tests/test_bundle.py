@@ -18,8 +18,8 @@ from vinedresser.bundle import (
 )
 from vinedresser.commit import commit
 from vinedresser.config import Experiment
-from vinedresser.data.shards import ShardSet, tokenizers
-from vinedresser.data.tokenizers import NUM_SPECIAL, Symbols
+from vinedresser.data.shards.shard_set import ShardSet, tokenizers
+from vinedresser.data.tokenizers.tokenizer import NUM_SPECIAL, Symbols
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import DamagedError, DataError
 from vinedresser.model import Seq2Seq

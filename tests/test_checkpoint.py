@@ -22,7 +22,7 @@ from vinedresser.checkpoint import (
     save_checkpoint,
 )
 from vinedresser.config import Experiment
-from vinedresser.data.shards import ShardSet, open_shards
+from vinedresser.data.shards.shard_set import ShardSet, open_shards
 from vinedresser.run import Outcome, Run, finished, run_folder, run_key
 from vinedresser.tracking import MemoryTracker
 from vinedresser.train import Place
@@ -160,7 +160,7 @@ KILL = """
 import os, signal, sys, torch
 from pathlib import Path
 from vinedresser.config import Experiment
-from vinedresser.data.shards import open_shards
+from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.run import Run, run_folder
 from vinedresser.tracking import NullTracker
 from vinedresser.train import Place

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from vinedresser import tracking
-from vinedresser.data.shards import ShardSet
+from vinedresser.data.shards.shard_set import ShardSet
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,8 +15,8 @@ import torch
 from vinedresser import tracking
 from vinedresser.bundle import load_bundle, vocabulary_of
 from vinedresser.config import Compute, Experiment
-from vinedresser.data.batches import stream
-from vinedresser.data.shards import ShardSet, tokenizers
+from vinedresser.data.batches.stream import stream
+from vinedresser.data.shards.shard_set import ShardSet, tokenizers
 from vinedresser.distributed import Site, num_groups, require, train
 from vinedresser.errors import MachineError
 from vinedresser.objectives import likelihood

@@ -14,12 +14,12 @@ import torch
 from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cli import main
 from vinedresser.config import Batching, Experiment, Task
-from vinedresser.data import windows
-from vinedresser.data.batches import Batches, load_split
-from vinedresser.data.corpus import read
-from vinedresser.data.frames import features
-from vinedresser.data.shards import ShardSet, prepare, tokenizers
-from vinedresser.data.windows import ShardPool
+from vinedresser.data.batches import windows
+from vinedresser.data.batches.stream import Batches, load_split
+from vinedresser.data.batches.windows import ShardPool
+from vinedresser.data.corpus.corpus import read
+from vinedresser.data.shards.shard_set import ShardSet, prepare, tokenizers
+from vinedresser.data.tokenizers.frames import features
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.evaluate import evaluate, tokenized
 from vinedresser.run import Run

@@ -25,7 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from vinedresser import tracking
-from vinedresser.data.shards import ShardSet
+from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.distributed import Site
 from vinedresser.errors import BusyError, ConfigError, TrainingError
 from vinedresser.study import Study

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vinedresser.commit import commit, verify
 from vinedresser.config import Experiment
-from vinedresser.data.side import Side, join
-from vinedresser.data.tokenizers import (
+from vinedresser.data.batches.side import Side, join
+from vinedresser.data.tokenizers.tokenizer import (
     SourceEncoder,
     TextTokenizer,
     load_source,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vinedresser.config import Compute, Experiment
-from vinedresser.data.shards import open_shards
+from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.diagnostics.corpus import picture
 from vinedresser.errors import MachineError, TrainingError, VinedresserError
 from vinedresser.run import Outcome, Report, Run, finished, run_folder

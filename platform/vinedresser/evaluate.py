@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from vinedresser.config import Evaluation, MetricName
-from vinedresser.data.batches import Split, in_order
-from vinedresser.data.row import Source
-from vinedresser.data.side import Side
-from vinedresser.data.tokenizers import SourceEncoder, TextTokenizer
+from vinedresser.data.batches.side import Side
+from vinedresser.data.batches.stream import Split, in_order
+from vinedresser.data.corpus.row import Source
+from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
 from vinedresser.decode import Decoded, beam_search, greedy
 from vinedresser.metrics import exact_error_rate, measure
 from vinedresser.model import Seq2Seq

@@ -17,7 +17,7 @@ from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cluster import connect
 from vinedresser.commit import digest_of, write_file
 from vinedresser.config import Experiment, MetricName, SafeName, Section
-from vinedresser.data.shards import ShardSet, prepare
+from vinedresser.data.shards.shard_set import ShardSet, prepare
 from vinedresser.diagnostics.plots import curves, heads_against_quality
 from vinedresser.distributed import Site, train
 from vinedresser.export import Gate, Registered, register

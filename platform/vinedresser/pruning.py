@@ -11,8 +11,8 @@ from vinedresser.batch import Batch
 from vinedresser.bundle import Bundle, load_bundle, save_bundle, vocabulary_of
 from vinedresser.commit import is_committed
 from vinedresser.config import MetricName, Section
-from vinedresser.data.batches import in_order, load_split
-from vinedresser.data.shards import ShardSet
+from vinedresser.data.batches.stream import in_order, load_split
+from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.distributed import Site
 from vinedresser.evaluate import evaluate
 from vinedresser.metrics import is_lower_better

@@ -32,8 +32,8 @@ from vinedresser.checkpoint import (
 )
 from vinedresser.commit import digest_of, is_committed, verify, write_file
 from vinedresser.config import Experiment
-from vinedresser.data.batches import load_split, stream
-from vinedresser.data.shards import ShardSet, tokenizers
+from vinedresser.data.batches.stream import load_split, stream
+from vinedresser.data.shards.shard_set import ShardSet, tokenizers
 from vinedresser.evaluate import Evaluated, evaluate
 from vinedresser.metrics import is_better, is_lower_better, worst
 from vinedresser.nn.gates import head_gates

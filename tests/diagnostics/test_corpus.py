@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vinedresser.data.batches import load_split
-from vinedresser.data.shards import ShardSet
+from vinedresser.data.batches.stream import load_split
+from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.diagnostics.corpus import buckets, coverage, figures, histogram_of, picture
 from vinedresser.tracking import MemoryTracker
 

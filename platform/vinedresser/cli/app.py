@@ -93,7 +93,7 @@ def prepare(
     if dry_run:
         return _print_json(value.to_json())
     from vinedresser.cluster import connect
-    from vinedresser.data.shards import prepare as write
+    from vinedresser.data.shards.shard_set import prepare as write
 
     shards = write(value, workspace / "shards", connect=connect, say=_Say())
     result = {"folder": str(shards.folder), "digest": shards.digest, "counts": dict(shards.counts)}

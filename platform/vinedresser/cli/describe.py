@@ -15,8 +15,8 @@ from vinedresser.commit import is_committed, read_manifest
 from vinedresser.config import Experiment, ModelConfig, Section, Task, parse_overrides, resolve
 from vinedresser.config.experiment import named_model, presets, zoo_modules
 from vinedresser.config.section import did_you_mean
-from vinedresser.data.account import PADDING_TOKENS
-from vinedresser.data.shards import ShardSet, open_shards
+from vinedresser.data.shards.account import PADDING_TOKENS
+from vinedresser.data.shards.shard_set import ShardSet, open_shards
 from vinedresser.diagnostics.corpus import buckets, coverage, figures
 from vinedresser.diagnostics.summary import Summary, summarise
 from vinedresser.errors import ConfigError

@@ -15,9 +15,9 @@ from vinedresser.cli.show import closing_table, print_json, scores_table, trials
 from vinedresser.cluster import connect
 from vinedresser.commit import is_committed
 from vinedresser.config import Evaluation, Experiment, Section, Task, parse_overrides, resolve
-from vinedresser.data.corpus import read
-from vinedresser.data.shards import ShardSet
-from vinedresser.data.shards import prepare as write_shards
+from vinedresser.data.corpus.corpus import read
+from vinedresser.data.shards.shard_set import ShardSet
+from vinedresser.data.shards.shard_set import prepare as write_shards
 from vinedresser.distributed import Site
 from vinedresser.distributed import train as run_experiment
 from vinedresser.errors import ConfigError

@@ -8,14 +8,14 @@ module `tokenizers` has that name here.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vinedresser.data.corpus import open_corpus, read, source_digests, splits
+from vinedresser.data.corpus.corpus import open_corpus, read, source_digests, splits
+from vinedresser.data.corpus.row import Account, Row
 from vinedresser.data.order import Padding, padding, plan
-from vinedresser.data.row import Account, Row
-from vinedresser.data.shards import ShardSet, open_shards, prepare
-from vinedresser.data.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
+from vinedresser.data.shards.shard_set import ShardSet, open_shards, prepare
+from vinedresser.data.tokenizers.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
-    from vinedresser.data.batches import Batches, Split, in_order, load_split, stream
+    from vinedresser.data.batches.stream import Batches, Split, in_order, load_split, stream
 
 __all__ = [
     "Account",
@@ -45,5 +45,5 @@ _NEED_TORCH = frozenset({"Batches", "Split", "in_order", "load_split", "stream"}
 
 def __getattr__(name: str) -> Any:
     if name in _NEED_TORCH:
-        return getattr(importlib.import_module("vinedresser.data.batches"), name)
+        return getattr(importlib.import_module("vinedresser.data.batches.stream"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

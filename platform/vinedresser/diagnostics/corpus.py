@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vinedresser.data.account import PADDING_TOKENS
-from vinedresser.data.encode import LENGTHS_FILE
 from vinedresser.data.order import Histogram, plan_cells
-from vinedresser.data.shards import ShardSet
+from vinedresser.data.shards.account import PADDING_TOKENS
+from vinedresser.data.shards.encode import LENGTHS_FILE
+from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.tracking import Tracker
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Batches: shards -> windows -> padded tensors; the one part of `data` that needs torch."""

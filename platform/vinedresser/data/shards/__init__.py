@@ -1,0 +1,1 @@
+"""Shards: blocks of rows -> cleaned, tokenised, written once, with an account of every row."""

@@ -1,0 +1,233 @@
+"""Text <-> ids. Normalisation lives in the tokenizer, so that training and inference agree."""
+
+import hashlib
+import itertools
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from vinedresser.commit import canonical_json, write_file
+from vinedresser.config.speech import Frames
+from vinedresser.config.task import Tokenizer
+from vinedresser.data.tokenizers.flat import BOS, EOS, PAD, UNK, Flat, flattened, real_ids
+from vinedresser.data.tokenizers.frames import Filterbank, load_filterbank
+from vinedresser.data.tokenizers.pieces import SentencePiece, train_pieces
+from vinedresser.errors import ConfigError, DataError
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "NUM_SPECIAL",
+    "PAD",
+    "UNK",
+    "SourceEncoder",
+    "Symbols",
+    "TextTokenizer",
+    "load_source",
+    "load_tokenizer",
+    "train_source",
+    "train_tokenizer",
+]
+
+NUM_SPECIAL = 4
+# What an unknown symbol is decoded to: SentencePiece's own choice.
+UNKNOWN = "\u2047"
+
+
+class SourceEncoder(Protocol):
+    """What makes sequences of one side's rows: a tokenizer of text, or a filterbank."""
+
+    @property
+    def size(self) -> int:
+        """Number of ids, the special ones included; 0 where the sequences are frames."""
+        ...
+
+    @property
+    def features(self) -> int:
+        """Numbers of a frame; 0 where the sequences are ids."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex of everything that decides the sequences."""
+        ...
+
+    def flat(self, items: Sequence[Any]) -> Flat:
+        """The sequences of some rows: texts, or recordings as tuples of paths."""
+        ...
+
+    def save(self, folder: Path, name: str) -> None:
+        """Writes `name.json`, and `name.model` for SentencePiece."""
+        ...
+
+
+class TextTokenizer(SourceEncoder, Protocol):
+    """Text to ids and back; ids 0-3 are PAD, BOS, EOS and UNK."""
+
+    @property
+    def folds_case(self) -> bool:
+        """Whether decoded text has lost its capitals, so that scores must not look at case."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without BOS and EOS; what is unknown becomes UNK."""
+        ...
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        ...
+
+    def resample(
+        self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
+    ) -> list[list[int]]:
+        """The same texts segmented at random; see `SentencePiece.resample`."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
+        ...
+
+
+class Symbols:
+    """One id a character, or one id a symbol between white space. Text is put into NFC.
+
+    decode(encode(x)) == x for all x in NFC (and lower case, where that is asked for) whose symbols
+    are known; for symbols, with one space between them and none around.
+    """
+
+    features = 0
+
+    def __init__(self, kind: str, symbols: Sequence[str], *, lowercase: bool = False) -> None:
+        self.kind, self.lowercase = kind, lowercase
+        self.symbols = tuple(symbols)
+        self._ids = {symbol: i for i, symbol in enumerate(self.symbols, NUM_SPECIAL)}
+        self._names = ("", "", "", UNKNOWN, *self.symbols)
+
+    @property
+    def size(self) -> int:
+        """Number of ids, the special ones included."""
+        return len(self._names)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex of kind and symbols."""
+        return hashlib.sha256(canonical_json(self._content()).encode()).hexdigest()
+
+    @property
+    def folds_case(self) -> bool:
+        """Whether decoded text has lost its capitals."""
+        return self.lowercase
+
+    def _content(self) -> dict[str, Any]:
+        content = {"kind": self.kind, "normalization": "NFC", "symbols": list(self.symbols)}
+        return {**content, "lowercase": True} if self.lowercase else content
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without BOS and EOS; what is unknown becomes UNK."""
+        known = self._ids
+        parts = _parts(self.kind, text, lowercase=self.lowercase)
+        return [known.get(symbol, UNK) for symbol in parts]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def flat(self, items: Sequence[str]) -> Flat:
+        """The ids of `encode_many`, EOS after each text."""
+        return flattened(self.encode_many(items))
+
+    def resample(
+        self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
+    ) -> list[list[int]]:
+        """The same ids: symbols have one segmentation."""
+        del alpha, seed
+        return [list(row) for row in rows]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
+        names = [self._names[i] for i in real_ids(ids)]
+        return ("" if self.kind == "characters" else " ").join(names)
+
+    def save(self, folder: Path, name: str) -> None:
+        """Writes `name.json`."""
+        content = json.dumps(self._content(), ensure_ascii=False, indent=0)
+        write_file(folder / f"{name}.json", content + "\n")
+
+
+def _parts(kind: str, text: str, *, lowercase: bool) -> Sequence[str]:
+    text = unicodedata.normalize("NFC", text.lower() if lowercase else text)
+    return text if kind == "characters" else text.split()
+
+
+def train_tokenizer(config: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
+    """Learns a vocabulary. The same texts in the same order give the same bytes.
+
+    Args:
+        config: the kind; `vocab_size`, `normalization`, `byte_fallback` and `shrink` matter to
+            bpe and unigram only.
+        texts: training texts of one side, or of both for a joint vocabulary. SentencePiece holds
+            them in memory, about 0.7 GB a million lines; symbols and characters are streamed.
+
+    Raises:
+        DataError: no text, or too little or too much of it for `vocab_size`; names the limit.
+    """
+    stream = iter(texts)
+    head: list[str] = []
+    while not (head and head[-1].strip()):
+        if (text := next(stream, None)) is None:
+            raise DataError("0 texts with content to learn a vocabulary from; see what was dropped")
+        head.append(text)
+    stream = itertools.chain(head, stream)
+    if config.kind in ("bpe", "unigram"):
+        return train_pieces(config, stream)
+    found: set[str] = set()
+    for text in stream:
+        found.update(_parts(config.kind, text, lowercase=config.lowercase))
+    return Symbols(config.kind, sorted(found), lowercase=config.lowercase)
+
+
+def train_source(config: Tokenizer | Frames, texts: Iterable[str]) -> SourceEncoder:
+    """`train_tokenizer`, or a filterbank, which learns nothing and asks for no text.
+
+    Raises:
+        DataError: see `train_tokenizer`.
+    """
+    return Filterbank(config) if isinstance(config, Frames) else train_tokenizer(config, texts)
+
+
+def load_source(folder: Path, name: str) -> SourceEncoder:
+    """Reads what `save` wrote.
+
+    Raises:
+        DataError: a file is absent or not what it should be.
+    """
+    path = folder / f"{name}.json"
+    try:
+        content = json.loads(path.read_bytes())
+        if content["kind"] == "frames":
+            return load_filterbank(content)
+        lowercase = bool(content.get("lowercase", False))
+        if content["kind"] in ("symbols", "characters"):
+            return Symbols(content["kind"], content["symbols"], lowercase=lowercase)
+        path = folder / f"{name}.model"
+        kind, normalization = content["kind"], content["normalization"]
+        return SentencePiece(kind, normalization, path.read_bytes(), lowercase=lowercase)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; the folder holds no tokenizer {name}") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, ConfigError):
+        raise DataError(f"{path}: not a tokenizer; prepare the data anew") from None
+
+
+def load_tokenizer(folder: Path, name: str) -> TextTokenizer:
+    """`load_source` of a side that is text, as every target is.
+
+    Raises:
+        DataError: see `load_source`; or the side is frames.
+    """
+    found = load_source(folder, name)
+    if isinstance(found, Filterbank):
+        raise DataError(f"{folder / name}.json: frames, not text; prepare the data anew")
+    assert isinstance(found, Symbols | SentencePiece)
+    return found
