@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from vinedresser import tracking
+from vinedresser.commit import read_manifest
 from vinedresser.data.shards.shard_set import ShardSet
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -240,6 +241,19 @@ def test_bad_corpora_are_told_with_their_place(
     assert all(part in err for part in parts), err
     shards = tmp_path / "space" / "shards"
     assert not shards.exists() or not list(shards.iterdir())
+
+
+def test_prepare_by_either_executor_gives_the_same_shards(
+    in_process: Any, files: Any, tmp_path: Path, tiny_study: dict[str, Any], local_ray: None
+) -> None:
+    task = files("task.json", tiny_study["base"]["task"])
+    digests = []
+    for executor in ("in_process", "ray"):
+        words = ("prepare", task, "--executor", executor, "-w", tmp_path / executor, "--json")
+        code, out, err = in_process(*words)
+        assert code == 0, err
+        digests.append(read_manifest(Path(json.loads(out)["folder"])).files)
+    assert digests[0] == digests[1]
 
 
 def test_a_missing_corpus_file_is_told(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -83,6 +83,10 @@ def prepare(
     task: Annotated[str, typer.Argument(help="import path or YAML/JSON file of a task")],
     overrides: Overrides = None,
     workspace: Workspace = HERE,
+    executor: Annotated[
+        Literal["auto", "in_process", "ray"],
+        typer.Option(help="auto: Ray where the corpus is large enough to pay; the same bytes"),
+    ] = "auto",
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -95,7 +99,7 @@ def prepare(
     from vinedresser.cluster import connect
     from vinedresser.data.shards.shard_set import prepare as write
 
-    shards = write(value, workspace / "shards", connect=connect, say=_Say())
+    shards = write(value, workspace / "shards", executor=executor, connect=connect, say=_Say())
     result = {"folder": str(shards.folder), "digest": shards.digest, "counts": dict(shards.counts)}
     return _print_json(result) if as_json else print(shards.folder)
 
