@@ -63,7 +63,8 @@ class Entrant:
 # Transformer could tie them). Learning rates: on CMUdict half of them was worse for all four (30 s,
 # one seed: PER 22.9, 14.8, 14.9, 18.4 against 17.6, 13.3, 13.5, 17.0); twice was not tried. On
 # Multi30k conv has twice the rate of the others: after 150 updates of 4,096 tokens it stood at 4.53
-# nats with 3e-3, at 5.29 with 1e-3. `--lr-factor` tries others.
+# nats with 3e-3, at 5.29 with 1e-3. The Transformer does worse with twice its rate (BLEU 21.7
+# against 29.5 at 240 s). `--lr-factor` tries others.
 CMUDICT = {
     "rnn": Entrant({"kind": "rnn", "width": 240, "encoder_units": 240}, 2e-3),
     "rnn-small": Entrant({"kind": "rnn-small", "width": 200, "encoder_units": 100}, 2e-3),
