@@ -112,7 +112,8 @@ CANNOT_REVERSE: Mapping[str, tuple[int, str]] = {
 }
 
 # The sizes that performance.md compares; and Listen, Attend and Spell (Chan et al. 2016): a
-# layer, three more each after a reduction by 2 (concatenation), so 8 frames a state; halved width.
+# layer, three more each after a reduction by 2 (concatenation), so 8 frames a state. Its
+# speller is half as wide, scores additively and attends with the previous state.
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "rnn-small": {"input_feeding": True},
     "listener": {

@@ -24,7 +24,7 @@ from vinedresser.nn.positions import Positions
 from vinedresser.nn.record import record
 from vinedresser.nn.subsampling import FrontEnd, SubsamplingConfig
 
-# The mean of two terms of variance v has variance v / 2; this keeps it at v (their section 3.2).
+# The mean of two terms of variance v has variance v / 2; this keeps it at v (their section 3.4).
 _HALF = math.sqrt(0.5)
 
 

@@ -156,9 +156,11 @@ class Seq2Seq(nn.Module):
         """
         was_training = self.training
         self.eval()
-        with recording() as found:
-            self(batch)
-        self.train(was_training)
+        try:
+            with recording() as found:
+                self(batch)
+        finally:
+            self.train(was_training)
         names = {module: name for name, module in self.named_modules()}
         steps: dict[str, list[Tensor]] = {}
         for module, weights_BHTS in found:

@@ -198,3 +198,19 @@ def test_parameter_count_of_vaswani():
 def test_a_step_without_memory_or_cache_is_refused(x_BTD):
     with pytest.raises(ValueError, match="cache or a memory"):
         layer().step(x_BTD[:, :1])
+
+
+@pytest.mark.usefixtures("_path")
+def test_a_causal_layer_hides_padding_too(x_BTD):
+    built, hidden = layer(), torch.zeros(2, 1, 1, 7, dtype=torch.bool)
+    hidden[:, :, :, 2] = True
+    changed_BTD = x_BTD.clone()
+    changed_BTD[:, 2] += 3
+    found, other = (built(x, hidden=hidden, is_causal=True) for x in (x_BTD, changed_BTD))
+    others = [t for t in range(7) if t != 2]
+    torch.testing.assert_close(found[:, others], other[:, others], atol=1e-6, rtol=0)
+    later_BTD = x_BTD.clone()
+    later_BTD[:, 5] += 3
+    later = built(later_BTD, hidden=hidden, is_causal=True)
+    torch.testing.assert_close(found[:, :5], later[:, :5], atol=1e-6, rtol=0)
+    assert (found[:, 6] - later[:, 6]).abs().max() > 1e-3

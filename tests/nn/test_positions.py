@@ -50,6 +50,10 @@ class TestAdded:
         torch.testing.assert_close(torch.cat(steps, 1), whole)
         torch.testing.assert_close(added(x_BTD[:, 7:30], 7), whole[:, 7:30])
 
+    def test_a_grown_table_keeps_its_precision(self):
+        positions = Positions("sinusoidal", 8).bfloat16()
+        assert positions(torch.zeros(1, 600, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
     def test_sinusoids_are_what_is_added(self):
         zeros = torch.zeros(1, 300, 8)
         torch.testing.assert_close(Positions("sinusoidal", 8)(zeros)[0], sinusoids(300, 8))

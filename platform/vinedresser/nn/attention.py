@@ -152,6 +152,9 @@ class MultiHeadAttention(nn.Module):
         is_causal: bool,
     ) -> Tensor:
         T, S = queries.shape[2], keys.shape[2]
+        if is_causal and hidden is not None:  # the fused kernel takes one of the two only
+            hidden = hidden | torch.ones(T, S, dtype=torch.bool, device=queries.device).triu(1)
+            is_causal = False
         is_long = queries.device.type != "cpu" or T * S > _PLAIN_SCORES
         if is_long and not is_recording():
             return F.scaled_dot_product_attention(

@@ -71,7 +71,7 @@ class Positions(nn.Module):
         if end <= size:
             return x_BTD + self.table[first:end]
         if self.kind == "sinusoidal":
-            self.table = sinusoids(2 * end, self.table.shape[1]).to(self.table.device)
+            self.table = sinusoids(2 * end, self.table.shape[1]).to(self.table)
             return x_BTD + self.table[first:end]
         rows = torch.arange(first, end, device=self.table.device).clamp(max=size - 1)
         return x_BTD + self.table[rows]
