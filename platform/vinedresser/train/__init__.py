@@ -1,0 +1,20 @@
+"""The loop and its consumer. Knows no ray, no mlflow."""
+
+from vinedresser.train.fit import AveragedWeights, Effects, Window, evaluation_steps, fit
+from vinedresser.train.place import Place, has_bf16, place, seed_step
+from vinedresser.train.steps import Step, Trainee, training_steps
+
+__all__ = [
+    "AveragedWeights",
+    "Effects",
+    "Place",
+    "Step",
+    "Trainee",
+    "Window",
+    "evaluation_steps",
+    "fit",
+    "has_bf16",
+    "place",
+    "seed_step",
+    "training_steps",
+]

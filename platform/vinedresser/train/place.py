@@ -1,0 +1,104 @@
+"""Where one worker of a run computes: device, precision, threads, seeds."""
+
+import ctypes
+import logging
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from vinedresser.config import Compute
+from vinedresser.errors import MachineError
+
+_log = logging.getLogger("vinedresser")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one worker of a run computes.
+
+    Attributes:
+        device: of the weights, of the batch and of the loss.
+        autocast_dtype: bfloat16, or None for plain fp32.
+        rank: this worker, 0-based.
+        workers: how many there are.
+        encoder: another device, of the encoder's weights (methods.md 36).
+    """
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    rank: int = 0
+    workers: int = 1
+    encoder: torch.device | None = None
+
+    @property
+    def of_encoder(self) -> torch.device:
+        """Where the encoder's weights are."""
+        return self.encoder or self.device
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of a training step."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        stack = ExitStack()
+        for name in sorted({self.device.type, self.of_encoder.type}):
+            stack.enter_context(torch.autocast(name, self.autocast_dtype))
+        return stack
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are native: 4 to 5 times fp32 on such processors."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def place(compute: Compute, *, rank: int = 0) -> Place:
+    """Resolves `auto` on this machine and sets the number of threads.
+
+    Raises:
+        MachineError: a device or precision was asked for that is not here.
+    """
+    has_cuda, encoder = torch.cuda.is_available(), None
+    if compute.device == "cuda" and not has_cuda:
+        raise MachineError("compute.device is cuda but no GPU is here; use compute.device=cpu")
+    device = torch.device("cuda" if has_cuda and compute.device != "cpu" else "cpu")
+    if compute.devices:
+        device, encoder = (_device(n) for n in (compute.devices.decoder, compute.devices.encoder))
+    torch.set_num_threads(compute.threads)
+    _keep_freed_memory()
+    is_native = has_bf16(device) and (encoder is None or has_bf16(encoder))
+    is_bf16 = compute.precision == "bf16" or (compute.precision == "auto" and is_native)
+    return Place(device, torch.bfloat16 if is_bf16 else None, rank, compute.workers, encoder)
+
+
+def _device(name: str) -> torch.device:
+    """A device of compute.devices that is here.
+
+    Raises:
+        MachineError: it is not.
+    """
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise MachineError(f"compute.devices names {name}, {count} GPUs are here; Fix: name cpu")
+    return device
+
+
+def _keep_freed_memory() -> None:
+    """Keeps glibc from handing freed memory back after every step: 1.08x fp32, 1.19x bf16."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        _log.debug("no glibc: its allocator stays as it is")
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Makes every random draw of a step a pure function of (seed, step, rank).
+
+    So a resumed run draws what the uninterrupted one would have, with no state to store.
+    """
+    # Odd multipliers spread neighbouring triples over the 64-bit seeds (Weyl sequence).
+    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
+    torch.manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)
