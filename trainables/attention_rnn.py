@@ -178,6 +178,8 @@ class Step:
 class AttentionRnn(Seq2Seq):
     """A recurrent encoder, perhaps pyramidal, and a recurrent decoder that attends to it."""
 
+    is_recurrent = True
+
     def __init__(self, config: AttentionRnnConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.config = config
@@ -220,7 +222,12 @@ class AttentionRnn(Seq2Seq):
         x_BSD = self.dropout(self.source_embedding(source_BS, source_lengths_B))
         return Memory(*self.encoder(x_BSD, source_lengths_B))
 
-    def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
+    def decode(
+        self,
+        memory: Memory,
+        inputs_BT: Tensor,
+        is_real_BT: Tensor | None = None,  # noqa: ARG002 no statistics
+    ) -> Tensor:
         """See Seq2Seq."""
         if self.num_fed == 0:
             return self._whole(memory, self._embed(inputs_BT))
@@ -253,11 +260,13 @@ class AttentionRnn(Seq2Seq):
         weights = Weights(source, cells, of_state, of_context)
         return AttentionRnnState(weights, layers, torch.zeros_like(layers[0][0]))
 
-    def step(self, state: AttentionRnnState, tokens_B: Tensor) -> tuple[Tensor, AttentionRnnState]:
+    def advance(
+        self, state: AttentionRnnState, tokens_B: Tensor
+    ) -> tuple[Tensor, AttentionRnnState]:
         """See Seq2Seq."""
         (step,) = self._steps(state.weights, self._embed(tokens_B[None]))
         state = self._advance(state, step)
-        return self.logits(self.dropout(state.attentional_BD)), state
+        return self.dropout(state.attentional_BD), state
 
     def select(self, state: AttentionRnnState, rows: Tensor) -> AttentionRnnState:
         """See Seq2Seq."""

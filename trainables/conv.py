@@ -249,7 +249,12 @@ class ConvSeq2Seq(Seq2Seq):
         keys_BSD = scale_gradient(x_BSD, 1 / len(self.decoder))
         return Memory(torch.cat([keys_BSD, (keys_BSD + embedded_BSD) * _HALF], -1), mask_BS)
 
-    def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
+    def decode(
+        self,
+        memory: Memory,
+        inputs_BT: Tensor,
+        is_real_BT: Tensor | None = None,  # noqa: ARG002 no statistics
+    ) -> Tensor:
         """See Seq2Seq."""
         source = Source.of(memory)
         embedded_BTD = self._embed(inputs_BT)
@@ -275,7 +280,7 @@ class ConvSeq2Seq(Seq2Seq):
         blank = memory.states_BSD.new_zeros(B, kept, self.config.d_model)
         return ConvState(0, [blank] * len(self.decoder), Source.of(memory))
 
-    def step(self, state: ConvState, tokens_B: Tensor) -> tuple[Tensor, ConvState]:
+    def advance(self, state: ConvState, tokens_B: Tensor) -> tuple[Tensor, ConvState]:
         """See Seq2Seq."""
         embedded_B1D = self._embed(tokens_B[:, None], state.position)
         x_B1D, pasts = embedded_B1D, []
@@ -283,7 +288,7 @@ class ConvSeq2Seq(Seq2Seq):
             assert isinstance(layer, DecoderLayer)
             x_B1D, past_BKD = layer.step(x_B1D, past, embedded_B1D, state.source)
             pasts.append(past_BKD)
-        return self.logits(x_B1D)[:, 0], ConvState(state.position + 1, pasts, state.source)
+        return x_B1D[:, 0], ConvState(state.position + 1, pasts, state.source)
 
     def select(self, state: ConvState, rows: Tensor) -> ConvState:
         """See Seq2Seq."""

@@ -85,6 +85,8 @@ class RnnState:
 class Rnn(Seq2Seq):
     """Two stacks of recurrent layers, joined by one vector."""
 
+    is_recurrent = True
+
     def __init__(self, config: RnnConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.config = config
@@ -134,7 +136,12 @@ class Rnn(Seq2Seq):
         u_BU = torch.cat(parts, -1)
         return Memory(u_BU[:, None], torch.ones_like(u_BU[:, :1], dtype=torch.bool))
 
-    def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
+    def decode(
+        self,
+        memory: Memory,
+        inputs_BT: Tensor,
+        is_real_BT: Tensor | None = None,  # noqa: ARG002 no statistics
+    ) -> Tensor:
         """See Seq2Seq. Whole sequences in the fused kernel."""
         x_BTD = self._embed(inputs_BT)
         for i, (layer, state) in enumerate(zip(self.decoder, self._first(memory), strict=True)):
@@ -152,14 +159,14 @@ class Rnn(Seq2Seq):
         cells = [layer.cell() for layer in self.decoder if isinstance(layer, Recurrent)]
         return RnnState(cells, self._first(memory))
 
-    def step(self, state: RnnState, tokens_B: Tensor) -> tuple[Tensor, RnnState]:
+    def advance(self, state: RnnState, tokens_B: Tensor) -> tuple[Tensor, RnnState]:
         """See Seq2Seq."""
         x_BD, layers = self._embed(tokens_B), list[State]()
         for i, (cell, norm) in enumerate(zip(state.cells, self.norms, strict=True)):
             known = cell.known(self.dropout(x_BD) if i else x_BD)
             layers.append(cell.step(known, None, state.layers[i]))
             x_BD = norm(layers[i][0])
-        return self.logits(self.dropout(x_BD)), RnnState(state.cells, layers)
+        return self.dropout(x_BD), RnnState(state.cells, layers)
 
     def select(self, state: RnnState, rows: Tensor) -> RnnState:
         """See Seq2Seq."""

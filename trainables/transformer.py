@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from vinedresser.batch import EOS, PAD, is_real
+from vinedresser.batch import is_real
 from vinedresser.config import ModelConfig
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn import feed_forward
@@ -292,7 +292,7 @@ class DecoderLayer(nn.Module):
         self.cross_residual = Residual(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, real_BT: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x_BTD: Tensor, real_BT: Tensor | None, memory: Memory) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         out = self.dec_self(self.self_residual.enter(x_BTD, real_BT), is_causal=True)
         x_BTD = self.self_residual.leave(x_BTD, out, real_BT)
@@ -379,14 +379,12 @@ class Transformer(Seq2Seq):
         embedded: Tensor = self.dropout(self.target_positions(x_BTD, first))
         return embedded
 
-    def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
+    def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
         """See Seq2Seq."""
         x_BTD = self._embed_target(inputs_BT)
-        # After its end an input is EOS, then padding; only norms over a batch look at this.
-        real_BT = (inputs_BT != PAD) & (inputs_BT != EOS)
         for layer in self.decoder:
-            x_BTD = layer(x_BTD, real_BT, memory)
-        return self._leave_decoder(x_BTD, real_BT)
+            x_BTD = layer(x_BTD, is_real_BT, memory)
+        return self._leave_decoder(x_BTD, is_real_BT)
 
     def _leave_decoder(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
         if self.config.norm == "post":
@@ -411,14 +409,14 @@ class Transformer(Seq2Seq):
         ]
         return TransformerState(0, layers, _hidden(memory))
 
-    def step(self, state: TransformerState, tokens_B: Tensor) -> tuple[Tensor, TransformerState]:
+    def advance(self, state: TransformerState, tokens_B: Tensor) -> tuple[Tensor, TransformerState]:
         """See Seq2Seq. Caches are extended in place: the old state is used up."""
         x_B1D = self._embed_target(tokens_B[:, None], state.position)
         for layer, kept in zip(self.decoder, state.layers, strict=True):
             assert isinstance(layer, DecoderLayer)
             x_B1D = layer.step(x_B1D, kept, state.hidden_B11S)
         state.position += 1
-        return self.logits(self._leave_decoder(x_B1D))[:, 0], state
+        return self._leave_decoder(x_B1D)[:, 0], state
 
     def select(self, state: TransformerState, rows: Tensor) -> TransformerState:
         """See Seq2Seq."""

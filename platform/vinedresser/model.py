@@ -76,9 +76,12 @@ class Seq2Seq(nn.Module):
 
     Attributes:
         devices: encoder's and decoder's, where `place` parted them.
+        is_recurrent: whether a step of the decoder costs the same at any position. Scheduled
+            sampling then feeds it step by step, else in two passes (objectives/sampling.py).
     """
 
     devices: tuple[torch.device, torch.device] | None = None
+    is_recurrent: bool = False
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """Models write `encode` for one device; where there are two, this is where they meet."""
@@ -91,8 +94,15 @@ class Seq2Seq(nn.Module):
         """Encodes once per source: ids (B, S), or float frames (B, S, F)."""
 
     @abstractmethod
-    def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
-        """States (B, T, D) for whole inputs; state t depends on inputs 0..t only."""
+    def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
+        """States (B, T, D) for whole inputs; state t depends on inputs 0..t only.
+
+        Args:
+            memory: an encoded source.
+            inputs_BT: BOS, then any ids: an EOS or PAD that the model said itself ends nothing.
+            is_real_BT: positions with a target. Only statistics over a batch may look at it, in
+                training; None counts all.
+        """
 
     @abstractmethod
     def logits(self, states: Tensor) -> Tensor:
@@ -103,12 +113,17 @@ class Seq2Seq(nn.Module):
         """A decoding state for up to `max_length` steps; holds the caches."""
 
     @abstractmethod
-    def step(self, state: Any, tokens_B: Tensor) -> tuple[Tensor, Any]:
-        """Feeds one token a sentence; returns logits (B, V) and the next state."""
+    def advance(self, state: Any, tokens_B: Tensor) -> tuple[Tensor, Any]:
+        """Feeds one token a sentence; returns what `logits` reads (B, D) and the next state."""
 
     @abstractmethod
     def select(self, state: Any, rows: Tensor) -> Any:
         """The state of the given rows, in their order; rows may repeat (beams) or be left out."""
+
+    def step(self, state: Any, tokens_B: Tensor) -> tuple[Tensor, Any]:
+        """Feeds one token a sentence; returns logits (B, V) and the next state."""
+        states_BD, state = self.advance(state, tokens_B)
+        return self.logits(states_BD), state
 
     def place(self, *, encoder: torch.device, decoder: torch.device) -> Self:
         """Moves the weights; the encoder's may live on another device (methods.md 36).
@@ -144,7 +159,7 @@ class Seq2Seq(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Teacher-forced states (B, T, D) of a batch."""
         memory = self.encode(batch.source_BS, batch.source_lengths_B)
-        return self.decode(memory, batch.inputs_BT)
+        return self.decode(memory, batch.inputs_BT, batch.is_real_BT)
 
     @torch.no_grad()
     def attention(self, batch: Batch) -> dict[str, Tensor]:

@@ -10,12 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trainables.attention_rnn import AttentionRnnConfig
+from trainables.rnn import RnnConfig
 from trainables.transformer import TransformerConfig
 from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
-from vinedresser.config import Objective, ScheduledSampling
+from vinedresser.config import ModelConfig, Objective, ScheduledSampling
+from vinedresser.errors import ConfigError
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
-from vinedresser.objectives import gold_share, mixed_inputs
-from vinedresser.train import Trainee
+from vinedresser.nn.norms import BatchNorm, PowerNorm
+from vinedresser.objectives import gold_share, likelihood, mixed_inputs
+from vinedresser.train import Trainee, seed_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,6 +53,11 @@ def test_inverse_sigmoid(k, half):
     assert share("inverse_sigmoid", round(half), k=k) == pytest.approx(0.5, abs=2e-3)
     assert share("inverse_sigmoid", 10**6, k=k) == pytest.approx(0, abs=1e-9)
     assert share("inverse_sigmoid", 10**6, p=0.25, k=k) == 0.75
+    # To the digits of the formula where it does not overflow, and by its limit where it does.
+    for step in (1, 10, 1000, 30_000):
+        wanted = k / (k + math.exp(step / k))
+        assert share("inverse_sigmoid", step, k=k) == pytest.approx(wanted, rel=1e-12)
+    assert share("inverse_sigmoid", 10**6, k=1.0) == pytest.approx(0, abs=1e-300)
 
 
 def test_constant():
@@ -58,7 +67,7 @@ def test_constant():
 @given(
     decay=st.sampled_from(DECAYS),
     p=st.floats(0, 1),
-    k=st.floats(0.1, 1e5),
+    k=st.floats(1, 1e5),
     steps=st.lists(st.integers(0, 10**7), min_size=2, max_size=20),
 )
 def test_the_share_falls_and_stays_above_its_floor(decay, p, k, steps):
@@ -72,15 +81,59 @@ def test_off_is_exactly_teacher_forcing(decay):
     assert {share(decay, step, p=0.0) for step in (0, 1, 10**6)} == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"probability": 1.1}, r"probability: .*less than or equal to 1; found 1\.1"),
+        ({"probability": -0.1}, r"probability: .*greater than or equal to 0; found -0\.1"),
+        # The share of gold tokens has no name of its own: nobody can take one for the other.
+        ({"epsilon": 0.9}, r"epsilon: unknown key; known here: .*probability"),
+        ({"decay": "inverse_sigmoid", "decay_steps": 0.5}, r"below one half of gold.*Fix: "),
+        ({"decay_steps": 0}, "decay_steps"),
+        ({"feedback": "beam"}, "feedback: .*'argmax' or 'sample'"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        ScheduledSampling.from_json(changes)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
 class Counting(Seq2Seq):
     """Whatever it is fed, it says 10 + t at position t."""
 
-    def decode(self, memory: Memory, inputs_BT: Tensor) -> Tensor:
+    def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
         said_T = 10 + torch.arange(inputs_BT.shape[1])
         return F.one_hot(said_T, 10 + inputs_BT.shape[1]).float().expand(len(inputs_BT), -1, -1)
 
     def logits(self, states: Tensor) -> Tensor:
         return states
+
+
+class Adding(Seq2Seq):
+    """A recurrence: it says the sum of all that it was fed, so that each own token counts on.
+
+    Attributes:
+        projected: rows that went through the output layer.
+    """
+
+    is_recurrent = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projected = 0
+
+    def start(self, memory: Memory, max_length: int) -> Tensor:
+        return torch.zeros((), dtype=torch.int64)
+
+    def advance(self, state: Tensor, tokens_B: Tensor) -> tuple[Tensor, Tensor]:
+        state = state + tokens_B
+        return state[:, None], state
+
+    def logits(self, states: Tensor) -> Tensor:
+        self.projected += len(states)
+        return F.one_hot(states[:, 0], 10**3).float()
 
 
 def gold(rows: int, length: int) -> Batch:
@@ -96,17 +149,38 @@ def test_no_gold_after_the_beginning_at_p_1():
     assert (found == torch.tensor([BOS, *range(10, 18)])).all()
 
 
-def test_all_gold_at_p_0():
+def test_a_recurrence_says_what_follows_from_its_own_tokens():
+    """1, then 1, 2, 4, ...: each is the sum of all before it, and 5 nowhere."""
+    found = mixed_inputs(Adding(), NOWHERE, gold(50, 9), epsilon=0.0)
+    assert (found == torch.tensor([1, 1, 2, 4, 8, 16, 32, 64, 128])).all()
+
+
+def test_a_recurrence_with_some_gold():
+    torch.manual_seed(0)
+    batch = gold(40, 9)
+    found = mixed_inputs(Adding(), NOWHERE, batch, epsilon=0.5)
+    sums = found.cumsum(1)[:, :-1]
+    is_gold, is_sum = found[:, 1:] == 5, found[:, 1:] == sums
+    assert (is_gold | is_sum).all()
+    assert (found[:, 2] == 10 - 4).any()  # 1 + 5 said after gold
+    assert (found[:, 2] == 2).any()  # 1 + 1 said after an own token
+
+
+@pytest.mark.parametrize("model", [Counting(), Adding()], ids=["twice", "steps"])
+def test_all_gold_at_p_0(model):
     batch = gold(50, 9)
-    found = mixed_inputs(Counting(), NOWHERE, batch, epsilon=1.0)
+    found = mixed_inputs(model, NOWHERE, batch, epsilon=1.0)
     assert torch.equal(found, batch.inputs_BT)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.4])
-def test_the_share_of_own_tokens(p):
+@pytest.mark.parametrize("model", [Counting, Adding], ids=["twice", "steps"])
+def test_the_share_of_own_tokens(p, model, monkeypatch):
     torch.manual_seed(0)
     batch = gold(400, 251)
-    found = mixed_inputs(Counting(), NOWHERE, batch, epsilon=1 - p)
+    # Sums would outgrow the vocabulary: it says 7, always.
+    monkeypatch.setattr(Adding, "logits", lambda _, s: F.one_hot(s[:, 0] * 0 + 7, 8).float())
+    found = mixed_inputs(model(), NOWHERE, batch, epsilon=1 - p)
     assert (found[:, 0] == BOS).all()
     own = found[:, 1:] != batch.inputs_BT[:, 1:]
     n = own.numel()
@@ -115,11 +189,53 @@ def test_the_share_of_own_tokens(p):
     assert abs(float(own.float().mean()) - p) < 3 * sigma
     # One coin a token: neither whole sentences nor whole positions fall together.
     assert abs(float(own.float().mean(1).std()) - math.sqrt(p * (1 - p) / 250)) < 0.01
+    assert abs(float(own.float().mean(0).std()) - math.sqrt(p * (1 - p) / 400)) < 0.01
 
 
-def real() -> tuple[Seq2Seq, Batch]:
+def test_only_rows_that_take_their_own_token_are_projected():
     torch.manual_seed(0)
-    config = TransformerConfig(d_model=16, d_ff=32, num_heads=2, encoder_layers=1, decoder_layers=1)
+    model = Adding()
+    inputs = mixed_inputs(model, NOWHERE, gold(100, 9), epsilon=0.9)
+    assert model.projected == int((inputs != gold(100, 9).inputs_BT).sum())
+    assert 40 < model.projected < 120  # 80 of 800 are expected
+
+
+SHARES = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+
+
+class Drawing(Counting):
+    """It says each token with its share."""
+
+    def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
+        return SHARES.log().expand(*inputs_BT.shape, -1)
+
+
+def test_sampled_feedback_has_the_models_probabilities():
+    torch.manual_seed(0)
+    found = mixed_inputs(Drawing(), NOWHERE, gold(400, 251), epsilon=0.0, feedback="sample")
+    counts = torch.bincount(found[:, 1:].flatten(), minlength=6)
+    assert int(counts.sum()) == 100_000
+    assert (counts[SHARES == 0] == 0).all()
+    for count, p in zip(counts.tolist(), SHARES.tolist(), strict=True):
+        assert abs(count / 1e5 - p) <= 3 * math.sqrt(p * (1 - p) / 1e5)
+    # Each its own draw: neighbours agree as often as two independent ones do.
+    agree = float((found[:, 1:-1] == found[:, 2:]).float().mean())
+    assert agree == pytest.approx(float(SHARES.square().sum()), abs=0.01)
+    assert (mixed_inputs(Drawing(), NOWHERE, gold(9, 9), epsilon=0.0)[:, 1:] == 1).all()
+
+
+SIZES = {"width": 16, "encoder_units": 8, "dropout": 0.1}
+MODELS = {
+    "transformer": TransformerConfig(
+        d_model=16, d_ff=32, num_heads=2, encoder_layers=1, decoder_layers=1
+    ),
+    "rnn": RnnConfig(**SIZES),
+    "feeding": AttentionRnnConfig(**SIZES, input_feeding=True),
+}
+
+
+def real(config: ModelConfig = MODELS["transformer"]) -> tuple[Seq2Seq, Batch]:
+    torch.manual_seed(0)
     source = pad_ids([[4, 5, 6, EOS], [7, EOS]])
     target = pad_ids([[8, 9, EOS], [4, 5, 6, 7, EOS]])
     return config.build(Vocabulary(10, 10)), Batch(*source, *target, torch.arange(2))
@@ -133,9 +249,9 @@ class Spy:
         self.learns: list[bool] = []
         decode = model.decode
 
-        def spied(memory: Memory, inputs_BT: Tensor) -> Tensor:
+        def spied(memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor) -> Tensor:
             self.inputs.append(inputs_BT.clone())
-            states_BTD = decode(memory, inputs_BT)
+            states_BTD = decode(memory, inputs_BT, is_real_BT)
             self.learns.append(states_BTD.requires_grad)
             return states_BTD
 
@@ -151,22 +267,79 @@ def test_the_second_pass_is_fed_the_first_ones_predictions(monkeypatch):
     assert torch.equal(first, batch.inputs_BT)
     assert spy.learns == [False, True]
     predicted = model.logits(model(batch)).argmax(-1)
-    assert torch.equal(second[:, 1:], predicted[:, :-1])
+    is_fed = batch.is_real_BT[:, 1:]
+    assert torch.equal(second[:, 1:][is_fed], predicted[:, :-1][is_fed])
+    assert torch.equal(second[~batch.is_real_BT], batch.inputs_BT[~batch.is_real_BT])
     assert (second[:, 0] == BOS).all()
 
 
-def test_teacher_forcing_decodes_once(monkeypatch):
-    model, batch = real()
+@pytest.mark.parametrize("name", MODELS)
+def test_teacher_forcing_decodes_once(name, monkeypatch):
+    model, batch = real(MODELS[name])
     spy = Spy(model, monkeypatch)
-    Trainee(model, Objective())(batch, 1.0, batch.tokens)
+    trainee = Trainee(model, Objective(sampling=ScheduledSampling(probability=1)))
+    trainee(batch, 1.0, batch.tokens)
     assert len(spy.inputs) == 1
     assert (spy.inputs[0][batch.target_BT == PAD] != BOS).all()
+    # Off in evaluation, whatever the share.
+    trainee.eval()
+    nats, _ = trainee(batch, 0.0, batch.tokens)
+    assert len(spy.inputs) == 2
+    assert torch.equal(spy.inputs[1], batch.inputs_BT)
+    assert torch.equal(nats, likelihood(model, model(batch), batch).total)
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("feedback", ["argmax", "sample"])
+def test_seed_step_and_rank_alone_decide(name, feedback):
+    model, batch = real(MODELS[name])
+
+    def fed(seed: int, step: int, rank: int) -> list[list[int]]:
+        seed_step(seed, step, rank)
+        memory = model.encode(batch.source_BS, batch.source_lengths_B)
+        return mixed_inputs(model, memory, batch, epsilon=0.5, feedback=feedback).tolist()
+
+    triples = list(itertools.product(range(2), range(20), range(2)))
+    found = [fed(*triple) for triple in triples]
+    torch.rand(5)
+    assert [fed(*triple) for triple in reversed(triples)] == found[::-1]
+    assert all(found[i] != found[i + 1] for i in range(0, 20, 2))  # of two ranks
+    assert len({str(inputs) for inputs in found}) > 10
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_gradients_reach_every_parameter_after_the_pass_without(precision):
-    model, batch = real()
+def test_gradients_reach_every_parameter_after_the_pass_without(name, precision):
+    model, batch = real(MODELS[name])
+    objective = Objective(sampling=ScheduledSampling(probability=1, feedback="sample"))
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        _, goal = Trainee(model, Objective())(batch, 0.5, batch.tokens)
+        _, goal = Trainee(model, objective)(batch, 0.5, batch.tokens)
     goal.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["batch", "power"])
+def test_an_own_end_of_sentence_ends_nothing(kind, monkeypatch):
+    """Norms over a batch count the batch's real positions, whatever the model said there."""
+    model, batch = real(MODELS["transformer"].override({"norm_kind": kind}))
+    norms = [m for m in model.decoder.modules() if isinstance(m, BatchNorm | PowerNorm)]
+    assert len(norms) == 3
+    masks: list[Tensor] = []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[1]))
+    said = torch.full((2, 5, 10), -9.0)
+    said[..., EOS] = 9.0
+    logits, calls = model.logits, []
+
+    def ending(states: Tensor) -> Tensor:
+        calls.append(len(states))
+        return said[0, 0].expand(len(states), -1) if len(calls) == 1 else logits(states)
+
+    monkeypatch.setattr(model, "logits", ending)
+    spy = Spy(model, monkeypatch)
+    _, goal = Trainee(model, Objective())(batch, 0.0, batch.tokens)
+    assert spy.inputs[1].tolist() == [[BOS, EOS, EOS, EOS, PAD], [BOS, EOS, EOS, EOS, EOS]]
+    assert len(masks) == 6
+    assert all(torch.equal(mask, batch.is_real_BT) for mask in masks)
+    assert calls[0] == 2 + 4  # positions after BOS; padding is not projected
+    assert goal.isfinite()

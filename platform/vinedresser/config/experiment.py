@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 BatchOrder = Literal["alternating_max", "bucket_by_source", "random"]
+Feedback = Literal["argmax", "sample"]
 
 
 class ModelConfig(Section):
@@ -196,16 +197,28 @@ class Optim(Section):
 class ScheduledSampling(Section):
     """Feeding the model its own predictions (methods.md 6-11; Bengio et al. 2015).
 
-    `probability` is p, the share of target inputs taken from the model itself; the share of gold
-    tokens is epsilon = 1 - p. Whatever the decay, p never exceeds `probability`.
+    `probability` is p, the share of target inputs taken from the model itself, 0.1 to 0.4 as a
+    rule; papers give the share of gold tokens, epsilon = 1 - p, which is no setting here. Whatever
+    the decay, p never exceeds `probability`.
     """
 
     probability: Probability = 0.0
+    # What the model said: its most probable token, or one drawn from its probabilities.
+    feedback: Feedback = "argmax"
     # How epsilon falls from 1: at once, linearly, k**i, or k / (k + exp(i / k)).
     decay: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "linear"
     # linear: updates until `probability` is reached; exponential: updates until epsilon is 1/e;
-    # inverse_sigmoid: k itself, epsilon is 0.5 at k * ln(k).
+    # inverse_sigmoid: k itself, at least 1; epsilon is k / (k + 1) at first and 0.5 at k * ln(k).
     decay_steps: PositiveFloat = 500.0
+
+    @model_validator(mode="after")
+    def _starts_with_gold(self) -> Self:
+        if self.decay == "inverse_sigmoid" and self.decay_steps < 1:
+            raise ValueError(
+                f"decay inverse_sigmoid with decay_steps {self.decay_steps:g} starts below one "
+                "half of gold tokens; Fix: decay_steps of 1 or more"
+            )
+        return self
 
 
 class Objective(Section):
