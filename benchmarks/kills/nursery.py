@@ -1,0 +1,269 @@
+"""Runs below Ray that are killed and run again: one process imports, children of it train and die.
+
+An import takes seconds and a tiny run less than one, so children are forked from a process that
+has imported everything and computed nothing. Each is a process of its own that trains, writes and
+is ended by SIGKILL. Every update is written down bit by bit, so that two runs can be compared.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from vinedresser import evaluate as evaluation
+from vinedresser import run as runner
+from vinedresser.checkpoint import optimizer_tensors
+from vinedresser.config import Experiment
+from vinedresser.config.experiment import zoo_modules
+from vinedresser.data.shards.shard_set import open_shards
+from vinedresser.run import Outcome, Run
+from vinedresser.tracking import NullTracker
+from vinedresser.train import Step, place
+
+# Where a kill strikes: a named point and the how-manieth pass, or seconds after the start.
+Moment = tuple[str, int] | float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what is trained on which shards, where, and where its updates are written down."""
+
+    experiment: Mapping[str, Any]
+    shards: Path
+    workspace: Path
+    trace: Path
+
+
+class Points:
+    """Counts named points as this process passes them, and dies by SIGKILL at one of them.
+
+    Points: `start`, `gradient@7` (after backward, before the update), `updated@7` (after it, before
+    anybody hears of it), `yielded@7`, `evaluate`, `decode` (each batch), `evaluated`; and each time
+    the file system is about to be asked something below a run's folder `checkpoints`, `bundle` or
+    `outcome`, with `rename` and `renamed` for the moments around the rename that commits a
+    checkpoint.
+    """
+
+    def __init__(self, at: tuple[str, int] | None) -> None:
+        self.at, self.counts = at, Counter[str]()
+        self._room, self._is_renamed = "", False
+
+    def __call__(self, name: str) -> None:
+        """Passes a point."""
+        self.counts[name] += 1
+        if self.at == (name, self.counts[name]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(self, event: str, words: tuple[Any, ...]) -> None:
+        """Called by Python before each open, rename, remove, mkdir and rmdir."""
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            return
+        path = os.fsdecode(words[event == "os.rename"]) if not isinstance(words[0], int) else ""
+        if path.startswith("/"):
+            rooms = [r for r in ("checkpoints", "bundle", "outcome") if f"/{r}" in path]
+            self._room = rooms[0] if "/runs/" in path and rooms else ""
+        if not self._room:
+            return
+        if self._is_renamed:
+            self._is_renamed = False
+            self("renamed")
+        if event == "os.rename" and Path(path).name.startswith("step-"):
+            self._is_renamed = True
+            self("rename")
+        self(self._room)
+
+
+def trace_steps(path_of: Callable[[int], Path], points: Points | None = None) -> dict[str, int]:
+    """Lets training write a line an update into a rank's file; the update that was last finished.
+
+    A line is one write to the end of the file: whole, or not there.
+    """
+    steps, now = runner.training_steps, {"step": 0}
+
+    def training_steps(*words: Any, **more: Any) -> Iterator[Step]:
+        now["step"] = more.get("start", 0)
+        stream = os.open(path_of(more["place"].rank), os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+        for step in steps(*words, **more):
+            now["step"] = step.index
+            os.write(stream, f"{line_of(step)}\n".encode())
+            if points is not None:
+                points(f"yielded@{step.index}")
+            yield step
+
+    runner.training_steps = training_steps
+    return now
+
+
+def watch(points: Points, trace: Path) -> None:
+    """Puts the points into this process, which is thrown away afterwards."""
+    sys.addaudithook(points.audit)
+    now = trace_steps(lambda _: trace, points)
+    evaluate, decode = runner.evaluate, evaluation._decode
+
+    def evaluated(*words: Any, **more: Any) -> Any:
+        points("evaluate")
+        found = evaluate(*words, **more)
+        points("evaluated")
+        return found
+
+    def decoded(*words: Any, **more: Any) -> Any:
+        points("decode")
+        return decode(*words, **more)
+
+    runner.evaluate, evaluation._decode = evaluated, decoded
+    register_optimizer_step_pre_hook(lambda *_: points(f"gradient@{now['step'] + 1}"))
+    register_optimizer_step_post_hook(lambda *_: points(f"updated@{now['step'] + 1}"))
+
+
+def line_of(step: Step) -> str:
+    """An update as text that loses no bit."""
+    floats = (float(step.nats), float(step.gradient_norm), step.learning_rate, step.epsilon)
+    return " ".join([str(step.index), str(int(step.tokens)), *(x.hex() for x in floats)])
+
+
+def ending(outcome: Outcome) -> str:
+    """What a run ended in: a digest of the bundle's weights, and its scores."""
+    plain = asdict(outcome)
+    for key in ("folder", "bundle", "seconds"):
+        del plain[key]
+    weights = Path(outcome.bundle) / "weights.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return json.dumps({"weights": digest, "outcome": plain}, sort_keys=True)
+
+
+def state(run: Run) -> str:
+    """Digests of all that training changes: weights, averages, the optimizer's moments."""
+    groups = {
+        "model": run.model.state_dict(),
+        "average": run.averaged.tensors,
+        "optimizer": optimizer_tensors(run.optimizer),
+    }
+    return json.dumps({name: tensors_digest(tensors) for name, tensors in groups.items()})
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train(job: Job, at: tuple[str, int] | None, counts: Path | None) -> None:
+    """Trains to the end, in place, as `vinedresser train` does below its tracking."""
+    points = Points(at)
+    watch(points, job.trace)
+    shards, config = open_shards(job.shards), Experiment.from_json(job.experiment)
+    folder = runner.run_folder(config, shards, job.workspace)
+    outcome, text = runner.finished(folder), ""
+    if outcome is None:
+        here = place(config.compute)
+        run = Run(config, shards, folder, place=here, tracker=NullTracker(), report=lambda _: None)
+        points("start")
+        outcome = run.execute()
+        text = f"state {state(run)}\n"
+    assert outcome is not None
+    with job.trace.open("a") as stream:
+        stream.write(f"{text}end {ending(outcome)}\n")
+    if counts is not None:
+        counts.write_text(json.dumps(points.counts))
+
+
+def attempt(job: Job, moment: Moment | None = None, *, counts: Path | None = None) -> int:
+    """One child that trains; its exit code, -9 where it was killed.
+
+    Raises:
+        RuntimeError: it ended in another way than by the kill or at the end.
+    """
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        try:
+            train(job, moment if isinstance(moment, tuple) else None, counts)
+        except BaseException:  # noqa: BLE001 - said, and the parent raises
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if isinstance(moment, float):
+        end = time.monotonic() + moment
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return _checked(os.waitstatus_to_exitcode(status))
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+    return _checked(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def _checked(code: int) -> int:
+    if code not in (0, -signal.SIGKILL):
+        raise RuntimeError(f"a run ended with code {code}; its traceback is above")
+    return code
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What runs wrote down.
+
+    Attributes:
+        lines: update -> the line of every attempt that finished it.
+        states: of attempts that reached the end; none where only the outcome was still to be read.
+        ends: of attempts that ended well.
+    """
+
+    lines: Mapping[int, list[str]]
+    states: list[str]
+    ends: list[str]
+
+    @property
+    def last(self) -> int:
+        """The last update that any attempt finished."""
+        return max(self.lines, default=0)
+
+
+def read_trace(path: Path) -> Trace:
+    """Reads what was written, whoever was killed while writing."""
+    found = Trace({}, [], [])
+    for line in path.read_text().splitlines() if path.exists() else ():
+        first, _, rest = line.partition(" ")
+        if first in ("state", "end"):
+            (found.states if first == "state" else found.ends).append(rest)
+        else:
+            cast("dict[int, list[str]]", found.lines).setdefault(int(first), []).append(rest)
+    return found
+
+
+def differences(whole: Trace, killed: Trace) -> list[str]:
+    """Where a killed run is not, bit for bit, the one that nobody killed; empty is identical."""
+    found = []
+    for index in sorted(whole.lines.keys() | killed.lines.keys()):
+        wanted = set(whole.lines.get(index, []))
+        if len(wanted) != 1 or set(killed.lines.get(index, [])) != wanted:
+            found.append(f"step {index}: {killed.lines.get(index)} is not {whole.lines.get(index)}")
+    found += [f"state: {s} is not {whole.states}" for s in killed.states if s not in whole.states]
+    if len(killed.ends) != len(whole.ends) or set(killed.ends) != set(whole.ends):
+        found.append(f"end: {killed.ends} is not {whole.ends}")
+    return found
+
+
+def import_everything() -> None:
+    """What a child would have to import, so that it need not."""
+    for name in zoo_modules():
+        __import__(f"trainables.{name}")
+    import jiwer  # noqa: F401
+    import sacrebleu  # noqa: F401

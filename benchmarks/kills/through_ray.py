@@ -1,0 +1,190 @@
+"""Runs of two gloo workers through Ray Train: workers and drivers are killed, and run again."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import psutil
+from kills import forms, nursery
+
+from vinedresser.cluster import connect
+from vinedresser.config import Experiment
+from vinedresser.distributed import Site, train
+from vinedresser.tracking import store_for
+
+# Of each run, who dies in turn: a worker, or the driver, which is then started again. Ray Train
+# takes up a run again twice by itself.
+PATTERNS = ("WWD", "WDW", "DWW", "W")
+_FORMS = ("transformer, gated, sampled", "attention_rnn, bf16", "conv, sampled")
+# Seconds that any one wait may take.
+_PATIENCE = 120.0
+
+
+def kill(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kills so many workers and drivers, compares all losses and final weights; prints a table."""
+    draw, done = random.Random(seed), 0  # noqa: S311
+    figures: dict[str, Any] = {"kills": 0, "runs": 0, "differences": 0, "drivers": 0}
+    found: dict[str, list[float]] = {"worker_seconds": [], "driver_seconds": [], "gone_seconds": []}
+    wholes: dict[str, tuple[nursery.Trace, ...]] = {}
+    while done < kills:
+        pattern = PATTERNS[figures["runs"] % len(PATTERNS)][: kills - done]
+        name = _FORMS[figures["runs"] % len(_FORMS)]
+        if name not in wholes:
+            wholes[name] = _Driven(folder / f"whole-{len(wholes)}", name).finish()
+        driven = _Driven(folder / f"run-{figures['runs']}", name)
+        steps = sorted(draw.sample(range(5, driven.steps - 5), len(pattern)))
+        for who, step in zip(pattern, steps, strict=True):
+            driven.wait_for(step)
+            time.sleep(draw.uniform(0, 0.1))
+            key, seconds = driven.kill_worker() if who == "W" else driven.kill_driver()
+            found[key].append(seconds)
+        found["gone_seconds"] += driven.gone_seconds
+        traces = driven.finish()
+        differing = [
+            line
+            for one, other in zip(wholes[name], traces, strict=True)
+            for line in nursery.differences(one, other)
+        ]
+        lines = sum(len(each) for t in traces for each in t.lines.values())
+        again = lines - sum(len(t.lines) for t in traces)
+        verdict = "differs: " + differing[0] if differing else "identical"
+        print(
+            f"through Ray, {name}: {pattern} killed at {steps}; {lines} losses of 2 workers, "
+            f"{again} re-run; {verdict}",
+            flush=True,
+        )
+        done += len(pattern)
+        figures["kills"], figures["runs"] = done, figures["runs"] + 1
+        figures["drivers"] += pattern.count("D")
+        figures["differences"] += len(differing)
+    for key, values in found.items():
+        figures[key] = [round(value, 1) for value in values]
+    return figures
+
+
+class _Driven:
+    """One run: its driver process, and the traces of its two workers."""
+
+    def __init__(self, folder: Path, form: str) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self.gone_seconds = folder, list[float]()
+        shards = forms.corpus(folder, "symbols")
+        plain = forms.experiment(form, shards.task, **{"compute.workers": 2, "steps": 90})
+        self.steps = int(plain["steps"])
+        self._plan = folder / "plan.json"
+        words = {"experiment": plain, "shards": str(shards.folder), "folder": str(folder)}
+        self._plan.write_text(json.dumps(words))
+        self._driver = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, sys.argv[0], "--driver", str(self._plan)]
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def _trace(self, rank: int) -> nursery.Trace:
+        return nursery.read_trace(self.folder / f"trace-{rank}")
+
+    def _wait(self, until: Callable[[], bool], what: str) -> float:
+        began = time.monotonic()
+        while not until():
+            if self._driver.poll() not in (None, -signal.SIGKILL):
+                text = (self.folder / "log").read_text()[-2000:]
+                raise RuntimeError(f"driver ended with {self._driver.returncode}: {text}")
+            if time.monotonic() - began > _PATIENCE:
+                raise TimeoutError(f"{what} took over {_PATIENCE:.0f} s")
+            time.sleep(0.005)
+        return time.monotonic() - began
+
+    def wait_for(self, step: int) -> None:
+        """Until an attempt has finished an update."""
+        self._wait(lambda: self._trace(0).last >= step, f"step {step}")
+
+    def _next_line(self, since: float) -> float:
+        """Seconds from a kill until another update of rank 0 was written down."""
+        path = self.folder / "trace-0"
+        size = path.stat().st_size
+        self._wait(lambda: path.stat().st_size > size, "the next step")
+        return time.monotonic() - since
+
+    def kill_worker(self) -> tuple[str, float]:
+        """SIGKILL to one of the two; seconds until the next update."""
+        workers = [p for p in _below(self._driver.pid) if _is_worker(p)]
+        killed = workers[-1]
+        began = time.monotonic()
+        killed.kill()
+        # What the other one still does before it hears of it is no recovery.
+        others = [p for p in workers if p.pid != killed.pid]
+        psutil.wait_procs(others, timeout=_PATIENCE)
+        return "worker_seconds", self._next_line(began)
+
+    def kill_driver(self) -> tuple[str, float]:
+        """SIGKILL to the driver; the same command again, at once; seconds until its next update."""
+        children = _below(self._driver.pid)
+        began = time.monotonic()
+        os.kill(self._driver.pid, signal.SIGKILL)
+        self._driver.wait()
+        _, alive = psutil.wait_procs(children, timeout=_PATIENCE)
+        if alive:
+            raise TimeoutError(f"{[p.name() for p in alive]} outlive their driver")
+        self.gone_seconds.append(time.monotonic() - began)
+        self._driver = self._start()
+        return "driver_seconds", self._next_line(began)
+
+    def finish(self) -> tuple[nursery.Trace, ...]:
+        """Waits for the end; the traces of both workers, with the bundle in the first one's."""
+        code = self._driver.wait(timeout=_PATIENCE)
+        if code:
+            raise RuntimeError(f"driver ended with {code}: {(self.folder / 'log').read_text()}")
+        return self._trace(0), self._trace(1)
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+class _TracedSite(Site):
+    """A site whose arrival in a process makes its training loop write down every update."""
+
+    def __init__(self, site: Site, folder: Path) -> None:
+        super().__init__(**{each.name: getattr(site, each.name) for each in fields(site)})
+        self.__dict__["folder"] = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain = {each.name: getattr(self, each.name) for each in fields(Site)}
+        return _traced, (plain, self.__dict__["folder"])
+
+
+def _traced(plain: Mapping[str, Any], folder: Path) -> Site:
+    nursery.trace_steps(lambda rank: folder / f"trace-{rank}")
+    return Site(**plain)
+
+
+def drive(plan: Path) -> None:
+    """A driver process: trains what the plan says, with two workers that write traces."""
+    words = json.loads(plan.read_text())
+    folder = Path(words["folder"])
+    workspace = folder / "workspace"
+    site = Site(words["shards"], str(workspace), store_for(workspace, "kills"))
+    with connect(cpus=2):
+        outcome = train(
+            Experiment.from_json(words["experiment"]),
+            _TracedSite(site, folder),
+            report=lambda _: None,
+        )
+    with (folder / "trace-0").open("a") as stream:
+        stream.write(f"end {nursery.ending(outcome)}\n")
