@@ -24,13 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import trainables
 from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
-from vinedresser.config import Experiment, ModelConfig, Objective
+from vinedresser.config import Experiment, ModelConfig, Objective, ScheduledSampling
 from vinedresser.config.experiment import model_config_class
 from vinedresser.decode import beam_search, greedy
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.record import recording
-from vinedresser.objectives import likelihood
-from vinedresser.train import Trainee
+from vinedresser.objectives import gold_share, likelihood, mixed_inputs
+from vinedresser.train import Trainee, seed_step
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 
@@ -40,6 +40,8 @@ TARGET = [[6, 5, EOS], [7, 8, 9, 4, 5, 6, EOS], [10, EOS]]
 LADDER = [[4 + (3 * i + j) % 7 for j in range(i)] + [EOS] for i in range(9)]
 # The source reaches its decoder through one state (methods.md 39): it must say so here.
 WITHOUT_ATTENTION = {"trainables.rnn"}
+# Scheduled sampling feeds these step by step, the others in two passes (methods.md 6).
+RECURRENT = {"trainables.rnn", "trainables.attention_rnn"}
 
 
 def all_forms() -> Iterator[tuple[str, str, ModelConfig]]:
@@ -184,6 +186,12 @@ def test_gradients_reach_every_parameter(model, batch):
     assert len(idle) < len(parameters) / 10
 
 
+def test_the_output_layer_is_what_the_logits_are(model, batch):
+    states_BTD, layer = model(batch), model.output_layer()
+    if layer is not None:
+        assert torch.equal(layer(states_BTD), model.logits(states_BTD))
+
+
 def test_weights_round_trip(config, model, batch, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({name: t.clone() for name, t in model.state_dict().items()}, path)
@@ -255,6 +263,109 @@ def test_attention_weights_are_shares_of_the_real_positions(config, model, batch
     with recording():
         seen = logits_of(model, batch)
     assert_near(seen, logits_of(model, batch), 1e-5)
+
+
+# Scheduled sampling (methods.md 3, 6).
+
+
+def fed_by_hand(model: Seq2Seq, batch: Batch, is_own_BT: Tensor) -> Tensor:
+    """Inputs one by one: after the mixed prefix for a recurrence, else after the gold one."""
+    memory, mixed_BT = encoded(model, batch), batch.inputs_BT.clone()
+    for t in range(1, mixed_BT.shape[1]):
+        prefix_BT = (mixed_BT if model.is_recurrent else batch.inputs_BT)[:, :t]
+        said_B = model.logits(model.decode(memory, prefix_BT))[:, -1].argmax(-1)
+        mixed_BT[:, t] = torch.where(is_own_BT[:, t], said_B, mixed_BT[:, t])
+    return mixed_BT
+
+
+def test_only_a_recurrence_is_fed_step_by_step(config, model):
+    assert model.is_recurrent == (type(config).__module__ in RECURRENT)
+
+
+@torch.no_grad()
+def test_inputs_are_gold_or_what_the_model_says_there(config, batch):
+    target_BT, said, spoken = batch.target_BT.clone(), set[int](), 0
+    for seed, p in itertools.product(range(3), (1.0, 0.5)):
+        model = build(config, seed)
+        torch.manual_seed(seed)
+        is_own_BT = (torch.rand(target_BT.shape) >= 1 - p) & batch.is_real_BT
+        is_own_BT[:, 0] = False
+        assert int(is_own_BT.sum()) == 9 if p == 1 else 0 < int(is_own_BT.sum()) < 9
+        torch.manual_seed(seed)
+        found_BT = mixed_inputs(model, encoded(model, batch), batch, epsilon=1 - p)
+        assert torch.equal(found_BT, fed_by_hand(model, batch, is_own_BT))
+        assert torch.equal(found_BT[~is_own_BT], batch.inputs_BT[~is_own_BT])
+        said |= set(found_BT[is_own_BT].tolist())
+        if model.is_recurrent and p == 1:
+            free = greedy(model, batch.source_BS, batch.source_lengths_B, cap=7).ids
+            for row_T, ids, length in zip(found_BT.tolist(), free, TARGET, strict=True):
+                count = min(len(ids), len(length) - 1)
+                assert row_T[1 : 1 + count] == ids[:count]
+                spoken += count
+    assert torch.equal(batch.target_BT, target_BT)
+    assert len(said) > 2
+    assert spoken > 5 or not model.is_recurrent
+
+
+def test_the_loss_and_its_gradient_are_those_of_the_mixed_inputs(model, batch):
+    """Through every state, and not through the choice."""
+    sampling = ScheduledSampling(probability=1)
+    torch.manual_seed(7)
+    nats, goal = Trainee(model, Objective(sampling=sampling))(batch, 0.0, batch.tokens)
+    found = torch.autograd.grad(goal, list(model.parameters()), allow_unused=True)
+    memory = encoded(model, batch)
+    torch.manual_seed(7)
+    inputs_BT = mixed_inputs(model, memory, batch, epsilon=0.0)
+    assert not torch.equal(inputs_BT, batch.inputs_BT)
+    loss = likelihood(model, model.decode(memory, inputs_BT), batch)
+    wanted = torch.autograd.grad(loss.mean, list(model.parameters()), allow_unused=True)
+    assert_near(nats, loss.total.detach(), 1e-5)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_near(one, other, 1e-6)
+
+
+def test_longer_padding_changes_no_fed_token(model, batch):
+    wider = Batch(
+        batch.source_BS,
+        batch.source_lengths_B,
+        nn.functional.pad(batch.target_BT, (0, 4)),
+        batch.target_lengths_B,
+        batch.rows_B,
+    )
+    found, longer = (
+        mixed_inputs(model, encoded(model, batch), b, epsilon=0.0) for b in (batch, wider)
+    )
+    assert torch.equal(longer[:, :7], found)
+    assert torch.equal(longer[:, 7:], wider.inputs_BT[:, 7:])
+
+
+def test_sampling_at_p_0_is_teacher_forcing_to_the_bit(config, batch):
+    """Losses, gradients and weights of updates with dropout, against a loop that cannot sample."""
+    off = Objective(sampling=ScheduledSampling(probability=0, decay="constant", feedback="sample"))
+    found: list[list[Tensor]] = []
+    for is_plain in (True, False):
+        model = build(config).train()
+        trainee, tensors = Trainee(model, off), list[Tensor]()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        for step in range(1, 3):
+            seed_step(1, step, 0)
+            optimizer.zero_grad()
+            if is_plain:
+                loss = likelihood(model, model(batch), batch)
+                nats, goal = loss.total, loss.total / batch.tokens
+            else:
+                epsilon = gold_share(off.sampling, step - 1)
+                nats, goal = trainee(batch, epsilon, batch.tokens)
+            goal.backward()
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            tensors += [nats.detach(), *gradients]
+            optimizer.step()
+        found.append([*tensors, *model.state_dict().values()])
+    plain, sampled = found
+    assert len(plain) == len(sampled) > 4
+    assert all(torch.equal(a, b) for a, b in zip(plain, sampled, strict=True))
 
 
 # Frames in place of ids.
