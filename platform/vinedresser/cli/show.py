@@ -7,14 +7,16 @@ import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from vinedresser.bundle import Bundle
-from vinedresser.sweep import SweepOutcome, short_params
 from vinedresser.tracking import RunRow
+
+if TYPE_CHECKING:
+    from vinedresser.sweep import SweepOutcome
 
 
 def print_json(value: Any) -> None:
@@ -83,8 +85,10 @@ def closing_table(table: Mapping[str, Any], pipeline: str, workspace: Path) -> N
         console.print(f"  {command}", soft_wrap=True, highlight=False)
 
 
-def trials_table(outcome: SweepOutcome) -> None:
+def trials_table(outcome: "SweepOutcome") -> None:
     """A sweep's trials, best first."""
+    from vinedresser.sweep import short_params
+
     shown = _table(Path(outcome.folder).name, "trial", "state", outcome.metric, "parameters")
     for trial in outcome.trials:
         value = "" if math.isnan(trial.value) else f"{trial.value:.2f}"
