@@ -1,0 +1,367 @@
+"""From what a run logs to what is wrong with it, and what to do (methods.md 107).
+
+Each rule is a pure function of the logged series. The thresholds were set on healthy runs: their
+most extreme value over five tasks and models stands beside each.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vinedresser.diagnostics.monitors import Reading
+
+Points = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        rule: its name, `dead_units`.
+        text: what was seen, with numbers.
+        advice: what to do, in one line.
+        step: of the latest number.
+    """
+
+    rule: str
+    text: str
+    advice: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.rule} at step {self.step}: {self.text}. {self.advice}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules have to know about a run.
+
+    Attributes:
+        uniform: ln |V|, the loss of uniform guessing, nats a token.
+        steps: updates of the whole run.
+        warmup: updates of warm-up.
+        anneal: share of the run at its end over which the rate falls to 0.
+        clip_norm: gradients above it are scaled down.
+    """
+
+    uniform: float
+    steps: int
+    warmup: int
+    anneal: float
+    clip_norm: float
+
+
+class Log:
+    """Everything that a run logged: key -> (step, value), in order; what is not finite is left out.
+
+    Attributes:
+        facts: of the run.
+    """
+
+    def __init__(self, facts: Facts, points: Mapping[str, Iterable[Sequence[float]]] = {}) -> None:
+        self.facts = facts
+        self._points: dict[str, list[tuple[int, float]]] = {}
+        for key, pairs in points.items():
+            self._points[key] = [(int(step), float(value)) for step, value in pairs]
+
+    def add(self, metrics: Mapping[str, float], step: int) -> None:
+        """Notes metrics at a step."""
+        for key, value in metrics.items():
+            if math.isfinite(value):
+                self._points.setdefault(key, []).append((step, value))
+
+    def of(self, key: str, *, after: float = 0) -> Points:
+        """The points of a key at steps above `after`."""
+        return [point for point in self._points.get(key, ()) if point[0] > after]
+
+    def last(self, key: str, count: int, *, after: float = 0) -> Points:
+        """The last `count` points above `after`; none where there are fewer."""
+        points = self.of(key, after=after)
+        return points[-count:] if len(points) >= count else ()
+
+    def keys(self, prefix: str) -> list[str]:
+        """The keys that begin so."""
+        return [key for key in self._points if key.startswith(prefix)]
+
+    def to_json(self) -> dict[str, list[tuple[int, float]]]:
+        """Plain JSON."""
+        return self._points
+
+
+Rule = Callable[[Log], Finding | None]
+
+FIRST_LOSS = "train/first_nats_per_token"
+# The encoder's share of the gradient norm below which it is cut off.
+_NO_SOURCE = 1e-6
+# Norms of an update over those of the weights.
+_SMALL_UPDATE, _LARGE_UPDATE = 1e-5, 1e-1
+
+# How a detail of a reading is called among the log.
+_DEAD, _SATURATED, _RATIO = "dead_share of ", "saturated of ", "update_ratio of "
+
+
+def details(reading: Reading) -> dict[str, float]:
+    """What a reading knows by layer and place, as metrics for the rules."""
+    found = {}
+    for layer, values in reading.layers.items():
+        if "update_ratio" in values:
+            found[_RATIO + layer] = values["update_ratio"]
+    for place, values in reading.places.items():
+        if "units" in values:
+            found[_DEAD + place] = values["dead"] / values["units"]
+        if "saturated" in values:
+            found[_SATURATED + place] = values["saturated"]
+    return found
+
+
+def non_finite(log: Log) -> Finding | None:
+    """Updates that were left out because a loss or gradient was nan or infinite."""
+    points = log.of("train/skipped_updates")
+    if not points or points[-1][1] == 0:
+        return None
+    step, count = points[-1]
+    return Finding(
+        "non_finite",
+        f"{count:.0f} updates were not finite and were left out",
+        "Look at the rows in not-finite-*.json; lower optim.lr, or set compute.precision=fp32.",
+        step,
+    )
+
+
+def first_loss(log: Log) -> Finding | None:
+    """An untrained model that does not guess evenly (methods.md 105).
+
+    Over the zoo the first loss minus ln |V| was -0.02 to 0.8 at 8,000 ids. With few ids tied
+    Transformers repeat their input: 2.9 at 200 and 4.4 at 12, a logit of 7 among the others; two
+    more are allowed for, and 1 nat for the variance of the logits.
+    """
+    points = log.of(FIRST_LOSS)
+    if not points:
+        return None
+    step, loss = points[0]
+    lowest, highest = (
+        log.facts.uniform - 0.5,
+        math.log(math.exp(log.facts.uniform + 1) + math.exp(9)),
+    )
+    if lowest <= loss <= highest:
+        return None
+    advice = (
+        "The model sees what it is to say: look at masks and at the shift of its inputs."
+        if loss < lowest
+        else "Scale the initial weights of the output down, or look for ids out of place."
+    )
+    seen = f"first loss {loss:.2f} nats a token, ln |V| = {log.facts.uniform:.4f}"
+    return Finding("first_loss", seen, advice, step)
+
+
+def exploding_gradients(log: Log) -> Finding | None:
+    """Gradients far above what they were, while the loss is above what it was."""
+    norms = log.of("train/gradient_norm_max", after=log.facts.warmup)
+    losses = [v for _, v in log.of("train/nats_per_token", after=log.facts.warmup)]
+    if len(norms) < 6 or len(losses) != len(norms):
+        return None
+    (step, norm), before = norms[-1], statistics.median(v for _, v in norms[:-1])
+    if norm < 30 * before or losses[-1] < statistics.median(losses[:-1]):
+        return None
+    return Finding(
+        "exploding_gradients",
+        f"gradient norm {norm:.3g}, it was {before:.3g}; loss {losses[-1]:.3g} nats a token, it "
+        f"was {statistics.median(losses[:-1]):.3g}",
+        "Lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps.",
+        step,
+    )
+
+
+def vanishing_gradients(log: Log) -> Finding | None:
+    """Gradients of the first block nothing beside those of the last."""
+    points = log.last("monitor/gradient_decay", 5)
+    share = _median(points)
+    if not points or share > 1e-3 or _source_share(log) < _NO_SOURCE:
+        return None
+    return Finding(
+        "vanishing_gradients",
+        f"gradients of the first block are {share:.1e} of the last block's (root mean squares)",
+        "Take norm=pre or layer_norm=true, fewer layers, or a smaller initialisation.",
+        points[-1][0],
+    )
+
+
+def dead_units(log: Log) -> Finding | None:
+    """A ReLU layer most of whose units are 0 at every position of several batches."""
+    place, points = _worst(log, _DEAD, 3)
+    if _median(points) < 0.9:
+        return None
+    return Finding(
+        "dead_units",
+        f"{100 * points[-1][1]:.0f}% of the units of {place} are 0 at every position",
+        "Lower optim.lr or lengthen optim.warmup_steps; gelu and swiglu have no dead units.",
+        points[-1][0],
+    )
+
+
+def saturated_units(log: Log) -> Finding | None:
+    """An activation function most of whose outputs are at its ends."""
+    place, points = _worst(log, _SATURATED, 3)
+    if _median(points) < 0.5:
+        return None
+    return Finding(
+        "saturated_units",
+        f"{100 * points[-1][1]:.0f}% of the outputs of {place} are within 0.01 of its ends",
+        "Lower optim.lr, add optim.weight_decay, or take layer_norm=true.",
+        points[-1][0],
+    )
+
+
+def always_clipped(log: Log) -> Finding | None:
+    """Every update of half a run was clipped to a small share of its norm."""
+    points = log.of("train/clipped_share", after=max(log.facts.warmup, log.facts.steps / 2))
+    norms = log.of("train/gradient_norm_mean", after=max(log.facts.warmup, log.facts.steps / 2))
+    if len(points) < 10 or len(norms) < 10 or min(v for _, v in points) < 1:
+        return None
+    norm = _median(norms)
+    if norm < 10 * log.facts.clip_norm:
+        return None
+    return Finding(
+        "always_clipped",
+        f"all updates since step {points[0][0]} were clipped; the norm is {norm:.3g}, "
+        f"optim.clip_norm {log.facts.clip_norm:g}",
+        f"The rate is not what it seems: set optim.clip_norm near {norm:.1g}, or lower optim.lr.",
+        points[-1][0],
+    )
+
+
+def loss_stuck(log: Log) -> Finding | None:
+    """A loss that stays at that of uniform guessing."""
+    start = max(log.facts.warmup, log.facts.steps / 5)
+    points = log.last("train/nats_per_token", 5, after=start)
+    if not points or min(v for _, v in points) < 0.95 * log.facts.uniform:
+        return None
+    return Finding(
+        "loss_stuck",
+        f"loss {points[-1][1]:.3f} nats a token, uniform guessing has {log.facts.uniform:.4f}",
+        "Raise optim.lr, look at optim.freeze, and at some rows: is the target text readable?",
+        points[-1][0],
+    )
+
+
+def source_ignored(log: Log) -> Finding | None:
+    """A model that has learned the target language and does not look at its source."""
+    share, points = _source_share(log), log.last("monitor/gradient_norm_source", 3)
+    advice = "Look at some pairs: does source i belong to target i? Then at masks and the encoder."
+    if points and share < _NO_SOURCE:
+        seen = f"the encoder's share of the gradient norm is {share:.1e}"
+        return Finding(
+            "source_ignored",
+            seen,
+            "Something cuts the encoder off: a detach, a mask "
+            "over all positions, or gates that are closed.",
+            points[-1][0],
+        )
+    gaps = log.of("dev/conditioning_gap", after=log.facts.steps / 2)
+    losses = log.of("train/nats_per_token")
+    if not gaps or not losses or losses[-1][1] > 0.95 * log.facts.uniform or gaps[-1][1] > 0.05:
+        return None
+    seen = (
+        f"sources of other sentences cost {gaps[-1][1]:.3f} nats a token on dev, at a loss of "
+        f"{losses[-1][1]:.2f}"
+    )
+    return Finding("source_ignored", seen, advice, gaps[-1][0])
+
+
+def exposure_gap(log: Log) -> Finding | None:
+    """Decoded error that grows away from the teacher-forced one."""
+    points = log.last("dev/exposure_gap", 3)
+    values = [v for _, v in points]
+    if not points or sorted(values) != values or values[-1] - values[0] < 5:
+        return None
+    return Finding(
+        "exposure_gap",
+        f"decoded minus teacher-forced error went from {values[0]:.1f} to {values[-1]:.1f} points "
+        f"since step {points[0][0]}",
+        "Feed the model its own words: objective.sampling.probability 0.1 to 0.4.",
+        points[-1][0],
+    )
+
+
+def update_ratio(log: Log) -> Finding | None:
+    """A layer whose updates are out of proportion to its weights, at the full learning rate."""
+    anneals_at = log.facts.steps * (1 - log.facts.anneal)
+    ratios = {}
+    for key in log.keys(_RATIO):
+        points = log.last(key, 5, after=log.facts.warmup)
+        if points and points[-1][0] <= anneals_at:
+            ratios[_median(points)] = (key.removeprefix(_RATIO), points[-1][0])
+    if not ratios:
+        return None
+    smallest, largest = min(ratios), max(ratios)
+    ratio, advice = smallest, "Raise optim.lr; look at optim.clip_norm and optim.freeze."
+    if largest > _LARGE_UPDATE:
+        ratio, advice = largest, "Lower optim.lr, or lengthen optim.warmup_steps."
+    elif smallest >= _SMALL_UPDATE:
+        return None
+    layer, step = ratios[ratio]
+    seen = f"an update moves {layer} by {ratio:.1e} of its weights, 1e-4 to 1e-2 are usual"
+    return Finding("update_ratio", seen, advice, step)
+
+
+def memory_growth(log: Log) -> Finding | None:
+    """Memory that grows from line to line (methods.md 37)."""
+    for key, where in (("monitor/device_memory_mb", "GPU memory"), ("monitor/memory_mb", "memory")):
+        points = log.of(key)
+        points = points[len(points) // 2 :]
+        if len(points) < 8:
+            continue
+        rises = [b - a for (_, a), (_, b) in itertools.pairwise(points)]
+        total = points[-1][1] - points[0][1]
+        if total > 0.05 * points[0][1] and statistics.median(rises) > 0.25 * total / len(rises):
+            a_step = total / (points[-1][0] - points[0][0])
+            return Finding(
+                "memory_growth",
+                f"{where} grew by {total:.0f} MB since step {points[0][0]}, {a_step:.2g} MB a step",
+                "Something keeps tensors: a list of losses without float(), or hooks.",
+                points[-1][0],
+            )
+    return None
+
+
+RULES: Sequence[Rule] = (
+    non_finite,
+    first_loss,
+    exploding_gradients,
+    vanishing_gradients,
+    dead_units,
+    saturated_units,
+    always_clipped,
+    loss_stuck,
+    source_ignored,
+    exposure_gap,
+    update_ratio,
+    memory_growth,
+)
+
+
+def findings(log: Log) -> list[Finding]:
+    """What every rule has to say, one finding a rule at most."""
+    return [found for rule in RULES if (found := rule(log)) is not None]
+
+
+def _median(points: Points) -> float:
+    """Of the values; 0 without any."""
+    return statistics.median(value for _, value in points) if points else 0.0
+
+
+def _source_share(log: Log) -> float:
+    """Of the encoder in the gradient norm, median of three readings; 1 where it is not known."""
+    own, whole = (
+        log.last(f"monitor/{key}", 3) for key in ("gradient_norm_source", "gradient_norm")
+    )
+    return _median(own) / max(_median(whole), 1e-30) if own else 1.0
+
+
+def _worst(log: Log, prefix: str, count: int) -> tuple[str, Points]:
+    """The place with the largest median over its last `count` readings."""
+    found = {key.removeprefix(prefix): log.last(key, count) for key in log.keys(prefix)}
+    return max(found.items(), key=lambda item: _median(item[1]), default=("", ()))
