@@ -11,6 +11,7 @@ from vinedresser.tracking.board import (
     leaderboard,
     run_folder,
 )
+from vinedresser.tracking.later import LaterTracker
 from vinedresser.tracking.remote import MlflowTracker
 from vinedresser.tracking.runs import end_children, open_run, reap
 from vinedresser.tracking.store import Store, initialise, store_for
@@ -19,6 +20,7 @@ from vinedresser.tracking.ui import serve_ui
 
 __all__ = [
     "LOWER_IS_BETTER",
+    "LaterTracker",
     "MemoryTracker",
     "MlflowTracker",
     "NullTracker",
