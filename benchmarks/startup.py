@@ -50,9 +50,9 @@ def _experiment(workers: int = 1) -> Any:
     if not data.is_dir():
         sys.exit(f"{data}: Multi30k is not here. Fix: set MULTI30K to its folder")
     pairs = {
-        split: {side: str(data / f"{name}.{end}") for side, end in (("source", "de"), ("target", "en"))}
+        split: {"source": str(data / f"{name}.de"), "target": str(data / f"{name}.en")}
         for split, name in (("train", "train"), ("dev", "val"))
-    }  # fmt: skip
+    }
     task = {
         "name": "multi30k", "corpus": {"kind": "text", **pairs}, "metric": "bleu",
         "tokenizer": {"kind": "bpe", "vocab_size": 8000},
@@ -155,7 +155,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
                 one.kill()
         process.wait()
         psutil.wait_procs(tree, timeout=10)
-    shutil.rmtree(next(Path("/tmp").glob(f"vd-{process.pid}-*"), ""), ignore_errors=True)
+    for left in Path(tempfile.gettempdir()).glob(f"vd-{process.pid}-*"):  # of a killed Ray
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def work(plain: str, shards: str, rank: int, seconds: float) -> None:
@@ -182,7 +183,7 @@ def work(plain: str, shards: str, rank: int, seconds: float) -> None:
     begun, tokens, over = 0.0, 0, torch.zeros(1)
     for step in training_steps(model, batches, optimizer, experiment, place=here):
         if step.index == WARM_UP:
-            _meet(seconds)
+            _meet()
             begun = time.perf_counter()
         if step.index > WARM_UP:
             tokens += int(step.tokens)
@@ -197,7 +198,7 @@ def work(plain: str, shards: str, rank: int, seconds: float) -> None:
     os._exit(0)
 
 
-def _meet(seconds: float) -> None:
+def _meet() -> None:
     """Waits until every process of a measurement has warmed up."""
     folder, count = os.environ.get("MEETING", ""), int(os.environ.get("MEETING_OF", "1"))
     if not folder:
