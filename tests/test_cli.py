@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vinedresser import tracking
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 MAIN = [sys.executable, "-c", "import sys; from vinedresser.cli import main; sys.exit(main())"]
 VERBS = (
     "prepare", "train", "sweep", "prune", "export", "retrain", "evaluate", "translate", "runs",
-    "ui", "doctor", "describe",
+    "ui", "doctor", "describe", "attend",
 )  # fmt: skip
 
 Done = subprocess.CompletedProcess[str]
@@ -443,6 +444,43 @@ def test_describe_says_what_is_wrong(in_process: Any, words: Any, parts: Any) ->
     assert (code, out) == (2, ""), err
     assert is_clear(err), err
     assert all(part in err for part in parts), err
+
+
+def test_attend_draws_and_measures_every_head(
+    in_process: Any, bundle: Path, tmp_path: Path
+) -> None:
+    code, out, err = in_process("attend", bundle, "a b c", "c b a", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["is_forced"] is True
+    assert list(found["modules"]) == [
+        "encoder.0.enc_self",
+        "decoder.0.dec_self",
+        "decoder.0.dec_enc",
+    ]
+    assert found["modules"]["decoder.0.dec_enc"]["rows"] == ["c", "b", "a", "</s>"]
+    assert found["best"]["module"] == "decoder.0.dec_enc"
+    assert [(tmp_path / name).read_bytes()[:4] for name in found["pictures"]] == [b"\x89PNG"] * 3
+    with np.load(tmp_path / found["maps"], allow_pickle=False) as maps:
+        np.testing.assert_allclose(maps["decoder.0.dec_enc"].sum(-1), 1, atol=1e-5)
+        assert list(maps["decoder.0.dec_enc.columns"]) == ["a", "b", "c", "</s>"]
+    code, out, err = in_process("attend", bundle, "a b c", "--out", tmp_path / "seen")
+    assert (code, err) == (0, "")
+    assert "decoder.0.dec_enc   output at source" in out
+    assert len(list((tmp_path / "seen").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    "words", [("no/such/folder", "a"), ("BUNDLE", ""), ("BUNDLE", "a", "b " * 40)]
+)
+def test_attend_refuses_in_one_line_and_leaves_nothing(
+    in_process: Any, bundle: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    code, out, err = in_process("attend", *(bundle if w == "BUNDLE" else w for w in words))
+    assert (code, out) == (2, ""), err
+    assert is_clear(err), err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.slow

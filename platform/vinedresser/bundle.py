@@ -63,14 +63,7 @@ class Bundle:
             DataError: a sentence is empty or over the task's max_source_length, or a recording is
                 not what the model was trained on.
         """
-        source, limit = self._read(sentences), self.experiment.task.max_source_length
-        is_frames = bool(self.source_tokenizer.features)
-        for number, length in enumerate(source.lengths.tolist(), 1):
-            if length > limit or (length == 1 and not is_frames):
-                wanted = f"1 to {limit} frames" if is_frames else f"1 to {limit - 1} tokens"
-                found = f"{length} {'frames' if is_frames else 'tokens'}"
-                found = "nothing to read" if length == 1 else found
-                raise DataError(f"line {number}: {found}; wanted {wanted}")
+        source = self.read(sentences)
         order = np.argsort(source.lengths, kind="stable")
         result = [""] * len(order)
         for first in range(0, len(order), 64):
@@ -79,6 +72,22 @@ class Bundle:
             for i, text in zip(group.tolist(), texts, strict=True):
                 result[i] = text
         return result
+
+    def read(self, sentences: Sequence[str]) -> Side:
+        """Sentences as `translate` takes them, tokenized.
+
+        Raises:
+            DataError: see `translate`.
+        """
+        source, limit = self._read(sentences), self.experiment.task.max_source_length
+        is_frames = bool(self.source_tokenizer.features)
+        for number, length in enumerate(source.lengths.tolist(), 1):
+            if length > limit or (length == 1 and not is_frames):
+                wanted = f"1 to {limit} frames" if is_frames else f"1 to {limit - 1} tokens"
+                found = f"{length} {'frames' if is_frames else 'tokens'}"
+                found = "nothing to read" if length == 1 else found
+                raise DataError(f"line {number}: {found}; wanted {wanted}")
+        return source
 
     def _read(self, sentences: Sequence[str]) -> Side:
         if not self.source_tokenizer.features:
@@ -175,28 +184,54 @@ def refuse_other_pieces(bundle: Bundle, source: SourceEncoder, target: SourceEnc
             )
 
 
-def warm_start(model: Seq2Seq, bundle: Bundle) -> str:
-    """Copies a bundle's weights into a model of the same shapes (methods.md 76, 83).
+def warm_start(model: Seq2Seq, bundle: Bundle, *, partial: bool = False) -> str:
+    """Copies a bundle's weights into a model (methods.md 76, 83).
 
     Head gates that the bundle does not have stay open, as built.
 
+    Args:
+        model: with fresh weights.
+        bundle: where from.
+        partial: take what fits; the rest stays fresh.
+
     Returns:
-        One line that counts matched and fresh tensors.
+        The account: a line of counts, and one for each kind of tensor that was not taken.
 
     Raises:
-        DataError: a tensor is missing, unknown or of another shape.
+        DataError: a tensor is missing, unknown or of another shape, and `partial` is not set; or
+            none fits.
     """
     own, given = model.state_dict(), bundle.model.state_dict()
     fresh = [name for name in own if name not in given and name.endswith("gates.log_alpha")]
     missing = [name for name in own if name not in given and name not in fresh]
     unknown = [name for name in given if name not in own]
     reshaped = [n for n in own if n in given and own[n].shape != given[n].shape]
-    if missing or unknown or reshaped:
+    matched = {name: given[name] for name in own if name in given and name not in reshaped}
+    if not matched or ((missing or unknown or reshaped) and not partial):
         raise DataError(
             f"{bundle.folder} does not fit the model: {len(missing)} tensors missing, "
             f"{len(unknown)} unknown, {len(reshaped)} of another shape "
-            f"({', '.join((missing + unknown + reshaped)[:3])}); use the same model section"
+            f"({', '.join((missing + unknown + reshaped)[:3])}); use the same model section, or "
+            "init_partial=true to take the rest"
         )
     with torch.no_grad():
-        model.load_state_dict({**own, **given})
-    return f"{len(given)} tensors from {bundle.folder}, {len(fresh)} gate vectors fresh and open"
+        model.load_state_dict({**own, **matched})
+    shapes = [f"{n} {_shape(given[n])} for {_shape(own[n])}" for n in reshaped]
+    kinds = {
+        "gates, fresh and open": fresh,
+        "missing there, fresh": missing,
+        "of another shape, fresh": shapes,
+        "unknown here, left out": unknown,
+    }
+    lines = [f"warm start: {len(matched)} tensors of {bundle.folder}"]
+    lines += [f"  {len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
+    return "\n".join(lines)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _few(names: Sequence[str], count: int = 8) -> str:
+    rest = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest

@@ -108,6 +108,13 @@ class Seq2Seq(nn.Module):
     def logits(self, states: Tensor) -> Tensor:
         """(..., D) states -> (..., V) unnormalised scores of the next token."""
 
+    def output_layer(self) -> nn.Linear | None:
+        """The layer that `logits` is, if it is one linear layer and nothing else.
+
+        A loss may then be taken without keeping the logits.
+        """
+        return None
+
     @abstractmethod
     def start(self, memory: Memory, max_length: int) -> Any:
         """A decoding state for up to `max_length` steps; holds the caches."""
@@ -137,17 +144,17 @@ class Seq2Seq(nn.Module):
         is_apart = encoder != decoder
         sides: dict[bool, set[int]] = {True: set(), False: set()}
         for name, parameter in self.named_parameters(remove_duplicate=False):
-            sides[_is_of_encoder(name)].add(id(parameter))
+            sides[is_of_encoder(name)].add(id(parameter))
         if is_apart and sides[True] & sides[False]:
             raise ConfigError(
                 "compute.devices parts encoder and decoder, but they share the embedding; "
                 "Fix: set model.tie=output"
             )
         for name, child in self.named_children():
-            child.to(encoder if _is_of_encoder(name) else decoder)
+            child.to(encoder if is_of_encoder(name) else decoder)
         own = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
         for name, tensor in own:
-            tensor.data = tensor.data.to(encoder if _is_of_encoder(name) else decoder)
+            tensor.data = tensor.data.to(encoder if is_of_encoder(name) else decoder)
         self.devices = (encoder, decoder) if is_apart else None
         return self
 
@@ -183,7 +190,7 @@ class Seq2Seq(nn.Module):
         return {name: torch.cat(weights, 2) for name, weights in steps.items()}
 
 
-def _is_of_encoder(name: str) -> bool:
+def is_of_encoder(name: str) -> bool:
     """By the first part of a parameter's or module's name."""
     first = name.split(".")[0]
     return first.startswith(("source_", "encoder")) or first == "front_end"

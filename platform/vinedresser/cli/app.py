@@ -109,6 +109,9 @@ def train(
     experiment: Annotated[str, typer.Argument(help="import path or file; a study's base will do")],
     overrides: Overrides = None,
     workspace: Workspace = HERE,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="forget this run's checkpoints and outcome")
+    ] = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -120,7 +123,7 @@ def train(
     value = _resolve(experiment, [Experiment, Study], overrides, "base")
     if dry_run:
         return verbs.show_plan(value, as_json=as_json)
-    return verbs.train(value, workspace, _Say(), as_json=as_json)
+    return verbs.train(value, workspace, _Say(), from_scratch=from_scratch, as_json=as_json)
 
 
 @app.command()
@@ -245,6 +248,23 @@ def describe(
     from vinedresser.cli.describe import describe as show
 
     show(what, overrides or [], workspace, as_json=as_json)
+
+
+@app.command()
+def attend(
+    model: Annotated[str, typer.Argument(help="bundle folder, run id or models:/name@alias")],
+    source: Annotated[str, typer.Argument(help="a sentence; or paths of recordings, as translate")],
+    target: Annotated[
+        str | None, typer.Argument(help="what it is made to say; its own greedy output by default")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder of the pictures and maps")] = Path("attention"),
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a model looks: a picture a module, and how diagonal each head is."""
+    from vinedresser.cli.attend import show
+
+    show(model, source, target, out, workspace, as_json=as_json)
 
 
 @app.command()

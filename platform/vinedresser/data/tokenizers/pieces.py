@@ -149,6 +149,11 @@ class SentencePiece:
         """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
         return str(self._processor.decode(real_ids(ids)))
 
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
+        found: list[str] = self._processor.id_to_piece([int(i) for i in ids])
+        return found
+
     def save(self, folder: Path, name: str) -> None:
         """Writes `name.model` and `name.json`."""
         content: dict[str, Any] = {"kind": self.kind, "normalization": self.normalization}

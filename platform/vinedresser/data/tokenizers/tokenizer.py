@@ -89,6 +89,10 @@ class TextTokenizer(SourceEncoder, Protocol):
         """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
         ...
 
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
+        ...
+
 
 class Symbols:
     """One id a character, or one id a symbol between white space. Text is put into NFC.
@@ -149,6 +153,11 @@ class Symbols:
         """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
         names = [self._names[i] for i in real_ids(ids)]
         return ("" if self.kind == "characters" else " ").join(names)
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
+        named = {PAD: "<pad>", BOS: "<s>", EOS: "</s>"}
+        return [named.get(i) or self._names[i] for i in map(int, ids)]
 
     def save(self, folder: Path, name: str) -> None:
         """Writes `name.json`."""
