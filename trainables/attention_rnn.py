@@ -245,6 +245,10 @@ class AttentionRnn(Seq2Seq):
         scores: Tensor = self.output(states)
         return scores
 
+    def output_layer(self) -> nn.Linear:
+        """See Seq2Seq."""
+        return self.output
+
     def start(self, memory: Memory, max_length: int) -> AttentionRnnState:  # noqa: ARG002 nothing grows
         """See Seq2Seq."""
         source, layers = self._remember(memory), self._first(memory)

@@ -274,6 +274,10 @@ class ConvSeq2Seq(Seq2Seq):
         scores: Tensor = self.output(states)
         return scores
 
+    def output_layer(self) -> nn.Linear:
+        """See Seq2Seq."""
+        return self.output
+
     def start(self, memory: Memory, max_length: int) -> ConvState:  # noqa: ARG002 - any length
         """See Seq2Seq."""
         B, kept = len(memory.states_BSD), self.config.kernel - 1

@@ -154,6 +154,10 @@ class Rnn(Seq2Seq):
         scores: Tensor = self.output(states)
         return scores
 
+    def output_layer(self) -> nn.Linear:
+        """See Seq2Seq."""
+        return self.output
+
     def start(self, memory: Memory, max_length: int) -> RnnState:  # noqa: ARG002 nothing grows
         """See Seq2Seq."""
         cells = [layer.cell() for layer in self.decoder if isinstance(layer, Recurrent)]

@@ -397,6 +397,10 @@ class Transformer(Seq2Seq):
         scores: Tensor = self.output(states)
         return scores
 
+    def output_layer(self) -> nn.Linear:
+        """See Seq2Seq."""
+        return self.output
+
     def start(self, memory: Memory, max_length: int) -> TransformerState:
         """See Seq2Seq."""
         layers = [
