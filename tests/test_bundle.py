@@ -1,6 +1,7 @@
 """The one form in which a trained model leaves a run."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -214,8 +215,7 @@ class TestWarmStart:
         account = warm_start(model, bundle)
         for name, tensor in bundle.model.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor)
-        assert account.startswith(f"{len(model.state_dict())} tensors from {bundle.folder}")
-        assert account.endswith("0 gate vectors fresh and open")
+        assert account == f"warm start: {len(model.state_dict())} tensors of {bundle.folder}"
         with torch.no_grad():
             next(model.parameters()).add_(1)
         assert not torch.equal(next(model.parameters()), next(bundle.model.parameters()))
@@ -225,7 +225,7 @@ class TestWarmStart:
         assert config.init == str(bundle.folder)
         model = built(config, reversal, seed=5)
         account = warm_start(model, bundle)
-        assert account.endswith("2 gate vectors fresh and open")
+        assert "2 gates, fresh and open: encoder.0.enc_self.gates" in account
         assert len(head_gates(model)) == 2
         assert all(h.kept == h.total and not h.undecided for h in count_heads(model).values())
         source = pad_ids([[4, 5, 6, EOS], [7, EOS]])
@@ -249,6 +249,33 @@ class TestWarmStart:
         with pytest.raises(DataError, match=message + r".*use the same model section"):
             warm_start(model, bundle)
         assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+
+    def test_a_part_is_taken_on_request_with_an_account_of_the_rest(
+        self, bundle, experiment, reversal
+    ):
+        wide = {"model.d_ff": 64, "model.encoder_layers": 2, "model.norm": "post"}
+        model = built(experiment.override(wide), reversal, seed=5)
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        given = bundle.model.state_dict()
+        account = warm_start(model, bundle, partial=True).splitlines()
+        taken = 0
+        for name, tensor in model.state_dict().items():
+            fits = name in given and given[name].shape == tensor.shape
+            assert torch.equal(tensor, given[name] if fits else before[name])
+            taken += fits
+        assert account[0] == f"warm start: {taken} tensors of {bundle.folder}"
+        names = model.state_dict().keys()
+        missing = [name for name in names if name not in given]
+        unknown = [name for name in given if name not in names]
+        kinds = [line.strip().split(": ")[0] for line in account[1:]]
+        assert kinds == [
+            f"{len(missing)} missing there, fresh",
+            f"{len(names) - len(missing) - taken} of another shape, fresh",
+            f"{len(unknown)} unknown here, left out",
+        ]
+        assert missing[0] in account[1]
+        assert re.search(r"encoder\.0\.feed_forward\.\S+ \d+x\d+ for 64x\d+", account[2])
+        assert unknown[0] in account[3]
 
 
 def test_a_bundle_of_other_pieces_is_refused(bundle):

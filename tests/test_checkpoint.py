@@ -23,6 +23,7 @@ from vinedresser.checkpoint import (
 )
 from vinedresser.config import Experiment
 from vinedresser.data.shards.shard_set import ShardSet, open_shards
+from vinedresser.errors import DamagedError
 from vinedresser.run import Outcome, Run, finished, run_folder, run_key
 from vinedresser.tracking import MemoryTracker
 from vinedresser.train import Place
@@ -152,7 +153,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole, reversal, tmp_path, caplog):
     newest.write_bytes(content)
     run = a_run(whole[0], reversal, tmp_path)
     outcome = run.execute()
-    assert "using the one before it" in caplog.text
+    assert "using step 10, 5 updates earlier" in caplog.text
     assert_same(run, outcome, whole)
 
 
@@ -283,9 +284,12 @@ class TestCheckpoint:
         assert found.step == 5
         assert not newest.exists()
 
-    def test_all_damaged_is_none(self, tmp_path):
-        (save_checkpoint(tmp_path, self.checkpoint(5)) / "state.json").write_text("{}")
-        assert newest_checkpoint(tmp_path) is None
+    def test_all_damaged_is_refused_again_and_again(self, tmp_path):
+        for step in (5, 10):
+            (save_checkpoint(tmp_path, self.checkpoint(step)) / "state.json").write_text("{}")
+        for _ in range(2):
+            with pytest.raises(DamagedError, match=r"step-00000010/state.*step-00000005/state"):
+                newest_checkpoint(tmp_path)
 
     def test_tied_weights_are_stored(self, tmp_path):
         weight = torch.ones(2)

@@ -11,11 +11,18 @@ from torch import nn
 
 from trainables.transformer import TransformerConfig
 from vinedresser.batch import EOS, Batch, pad_ids
+from vinedresser.checkpoint import optimizer_tensors
 from vinedresser.config import Compute, Experiment, Objective, Optim, ScheduledSampling
-from vinedresser.errors import MachineError, TrainingError
+from vinedresser.errors import (
+    ConfigError,
+    DivergedError,
+    InterruptedRunError,
+    MachineError,
+    TrainingError,
+)
 from vinedresser.model import Seq2Seq, Vocabulary
-from vinedresser.nn.gates import expected_open_share
-from vinedresser.optim import build_optimizer
+from vinedresser.nn.gates import HeadGates, expected_open_share
+from vinedresser.optim import build_optimizer, freeze
 from vinedresser.train import (
     AveragedWeights,
     Effects,
@@ -190,6 +197,8 @@ class TestWindow:
                 "train/nats_per_token": 1.0,
                 "train/learning_rate": 0.2,
                 "train/gradient_norm_max": 3.0,
+                "train/gradient_norm_mean": 1.75,
+                "train/skipped_updates": 0.0,
                 "train/clipped_share": 0.5,
                 "train/gold_share": 0.98,
             }
@@ -208,7 +217,7 @@ class TestWindow:
         window.add(self.step(1, 1.0, 1, 1.0))
         window.add(self.step(2, nats, 1, norm))
         window.add(self.step(3, 1.0, 1, 1.0))
-        with pytest.raises(TrainingError, match=r"step 3: .*lower optim\.lr"):
+        with pytest.raises(TrainingError, match=r"step 2: .*lower optim\.lr"):
             window.close()
 
 
@@ -277,6 +286,7 @@ def effects(notes: list[tuple[str, int]], **changes: object) -> Effects:
         "log": log,
         "evaluate": lambda step: notes.append(("evaluate", step)),
         "checkpoint": lambda step: notes.append(("checkpoint", step)),
+        "tell_bad": lambda step: notes.append(("bad", step.index)),
         "log_every": 3,
         "evaluate_at": frozenset({4, 8}),
         "checkpoint_every": 4,
@@ -289,7 +299,7 @@ def test_a_step_is_logged_then_judged_then_stored():
     model = built(config)
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
     steps = training_steps(model, endless(), optimizer, config, place=HERE)
-    fit(steps, AveragedWeights(model, 0.9), effects(notes), clip_norm=1.0)
+    fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), effects(notes))
     logged = [("log", 3), ("log", 4), ("evaluate", 4), ("checkpoint", 4)]
     assert notes == [*logged, ("log", 6), ("log", 8), ("evaluate", 8), ("checkpoint", 8)]
 
@@ -300,9 +310,195 @@ def test_a_run_that_diverges_stops_before_it_is_judged():
     model = built(config)
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
     steps = training_steps(model, endless(), optimizer, config, place=HERE)
-    with pytest.raises(TrainingError, match=r"step 3: loss (nan|inf)"):
-        fit(steps, AveragedWeights(model, 0.9), effects(notes), clip_norm=1.0)
-    assert not notes
+    with pytest.raises(TrainingError, match=r"step 2: loss (nan|inf)"):
+        fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), effects(notes))
+    assert notes == [("bad", 2), ("bad", 3)]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_run_that_explodes_with_finite_numbers_stops_too():
+    uniform, notes = math.log(10), []
+    losses = [uniform, 1.0, 5.0 * uniform]
+    steps = (
+        Step(i, torch.tensor(loss * 7), torch.tensor(7), torch.tensor(1.0), 0.1, 1.0)
+        for i, loss in enumerate(losses, 1)
+    )
+    window = Window(1.0, uniform=uniform)
+    often = effects(notes, log_every=1)
+    with pytest.raises(DivergedError, match=r"step 3: loss 11.5 nats a token, it was 1, and 2.3"):
+        fit(steps, AveragedWeights(nn.Linear(1, 1), 0.9), window, often)
+    assert notes == [("log", 1), ("log", 2)]
+
+
+class Poisoned:
+    """Batches of which some make the gradient NaN, by a weight that is NaN while they pass."""
+
+    def __init__(self, model: Seq2Seq, at: set[int]) -> None:
+        self.model, self.at = model, at
+
+    def __iter__(self) -> Iterator[Batch]:
+        weight = next(self.model.parameters())
+        for index, batch in enumerate(endless(), 1):
+            hook = None
+            if index in self.at:
+                hook = weight.register_hook(lambda grad: grad * math.nan)
+            yield batch
+            if hook is not None:
+                hook.remove()
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_weights_or_moments():
+    config = experiment(**{"optim.anneal": 0})
+    model = built(config)
+    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    steps = training_steps(model, iter(Poisoned(model, {3})), optimizer, config, place=HERE)
+    next(steps), next(steps)
+    before = [p.detach().clone() for p in model.parameters()]
+    kept = {k: v.clone() for k, v in optimizer_tensors(optimizer).items()}
+    assert not math.isfinite(float(next(steps).gradient_norm))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    after = optimizer_tensors(optimizer)
+    assert all(torch.equal(kept[name], after[name]) for name in kept)
+    assert math.isfinite(float(next(steps).gradient_norm))
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_skips_are_allowed_as_many_as_are_named():
+    def run(allowed: int) -> list[tuple[str, int]]:
+        config, notes = experiment(), []
+        model = built(config)
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        bad = iter(Poisoned(model, {2, 5}))
+        steps = training_steps(model, bad, optimizer, config, place=HERE)
+        window = Window(1.0, max_skipped=allowed)
+        fit(steps, AveragedWeights(model, 0.9), window, effects(notes))
+        assert window.skipped == 2
+        return notes
+
+    assert [step for what, step in run(2) if what == "bad"] == [2, 5]
+    with pytest.raises(DivergedError, match="step 5"):
+        run(1)
+
+
+def test_told_to_stop_it_stores_and_ends():
+    config, notes = experiment(), []
+    model = built(config)
+    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    asked = iter([False, False, False, False, True])
+    steps = training_steps(
+        model, endless(), optimizer, config, place=HERE, should_stop=lambda: next(asked)
+    )
+    with pytest.raises(InterruptedRunError, match="checkpoint at step 5"):
+        fit(steps, AveragedWeights(model, 0.9), Window(1.0), effects(notes))
+    assert notes[-2:] == [("log", 5), ("checkpoint", 5)]
+
+
+class TestOutOfMemory:
+    def trained(self, limit: int, error: Exception, steps: int = 1) -> tuple[Seq2Seq, list[Step]]:
+        """A run in which a pass over more than `limit` padded tokens raises."""
+        config = experiment(
+            **{"model.dropout": 0, "model.attention_dropout": 0, "optim.clip_norm": 1e9}
+        ).override({"steps": steps})
+        model = built(config)
+        whole = model.encode
+
+        def encode(source_BS: torch.Tensor, lengths_B: torch.Tensor) -> object:
+            if source_BS.numel() > limit:
+                raise error
+            return whole(source_BS, lengths_B)
+
+        model.encode = encode
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        return model, list(training_steps(model, endless(), optimizer, config, place=HERE))
+
+    @pytest.mark.parametrize(
+        "error",
+        [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 GB")],
+    )
+    def test_batches_go_in_parts_with_the_same_gradients(self, error, caplog):
+        plain, wanted = self.trained(10**6, error)
+        assert not caplog.records
+        parted, found = self.trained(12, error)
+        assert "out of memory at 3 x 6 source and 3 x 6 target tokens" in caplog.text
+        assert float(found[0].nats) == pytest.approx(float(wanted[0].nats), rel=1e-6)
+        assert int(found[0].tokens) == int(wanted[0].tokens)
+        for a, b in zip(parted.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-5)
+
+    def test_once_found_the_limit_stays(self, caplog):
+        _, steps = self.trained(12, torch.OutOfMemoryError("CUDA out of memory"), steps=6)
+        assert len(steps) == 6
+        assert len(caplog.records) == 1
+
+    def test_a_single_row_that_does_not_fit_is_told(self):
+        with pytest.raises(MachineError, match=r"out of memory at 1 x 6 .*GiB.*lower batch.tokens"):
+            self.trained(2, torch.OutOfMemoryError("CUDA out of memory"))
+
+    def test_other_errors_pass(self):
+        with pytest.raises(RuntimeError, match="shape"):
+            self.trained(2, RuntimeError("shape mismatch"))
+
+
+class TestAccumulation:
+    @pytest.mark.parametrize("l0", [0.0, 0.5])
+    def test_two_batches_an_update_are_one_large_batch(self, l0):
+        """methods.md 34, through the real loop; the penalty counts once."""
+        changes = {
+            "model.dropout": 0,
+            "model.attention_dropout": 0,
+            "model.concrete_heads": ["enc_self"],
+            "objective.l0": l0,
+            "steps": 1,
+            "optim.clip_norm": 1e9,
+        }
+
+        def gradient(batches: list[Batch], per_update: int) -> list[torch.Tensor]:
+            config = experiment(**changes, **{"batch.per_update": per_update})
+            model = built(config)
+            for gate in model.modules():
+                if isinstance(gate, HeadGates):
+                    gate.eval()  # no noise, which would differ by batch
+            optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+            list(training_steps(model, iter(batches), optimizer, config, place=HERE))
+            return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+        whole = gradient([batch_of(ROWS)], 1)
+        parted = gradient([batch_of(ROWS[:1]), batch_of(ROWS[1:])], 2)
+        for a, b in zip(parted, whole, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+    def test_an_update_that_is_not_whole_is_not_made(self):
+        config = experiment(**{"batch.per_update": 2})
+        model = built(config)
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        three = iter([batch_of(ROWS)] * 3)
+        assert len(list(training_steps(model, three, optimizer, config, place=HERE))) == 1
+
+    def test_workers_must_divide_what_they_share(self):
+        with pytest.raises(ConfigError, match=r"per_update 3 is no multiple .* 2; set it to 2"):
+            experiment(**{"batch.per_update": 3, "compute.workers": 2})
+        config = experiment(**{"batch.per_update": 6, "compute.workers": 2})
+        assert (config.batches_an_update, config.batches_a_rank) == (6, 3)
+        assert experiment(**{"compute.workers": 3}).batches_an_update == 3
+
+
+class TestFreezing:
+    def test_frozen_tensors_stay_bit_identical_and_the_rest_moves(self):
+        config = experiment(**{"optim.freeze": ["source_embedding*", "encoder.*"]})
+        model = built(config)
+        frozen = freeze(model, config.optim.freeze)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        list(training_steps(model, endless(), optimizer, config, place=HERE))
+        assert frozen
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name]) == (name in frozen), name
+
+    def test_a_pattern_that_names_nothing_is_an_error(self):
+        with pytest.raises(ConfigError, match=r"no parameter is called encodr\.\*"):
+            freeze(built(experiment()), ["encodr.*"])
+        with pytest.raises(ConfigError, match="covers every parameter"):
+            freeze(built(experiment()), ["*"])
 
 
 class TestPlace:

@@ -49,6 +49,22 @@ class Batch:
         """Real target tokens, EOS included; a scalar on the batch's device."""
         return self.target_lengths_B.sum()
 
+    @property
+    def padded(self) -> int:
+        """Sentences x longest side: what a budget of tokens counts."""
+        return len(self.rows_B) * max(self.source_BS.shape[1], self.target_BT.shape[1])
+
+    def rows(self, first: int, end: int | None) -> "Batch":
+        """Some of the sentences, with the padding that they have."""
+        at = slice(first, end)
+        return Batch(
+            self.source_BS[at],
+            self.source_lengths_B[at],
+            self.target_BT[at],
+            self.target_lengths_B[at],
+            self.rows_B[at],
+        )
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device; the copy does not wait where memory is pinned."""
         return Batch(

@@ -55,14 +55,34 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are moved aside and told."""
+    """The newest checkpoint that verifies; damaged newer ones are moved aside and told.
+
+    Raises:
+        DamagedError: there are checkpoints, and none verifies; says why of each.
+    """
+    damaged: dict[Path, str] = {}
     for path in sorted(folder.glob("step-????????"), reverse=True):
         try:
-            return _read(path)
+            found = _read(path)
         except DamagedError as error:
-            _log.warning("%s; using the one before it", error.args[0])
-            quarantine(path)
+            damaged[path] = error.args[0]
+            continue
+        for bad, reason in damaged.items():
+            _log.warning(
+                "%s; using step %d, %d updates earlier", reason, found.step, _step(bad) - found.step
+            )
+            quarantine(bad)
+        return found
+    if damaged:
+        raise DamagedError(
+            f"{folder}: no checkpoint is whole ({'; '.join(damaged.values())}). Fix: bring one "
+            "back, or train --from-scratch"
+        )
     return None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _read(path: Path) -> Checkpoint:

@@ -1,18 +1,37 @@
 """One experiment on N workers -> Outcome. N = 1 runs in this process, without a worker group."""
 
+import contextlib
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vinedresser.attempt import held, stopping_politely, was_asked
 from vinedresser.config import Compute, Experiment
 from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.diagnostics.corpus import picture
-from vinedresser.errors import MachineError, TrainingError, VinedresserError
-from vinedresser.run import Outcome, Report, Run, finished, run_folder
+from vinedresser.errors import (
+    InterruptedRunError,
+    MachineError,
+    TrainingError,
+    VinedresserError,
+)
+from vinedresser.run import (
+    Outcome,
+    Report,
+    RolledBackError,
+    Run,
+    clear,
+    finished,
+    run_folder,
+    tell_changes,
+)
 from vinedresser.tracking import NullTracker, Store, Tracker, ending, open_run
 from vinedresser.train import place
+
+_log = logging.getLogger("vinedresser")
 
 # What a trial of several workers takes while it waits for them; Tune refuses 0.
 TRIAL_CPUS = 0.01
@@ -39,28 +58,48 @@ class Site:
     kind: str = "train"
 
 
-def train(experiment: Experiment, site: Site, *, report: Report) -> Outcome:
+def train(
+    experiment: Experiment, site: Site, *, report: Report, from_scratch: bool = False
+) -> Outcome:
     """Trains to the end, or recognises that it was done.
 
     The same loop runs in two hosts: in place for one worker, which starts in a fraction of the
     time, else in a Ray Train worker group. `report` is called in this process either way, except
     inside a Tune trial of several workers, where Ray Train forwards to Tune.
 
+    Args:
+        experiment: what to train.
+        site: where.
+        report: takes what a scheduler is told.
+        from_scratch: forget what the run's folder holds.
+
     Raises:
-        TrainingError: the loss is not finite, or workers failed more often than allowed.
-        MachineError: a device or the disk is in the way.
+        TrainingError: the run diverged, or workers failed more often than allowed.
+        MachineError: a device, memory or the disk is in the way.
+        BusyError: another command trains this very run; a trial waits for it instead.
+        InterruptedRunError: SIGTERM; there is a checkpoint of the last update.
     """
     shards = open_shards(Path(site.shards), task=experiment.task)
     folder = run_folder(experiment, shards, Path(site.workspace))
     outcome = finished(folder)
-    if outcome is not None:
+    if outcome is not None and not from_scratch:
         report(outcome.final_report)
         return outcome
-    if experiment.compute.workers == 1:
-        outcome = execute(experiment, site, folder=folder, rank=0, report=report)
-    else:
-        _train_in_group(experiment, site, folder)
-        outcome = finished(folder)
+    with held(folder, wait=site.kind != "train"), stopping_politely(folder):
+        if from_scratch:
+            clear(folder)
+        if site.kind == "train":
+            tell_changes(experiment, folder)
+        outcome = finished(folder)  # by whom this one has waited for
+        if outcome is not None:
+            report(outcome.final_report)
+        elif experiment.compute.workers == 1:
+            outcome = execute(experiment, site, folder=folder, rank=0, report=report)
+        else:
+            _train_in_group(experiment, site, folder)
+            outcome = finished(folder)
+            if outcome is None and was_asked(folder):
+                raise InterruptedRunError("told to stop; the same command goes on from there")
     if outcome is None:
         raise TrainingError(f"{folder.name} ended without an outcome; see its run for the reason")
     return outcome
@@ -74,8 +113,15 @@ def execute(
     where = place(experiment.compute, rank=rank)
     tracker = _open(experiment, site, folder) if rank == 0 else NullTracker()
     with ending(tracker):
-        run = Run(experiment, shards, folder, place=where, tracker=tracker, report=report)
-        outcome = run.execute()
+        while True:
+            run = Run(experiment, shards, folder, place=where, tracker=tracker, report=report)
+            try:
+                outcome = run.execute()
+                break
+            except RolledBackError as error:
+                if where.workers > 1:  # the group starts anew, all ranks together
+                    raise
+                _log.warning("%s", error.args[0])
         if site.kind == "train" and rank == 0:  # trials of a search share one corpus
             picture(tracker, shards)
     # Every rank reports equally often; a scheduler may end the process at this last report.
@@ -199,13 +245,15 @@ def _worker(config: Mapping[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     group = ray.util.get_current_placement_group()
     mine = {} if group is None else {_GROUP: group.id.hex()}
-    execute(
-        Experiment.from_json(config["experiment"]),
-        config["site"],
-        folder=Path(config["folder"]),
-        rank=rank,
-        report=lambda metrics: ray.train.report({**metrics, **mine}),
-    )
+    # A group that was told to stop ends well: Ray starts one anew that fails.
+    with contextlib.suppress(InterruptedRunError):
+        execute(
+            Experiment.from_json(config["experiment"]),
+            config["site"],
+            folder=Path(config["folder"]),
+            rank=rank,
+            report=lambda metrics: ray.train.report({**metrics, **mine}),
+        )
 
 
 def release_group(report: Mapping[str, Any]) -> None:

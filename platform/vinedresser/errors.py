@@ -54,6 +54,10 @@ class TrainingError(VinedresserError):
     topic = "TRAIN"
 
 
+class DivergedError(TrainingError):
+    """The loss or its gradient is not finite any more, or far above that of guessing."""
+
+
 class BusyError(VinedresserError):
     """Another process holds what this command needs; the same command later will do."""
 

@@ -1,6 +1,6 @@
 """Decoded quality of a model on a split, with the teacher-forced loss beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from vinedresser.data.batches.stream import Split, in_order
 from vinedresser.data.corpus.row import Source
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
 from vinedresser.decode import Decoded, beam_search, greedy
+from vinedresser.errors import InterruptedRunError
 from vinedresser.metrics import exact_error_rate, measure
 from vinedresser.model import Seq2Seq
 
@@ -71,7 +72,7 @@ def tokenized(
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate(  # noqa: PLR0913 - what, of what, how
     model: Seq2Seq,
     split: Split,
     tokenizer: TextTokenizer,
@@ -79,6 +80,7 @@ def evaluate(
     metric: MetricName,
     config: Evaluation,
     cap: int,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Evaluated:
     """Decodes a split in fp32 and scores it; leaves the model in the mode it was in.
 
@@ -89,6 +91,10 @@ def evaluate(
         metric: which score.
         config: beam, sentences, batch size.
         cap: no output is longer, in tokens.
+        should_stop: asked before each batch.
+
+    Raises:
+        InterruptedRunError: `should_stop` said so.
     """
     was_training = model.training
     model.eval()
@@ -97,6 +103,9 @@ def evaluate(
     texts: list[str] = []
     nats = wrong = tokens = 0.0
     for host_batch in in_order(split, tokens=config.tokens, sentences=config.sentences):
+        if should_stop is not None and should_stop():
+            model.train(was_training)
+            raise InterruptedRunError("told to stop while evaluating; the same command goes on")
         batch = host_batch.to(device)
         is_real_BT = batch.is_real_BT
         logits_NV, gold_N = model.logits(model(batch)[is_real_BT]), batch.target_BT[is_real_BT]

@@ -1,9 +1,14 @@
 """The optimizer from its configuration; the learning rate as a pure function of the step."""
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
 import torch
 from torch import nn
 
 from vinedresser.config import Optim
+from vinedresser.config.section import did_you_mean
+from vinedresser.errors import ConfigError
 from vinedresser.nn.gates import HeadGates
 
 
@@ -24,6 +29,31 @@ def learning_rate(config: Optim, *, step: int, steps: int) -> float:
     return rate
 
 
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Takes parameters out of training by patterns over their names (methods.md 77).
+
+    Returns:
+        The names of what is frozen.
+
+    Raises:
+        ConfigError: a pattern that names no parameter, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"optim.freeze: no parameter is called {pattern}{did_you_mean(pattern, names)}; "
+                f"names look like {names[0]} and {names[-1]}"
+            )
+    frozen = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    if len(frozen) == len(names):
+        raise ConfigError("optim.freeze covers every parameter; leave some to train")
+    return frozen
+
+
 def build_optimizer(model: nn.Module, config: Optim, *, gate_lr_factor: float) -> torch.optim.Adam:
     """AdamW over all parameters; gates learn `gate_lr_factor` times as fast, without decay.
 
@@ -32,7 +62,7 @@ def build_optimizer(model: nn.Module, config: Optim, *, gate_lr_factor: float) -
     gates = {
         id(module.log_alpha): module.log_alpha
         for module in model.modules()
-        if isinstance(module, HeadGates)
+        if isinstance(module, HeadGates) and module.log_alpha.requires_grad
     }
     rest = [p for p in model.parameters() if id(p) not in gates and p.requires_grad]
     groups = [{"params": rest, "factor": 1.0}]

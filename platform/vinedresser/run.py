@@ -4,11 +4,13 @@ A run is named by its content: the same experiment on the same shards is the sam
 """
 
 import contextlib
+import glob
 import json
 import logging
+import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vinedresser.attempt import Attempt, StopRequest, roll_back, rollbacks
+from vinedresser.batch import PAD
 from vinedresser.bundle import (
     load_bundle,
     refuse_other_pieces,
@@ -34,15 +38,18 @@ from vinedresser.commit import digest_of, is_committed, verify, write_file
 from vinedresser.config import Experiment
 from vinedresser.data.batches.stream import load_split, stream
 from vinedresser.data.shards.shard_set import ShardSet, tokenizers
+from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
 from vinedresser.evaluate import Evaluated, evaluate
 from vinedresser.metrics import is_better, is_lower_better, worst
 from vinedresser.nn.gates import head_gates
-from vinedresser.optim import build_optimizer
+from vinedresser.optim import build_optimizer, freeze
 from vinedresser.tracking import Tracker
 from vinedresser.train import (
     AveragedWeights,
     Effects,
     Place,
+    Step,
+    Window,
     evaluation_steps,
     fit,
     seed_step,
@@ -53,6 +60,7 @@ _log = logging.getLogger("vinedresser")
 
 # Log lines in a run: enough for a smooth curve, few enough for one batch of a tracking server.
 _LOG_LINES = 50
+_EXPERIMENT = "experiment.json"
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,16 @@ class Outcome:
 
 
 def run_key(experiment: Experiment, shards: ShardSet) -> str:
-    """Content digest of a run: everything but its name, with data and initial weights by hash."""
-    content = {**experiment.to_json(), "name": "", "task": shards.digest}
+    """Content digest of a run, with data and initial weights by hash.
+
+    Name, workers, threads, devices and checkpoints are left out: they change nothing of what is
+    trained beyond rounding, so that a run may go on with others (fault T14).
+    """
+    content = {**experiment.to_json(), "task": shards.digest}
+    for key in ("name", "checkpoint_every", "keep_checkpoints"):
+        del content[key]
+    content["compute"] = {"precision": experiment.compute.precision}
+    content["batch"] = {**content["batch"], "per_update": experiment.batches_an_update}
     if experiment.init is not None:
         content["init"] = verify(Path(experiment.init)).digest
     return digest_of(content)
@@ -118,7 +134,53 @@ def finished(folder: Path) -> Outcome | None:
     return outcome if is_committed(Path(outcome.bundle)) else None
 
 
+def clear(folder: Path) -> None:
+    """Empties a run's folder; the lock on it stays."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def tell_changes(experiment: Experiment, folder: Path) -> None:
+    """Says in what a new run differs from an unfinished one of its name (fault T16).
+
+    Another experiment is another run with a folder of its own, so nothing can be mixed up; but
+    whoever meant to resume should hear why it starts anew.
+    """
+    path = folder / _EXPERIMENT
+    if path.is_file():
+        return
+    for other in sorted(folder.parent.glob(f"{glob.escape(experiment.name)}-{'?' * 12}")):
+        if other == folder or (other / "outcome.json").is_file():
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            before = _flat(json.loads((other / _EXPERIMENT).read_text()))
+            now = _flat(experiment.to_json())
+            keys = sorted(k for k in before | now if before.get(k) != now.get(k))
+            said = [f"{k} {before.get(k)} -> {now.get(k)}" for k in keys[:5]]
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            what = ", ".join(said) + more if said else "other data"
+            _log.info("a new run; the unfinished %s differs: %s", other.name, what)
+    write_file(path, json.dumps(experiment.to_json(), indent=1) + "\n")
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf."""
+    if not isinstance(value, Mapping):
+        return {at: value}
+    prefix = f"{at}." if at else ""
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}").items()}
+
+
 Report = Callable[[Mapping[str, Any]], None]
+
+
+class RolledBackError(DivergedError):
+    """The run diverged and was allowed to go back; whoever hosts it makes another Run of it."""
 
 
 class Run:
@@ -136,6 +198,9 @@ class Run:
     ) -> None:
         self.experiment, self.shards, self.folder = experiment, shards, folder
         self.place, self.tracker, self.report = place, tracker, report
+        self.should_stop = StopRequest(folder)
+        self.attempt: Attempt | None = None
+        self.rollbacks = rollbacks(folder)
         self.tokenizers = tokenizers(shards)
         seed_step(experiment.seed, 0, 0)
         joint = shards.task.has_joint_vocabulary
@@ -143,14 +208,23 @@ class Run:
         if experiment.init is not None:
             bundle = load_bundle(Path(experiment.init))
             refuse_other_pieces(bundle, *self.tokenizers)
-            _log.info("warm start: %s", warm_start(self.model, bundle))
+            account = warm_start(self.model, bundle, partial=experiment.init_partial)
+            if place.rank == 0:
+                _log.info("%s", account)
+        if (frozen := freeze(self.model, experiment.optim.freeze)) and place.rank == 0:
+            _log.info("frozen: %d tensors (%s ...)", len(frozen), ", ".join(frozen[:3]))
         self.model.place(encoder=place.of_encoder, decoder=place.device).train()
         self.optimizer = build_optimizer(
             self.model, experiment.optim, gate_lr_factor=experiment.objective.gate_lr_factor
         )
         self.averaged = AveragedWeights(self.model, experiment.optim.average)
+        self.window = Window(
+            experiment.optim.clip_norm,
+            max_skipped=experiment.optim.max_skipped,
+            uniform=math.log(self.tokenizers[1].size),
+        )
         self.best: dict[str, Tensor] = {}
-        self.best_step = 0
+        self.best_step = self.step = 0
         self.best_scores: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.last_report: dict[str, float] = {}
@@ -161,7 +235,32 @@ class Run:
         self.judged.place(encoder=place.of_encoder, decoder=place.device).eval()
 
     def execute(self) -> Outcome | None:
-        """Trains to the end; the outcome on rank 0, None on the others."""
+        """Trains to the end; the outcome on rank 0, None on the others.
+
+        Raises:
+            InterruptedRunError: asked to stop; there is a checkpoint.
+            BusyError: a later attempt has taken over.
+            RolledBackError: diverged, and the next Run may go on from the last checkpoint.
+            TrainingError: diverged, or failed before in the same way.
+        """
+        if self.place.rank == 0:
+            self.attempt = Attempt(self.folder)
+        try:
+            return self._execute()
+        except (BusyError, InterruptedRunError, MachineError):
+            raise
+        except Exception as error:
+            allowed = self.experiment.optim.rollbacks
+            if isinstance(error, DivergedError) and self.rollbacks < allowed:
+                roll_back(self.folder, done=self.rollbacks, reason=error.args[0])
+                raise RolledBackError(
+                    f"{error.args[0]}; rollback {self.rollbacks + 1} of {allowed}"
+                ) from error
+            if self.attempt is not None:
+                self.attempt.failed(self.step, error)
+            raise
+
+    def _execute(self) -> Outcome | None:
         experiment, place = self.experiment, self.place
         start = self._resume()
         batches = stream(
@@ -170,24 +269,63 @@ class Run:
             seed=experiment.seed,
             rank=place.rank,
             of=place.workers,
-            at=start,
+            at=start * experiment.batches_a_rank,
         )
+        # Each rollback halves the rate.
+        rate = experiment.optim.lr / 2**self.rollbacks
         steps = training_steps(
-            self.model, batches, self.optimizer, experiment, place=place, start=start
+            self.model,
+            batches,
+            self.optimizer,
+            experiment.override({"optim.lr": rate}) if self.rollbacks else experiment,
+            place=place,
+            start=start,
+            should_stop=self.should_stop,
         )
         is_first = place.rank == 0
         effects = Effects(
             log=self.tracker.log,
             evaluate=self._evaluate if is_first else self._follow,
             checkpoint=self._checkpoint if is_first else lambda _: None,
+            tell_bad=self._tell_bad,
             log_every=max(1, experiment.steps // _LOG_LINES),
             evaluate_at=evaluation_steps(experiment),
             checkpoint_every=experiment.checkpoint_every,
         )
         # However training ends, the thread that reads ahead ends with it.
         with contextlib.closing(batches):
-            fit(steps, self.averaged, effects, clip_norm=experiment.optim.clip_norm)
+            # A run that was stopped at an evaluation makes up for it first.
+            if start in effects.evaluate_at and self._judged_at < start:
+                effects.evaluate(start)
+            self.window.restart()
+            fit(self._counted(steps), self.averaged, self.window, effects)
         return self._finish() if is_first else None
+
+    def _counted(self, steps: Iterator[Step]) -> Iterator[Step]:
+        for step in steps:
+            self.step = step.index
+            yield step
+
+    @property
+    def _judged_at(self) -> int:
+        return int(self.history[-1]["step"]) if self.history else 0
+
+    def _tell_bad(self, step: Step) -> None:
+        """Leaves the batches of an update that was left out where they can be looked at (T01)."""
+        rows = [
+            {
+                "row": int(row),
+                "source": _ids(source_S) if source_S.dim() == 1 else f"{len(source_S)} frames",
+                "target": self.tokenizers[1].decode(_ids(target_T)),
+            }
+            for batch in step.batches
+            for row, source_S, target_T in zip(
+                batch.rows_B, batch.source_BS, batch.target_BT, strict=True
+            )
+        ]
+        path = self.folder / f"not-finite-{step.index:08d}-{self.place.rank}.json"
+        write_file(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+        _log.warning("step %d is not finite and was left out; its rows: %s", step.index, path)
 
     @property
     def _seconds(self) -> float:
@@ -195,7 +333,11 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         """Judges the averaged weights, keeps them if they ship, and reports the best so far."""
-        evaluated = self._judge()
+        try:
+            evaluated = self._judge()
+        except InterruptedRunError:
+            self._checkpoint(step)
+            raise
         scores, metric = evaluated.scores, self.experiment.task.metric
         entry = {
             "step": float(step),
@@ -247,9 +389,13 @@ class Run:
             metric=task.metric,
             config=self.experiment.evaluation,
             cap=task.max_target_length,
+            # Other ranks wait for the end of an evaluation; alone, a run may stop in it.
+            should_stop=self.should_stop if self.place.workers == 1 else None,
         )
 
     def _checkpoint(self, step: int) -> None:
+        assert self.attempt is not None
+        self.attempt.require_current()
         checkpoint = Checkpoint(
             step,
             {
@@ -264,9 +410,26 @@ class Run:
                 "history": self.history,
                 "seconds": self._seconds,
                 "last_report": self.last_report,
+                "skipped": self.window.skipped,
+                "lowest": self.window.lowest,
+                "experiment": self.experiment.to_json(),
+                "machine": self._machine,
             },
         )
-        save_checkpoint(self.folder / "checkpoints", checkpoint)
+        save_checkpoint(
+            self.folder / "checkpoints", checkpoint, keep=self.experiment.keep_checkpoints
+        )
+
+    @property
+    def _machine(self) -> dict[str, Any]:
+        """What bits depend on beside the experiment (fault T15)."""
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "workers": self.place.workers,
+            "device": self.place.device.type,
+            "precision": str(self.place.autocast_dtype or torch.float32).removeprefix("torch."),
+        }
 
     def _resume(self) -> int:
         """Restores the newest good checkpoint; returns the updates done so far."""
@@ -283,10 +446,23 @@ class Run:
         self.best_step, self.best_scores = scalars["best_step"], scalars["best_scores"]
         self.history, self.seconds_before = scalars["history"], scalars["seconds"]
         self.last_report = scalars["last_report"]
-        _log.info("resumed %s at step %d", self.folder.name, checkpoint.step)
+        self.window.skipped, self.window.lowest = scalars["skipped"], scalars["lowest"]
+        self.step = checkpoint.step
+        if self.place.rank == 0:
+            _log.info("resumed %s at step %d", self.folder.name, checkpoint.step)
+            before, now = scalars["machine"], self._machine
+            changed = [
+                f"{key} {before.get(key)} -> {now[key]}"
+                for key in now
+                if before.get(key) != now[key]
+            ]
+            if changed:
+                _log.warning("not bit-exact from here on: %s", ", ".join(changed))
         return checkpoint.step
 
     def _finish(self) -> Outcome:
+        assert self.attempt is not None
+        self.attempt.require_current()
         metric = self.experiment.task.metric
         scores = {
             "metric": metric,
@@ -325,3 +501,8 @@ def _gap(evaluated: Evaluated) -> dict[str, float]:
     if not is_lower_better(scores.metric):
         return {}
     return {"dev/exposure_gap": scores.value - scores.teacher_forced_error}
+
+
+def _ids(ids: Tensor) -> list[int]:
+    """Of one row, without padding."""
+    return [i for i in ids.tolist() if i != PAD]

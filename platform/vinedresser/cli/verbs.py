@@ -78,7 +78,9 @@ def _site(shards: ShardSet, workspace: Path, store: Store) -> Site:
     return Site(str(shards.folder.absolute()), str(workspace.absolute()), store)
 
 
-def train(experiment: Experiment, workspace: Path, say: Say, *, as_json: bool) -> None:
+def train(
+    experiment: Experiment, workspace: Path, say: Say, *, from_scratch: bool, as_json: bool
+) -> None:
     """One run; Ray is started for several workers only."""
     metric = experiment.task.metric
 
@@ -94,7 +96,7 @@ def train(experiment: Experiment, workspace: Path, say: Say, *, as_json: bool) -
         shards = write_shards(experiment.task, workspace / "shards", say=say)
         # The corpus comes first: a bad one leaves no database behind.
         site = _site(shards, workspace, _open(experiment.task, workspace, say))
-        outcome = run_experiment(experiment, site, report=report)
+        outcome = run_experiment(experiment, site, report=report, from_scratch=from_scratch)
     if as_json:
         return print_json({"bundle": outcome.bundle, "scores": outcome.scores})
     say(f"dev {metric} {outcome.value:.2f} at step {outcome.best_step}")

@@ -189,6 +189,14 @@ class Optim(Section):
     decay: Literal["constant", "inverse_sqrt"] = "constant"
     # Share of the run at its end over which the rate falls linearly to 0.
     anneal: Probability = 1 / 3
+    # Parameters that stay as they are: patterns over their names with * and ?, for example
+    # ["source_embedding*", "encoder*"], so that heads' functions do not move to the decoder when
+    # they are pruned (methods.md 77). `vinedresser describe` prints the names.
+    freeze: tuple[str, ...] = ()
+    # Updates with a loss or gradient that is not finite: each is left out; one more ends the run.
+    max_skipped: NonNegativeInt = 0
+    # A run that diverges goes back to its last checkpoint with half the rate, so many times.
+    rollbacks: NonNegativeInt = 0
     # Decay of the averaged weights that are evaluated and shipped; 0 switches averaging off.
     # Averaging gains 2 to 5 PER points before annealing and nothing after it.
     average: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -239,6 +247,9 @@ class Batching(Section):
 
     # Padded tokens of a batch: sentences x max(source, target) length. Never exceeded.
     tokens: Annotated[int, Field(ge=16)] = 4096
+    # Batches in one update, over all workers, each worker taking its share; 0 is one a worker.
+    # Named, it makes the updates of a run the same on any number of workers that divides it.
+    per_update: NonNegativeInt = 0
     # Which rows share a batch (data/order.py). Real tokens at 4096 on Multi30k: 97 %, 96 %, 46 %.
     order: BatchOrder = "alternating_max"
     # Share of the train rows that are used, of all lengths alike; smaller shares are contained in
@@ -322,8 +333,12 @@ class Experiment(Section):
     steps: PositiveInt = 2000
     # A checkpoint to resume from every so many updates; at the end the bundle takes its place.
     checkpoint_every: PositiveInt = 500
+    # How many of the newest stay. The best weights so far are in each of them.
+    keep_checkpoints: PositiveInt = 2
     # A model folder whose weights the run starts from (methods.md 76, 83).
     init: DataPath | None = None
+    # Take from it what fits in name and shape; by default everything has to fit.
+    init_partial: bool = False
     seed: NonNegativeInt = 1
 
     @model_validator(mode="after")
@@ -331,6 +346,11 @@ class Experiment(Section):
         if self.optim.warmup_steps > self.steps:
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps} is more than steps {self.steps}"
+            )
+        if self.batches_an_update % self.compute.workers:
+            raise ValueError(
+                f"batch.per_update {self.batch.per_update} is no multiple of compute.workers "
+                f"{self.compute.workers}; set it to {self.compute.workers} or a multiple"
             )
         if self.evaluation.times > self.steps:
             raise ValueError(f"evaluation.times is more than steps {self.steps}")
@@ -340,3 +360,13 @@ class Experiment(Section):
                 "objective.l0 is above 0 but the model has no gates; set model.concrete_heads"
             )
         return self
+
+    @property
+    def batches_an_update(self) -> int:
+        """Over all workers."""
+        return self.batch.per_update or self.compute.workers
+
+    @property
+    def batches_a_rank(self) -> int:
+        """Of one update."""
+        return self.batches_an_update // self.compute.workers

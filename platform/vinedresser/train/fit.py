@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vinedresser.config import Experiment
-from vinedresser.errors import TrainingError
+from vinedresser.errors import DivergedError, InterruptedRunError
 from vinedresser.train.steps import Step
 
 
@@ -36,13 +36,32 @@ class AveragedWeights:
         )
 
 
-class Window:
-    """The steps between two log lines. Tensors are read only when a line is written."""
+# A loss over twice the lowest of the run and over twice that of uniform guessing is no
+# fluctuation: with warm-up too short, losses of 20 to 10,000 nats were seen, healthy runs start
+# at 1.0 to 1.2 times ln |V| and fall.
+_DIVERGED = 2.0
 
-    def __init__(self, clip_norm: float) -> None:
-        self._clip_norm = clip_norm
+
+class Window:
+    """The steps between two log lines. Tensors are read only when a line is written.
+
+    Attributes:
+        skipped: updates of the whole run that were left out because they were not finite.
+        lowest: the lowest loss of a window of the run, nats a token.
+    """
+
+    def __init__(
+        self, clip_norm: float, *, max_skipped: int = 0, uniform: float = math.inf
+    ) -> None:
+        """Args: clipping norm, updates that may be left out, ln |V| in nats a token."""
+        self._clip_norm, self._max_skipped, self._uniform = clip_norm, max_skipped, uniform
+        self.skipped, self.lowest = 0, math.inf
+        self.bad: list[Step] = []
         self._steps: list[Step] = []
         self._since = time.perf_counter()
+
+    def __len__(self) -> int:
+        return len(self._steps)
 
     def add(self, step: Step) -> None:
         """Takes a step in without waiting for the device."""
@@ -51,25 +70,44 @@ class Window:
     def close(self) -> dict[str, float]:
         """What is logged, under the house's metric keys; the window is empty afterwards.
 
+        The steps that were left out stand in `bad` until the next call, and in no mean.
+
         Raises:
-            TrainingError: a loss or gradient is not finite.
+            DivergedError: more steps than allowed are not finite, or the loss has exploded.
         """
-        nats = float(torch.stack([step.nats for step in self._steps]).sum())
-        tokens = int(torch.stack([step.tokens for step in self._steps]).sum())
         norms = torch.stack([step.gradient_norm for step in self._steps])
-        last, loss, largest = self._steps[-1], nats / tokens, float(norms.max())
-        if not (math.isfinite(loss) and math.isfinite(largest)):
-            raise TrainingError(
-                f"step {last.index}: loss {loss:.3g}, gradient norm {largest:.3g}; "
-                "lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps"
+        nats = torch.stack([step.nats for step in self._steps])
+        is_sound = torch.isfinite(norms) & torch.isfinite(nats)
+        self.bad = [s for s, sound in zip(self._steps, is_sound.tolist(), strict=True) if not sound]
+        self.skipped += len(self.bad)
+        last = self._steps[-1]
+        if self.skipped > self._max_skipped:
+            worst = self.bad[0] if self.bad else last
+            raise DivergedError(
+                f"step {worst.index}: loss {float(worst.nats / worst.tokens):.3g} nats a token, "
+                f"gradient norm {float(worst.gradient_norm):.3g}; lower optim.lr or "
+                "optim.clip_norm, lengthen optim.warmup_steps, or allow optim.max_skipped"
             )
+        counts = torch.stack([step.tokens for step in self._steps])
+        tokens = int(counts[is_sound.to(counts.device)].sum())
+        loss = float(nats[is_sound].double().sum()) / tokens if tokens else math.nan
+        if loss > _DIVERGED * max(self.lowest, self._uniform):
+            raise DivergedError(
+                f"step {last.index}: loss {loss:.3g} nats a token, it was {self.lowest:.3g}, and "
+                f"{self._uniform:.3g} is what guessing gives; lower optim.lr or optim.clip_norm, "
+                "or lengthen optim.warmup_steps"
+            )
+        self.lowest = min(self.lowest, loss)
+        sound = norms[is_sound]
         seconds, steps = time.perf_counter() - self._since, len(self._steps)
         self.restart()
         return {
             "train/nats_per_token": loss,
             "train/learning_rate": last.learning_rate,
-            "train/gradient_norm_max": largest,
+            "train/gradient_norm_max": float(sound.max()) if len(sound) else math.nan,
+            "train/gradient_norm_mean": float(sound.mean()) if len(sound) else math.nan,
             "train/clipped_share": float((norms > self._clip_norm).float().mean()),
+            "train/skipped_updates": float(self.skipped),
             "train/gold_share": last.epsilon,
             "train/tokens_per_second": tokens / seconds,
             "train/seconds_per_step": seconds / steps,
@@ -88,6 +126,7 @@ class Effects:
         log: takes metrics and the step.
         evaluate: judges the averaged weights at a step; called at each of `evaluate_at`.
         checkpoint: stores everything at a step.
+        tell_bad: takes a step that was left out because it was not finite.
         log_every: updates between log lines.
         evaluate_at: 1-based steps.
         checkpoint_every: updates between checkpoints.
@@ -96,6 +135,7 @@ class Effects:
     log: Callable[[Mapping[str, float], int], None]
     evaluate: Callable[[int], None]
     checkpoint: Callable[[int], None]
+    tell_bad: Callable[[Step], None]
     log_every: int
     evaluate_at: frozenset[int]
     checkpoint_every: int
@@ -107,22 +147,40 @@ def evaluation_steps(experiment: Experiment) -> frozenset[int]:
     return frozenset(round(steps * (i + 1) / times) for i in range(times))
 
 
-def fit(
-    steps: Iterator[Step], averaged: AveragedWeights, effects: Effects, *, clip_norm: float
-) -> None:
+def fit(steps: Iterator[Step], averaged: AveragedWeights, window: Window, effects: Effects) -> None:
     """Runs the steps; logs, evaluates and checkpoints on the way. Sums, not means, are kept.
 
+    Windows close at checkpoints, so that a resumed run logs what the uninterrupted one does, and
+    nothing is stored that was not looked at.
+
     Raises:
-        TrainingError: loss or gradient is not finite.
+        DivergedError: the run is lost; nothing of it is stored.
+        InterruptedRunError: told to stop, after a checkpoint.
     """
-    window = Window(clip_norm)
     for step in steps:
         averaged.update(step.index)
         window.add(step)
-        if step.index % effects.log_every == 0 or step.index in effects.evaluate_at:
-            effects.log(window.close(), step.index)
-        if step.index in effects.evaluate_at:
+        is_judged = step.index in effects.evaluate_at
+        is_stored = step.index % effects.checkpoint_every == 0
+        if step.index % effects.log_every == 0 or is_judged or is_stored or step.is_last:
+            _log_window(window, effects, step.index)
+        if step.is_last:
+            # The evaluation that is due here is made up for when the run goes on.
+            effects.checkpoint(step.index)
+            raise InterruptedRunError(
+                f"told to stop; checkpoint at step {step.index}, the same command goes on there"
+            )
+        if is_judged:
             effects.evaluate(step.index)
             window.restart()
-        if step.index % effects.checkpoint_every == 0:
+        if is_stored:
             effects.checkpoint(step.index)
+
+
+def _log_window(window: Window, effects: Effects, step: int) -> None:
+    try:
+        metrics = window.close()
+    finally:
+        for bad in window.bad:
+            effects.tell_bad(bad)
+    effects.log(metrics, step)

@@ -2,6 +2,8 @@
 
 import ctypes
 import logging
+import resource
+import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
@@ -94,11 +96,30 @@ def _keep_freed_memory() -> None:
         _log.debug("no glibc: its allocator stays as it is")
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Makes every random draw of a step a pure function of (seed, step, rank).
+def seed_step(seed: int, step: int, number: int) -> None:
+    """Makes every random draw of a batch a pure function of (seed, step, its number in the update).
 
-    So a resumed run draws what the uninterrupted one would have, with no state to store.
+    So a resumed run draws what the uninterrupted one would have, with no state to store, and so
+    does a run on another number of workers.
     """
     # Odd multipliers spread neighbouring triples over the 64-bit seeds (Weyl sequence).
-    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
+    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + number * 0x94D049BB133111EB
     torch.manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in torch's CPU allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def peak_memory() -> str:
+    """The most that this process has held, for messages."""
+    # KiB on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    said = f"{peak / 2**30:.1f} GiB of memory"
+    if torch.cuda.is_available():
+        said += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
+    return said

@@ -1,0 +1,169 @@
+"""Who works on a run's folder: one command at a time, one attempt at a time, politely stopped.
+
+A run is resumed by whoever comes next, so its folder has to say who may write to it. The command
+holds a lock; each (re)start of its workers is an attempt with a token, and whoever finds another
+token than its own has been declared dead and must not write (faults T08, S10).
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from filelock import FileLock, Timeout
+
+from vinedresser.commit import make_folder, this_process, write_file
+from vinedresser.errors import BusyError, TrainingError
+
+_log = logging.getLogger("vinedresser")
+
+# The same failure at the same step so many times in a row is no accident (fault T22).
+_POISON = 3
+_STOP = "stop"
+_ROLLBACKS = "rollbacks.json"
+# How often a run looks whether it shall stop: a look costs some microseconds, on NFS more.
+_LOOK_SECONDS = 0.2
+
+
+@contextlib.contextmanager
+def held(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Holds a run's folder; the lock of a dead process is free.
+
+    Args:
+        folder: of the run.
+        wait: whether to wait for the holder to end, instead of refusing.
+
+    Raises:
+        BusyError: another command works on it.
+    """
+    make_folder(folder)
+    lock = FileLock(folder / ".lock")
+    owner = folder / ".owner"
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        who = owner.read_text() if owner.is_file() else "another process"
+        raise BusyError(f"{folder}: in work by {who}; wait for it to end") from None
+    try:
+        host, pid, _ = this_process().rsplit("~", 2)
+        write_file(owner, f"process {pid} on {host}")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def stopping_politely(folder: Path) -> Iterator[None]:
+    """While inside, SIGTERM asks the run in the folder to stop after its step; a second one ends.
+
+    Elsewhere than in the main thread, signals are left alone.
+    """
+    stop = folder / _STOP
+    stop.unlink(missing_ok=True)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        signal.signal(signal.SIGTERM, before)
+        stop.touch()
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        stop.unlink(missing_ok=True)
+
+
+def was_asked(folder: Path) -> bool:
+    """Whether the run in a folder was asked to stop."""
+    return (folder / _STOP).exists()
+
+
+class StopRequest:
+    """Whether the run in a folder was asked to stop; looks a few times a second at most."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._next, self._is_asked = folder, 0.0, False
+
+    def __call__(self) -> bool:
+        """True from the first time on that it was seen."""
+        now = time.monotonic()
+        if not self._is_asked and now >= self._next:
+            self._next, self._is_asked = now + _LOOK_SECONDS, was_asked(self._folder)
+        return self._is_asked
+
+
+class Attempt:
+    """One attempt at a run. Beginning it ends the right of earlier ones to write."""
+
+    def __init__(self, folder: Path) -> None:
+        """Begins.
+
+        Raises:
+            TrainingError: the attempts before failed in the same way at the same step.
+            MachineError: the folder cannot be written.
+        """
+        self._path, self._failures = folder / "attempt.json", folder / "failures.json"
+        last = _read(self._failures)[-_POISON:]
+        if len(last) == _POISON and all(entry == last[0] for entry in last):
+            step, reason = last[0]
+            raise TrainingError(
+                f"{folder.name} failed {_POISON} times after step {step} with: {reason}; change "
+                "the experiment, or train --from-scratch"
+            )
+        self._token = uuid.uuid4().hex
+        content = {"token": self._token, "process": this_process(), "pid": os.getpid()}
+        write_file(self._path, json.dumps(content) + "\n")
+
+    def require_current(self) -> None:
+        """Called before anything is written for good.
+
+        Raises:
+            BusyError: a later attempt has taken over.
+        """
+        try:
+            token = json.loads(self._path.read_text())["token"]
+        except (OSError, ValueError, KeyError):
+            token = None
+        if token != self._token:
+            raise BusyError(
+                f"{self._path.parent}: a later attempt has taken over; this one writes no more"
+            )
+
+    def failed(self, step: int, error: Exception) -> None:
+        """Notes how this attempt ended; the same again and again is refused by the next."""
+        reason = (str(error.args[0]) if error.args else type(error).__name__).splitlines()[0]
+        entries = [*_read(self._failures), [step, f"{type(error).__name__}: {reason}"]]
+        with contextlib.suppress(Exception):  # the error itself matters more
+            write_file(self._failures, json.dumps(entries) + "\n")
+
+
+def rollbacks(folder: Path) -> int:
+    """How often the run in a folder went back to its last checkpoint because it diverged (T02)."""
+    return len(_read(folder / _ROLLBACKS))
+
+
+def roll_back(folder: Path, *, done: int, reason: str) -> None:
+    """Notes one more than `done`; ranks that note the same one do so once."""
+    entries = _read(folder / _ROLLBACKS)[:done]
+    write_file(folder / _ROLLBACKS, json.dumps([*entries, [done + 1, reason]]) + "\n")
+
+
+def _read(path: Path) -> list[list[object]]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else []
