@@ -1,0 +1,262 @@
+"""Can this model learn at all? First loss, gradients, one small batch, and real data."""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from vinedresser.batch import Batch
+from vinedresser.check.sentences import Sentence, together
+from vinedresser.check.verdict import Check
+from vinedresser.config import Experiment
+from vinedresser.decode import greedy
+from vinedresser.diagnostics.conditioning import Conditioning, conditioning_gap
+from vinedresser.model import Seq2Seq
+from vinedresser.objectives import likelihood
+from vinedresser.optim import build_optimizer
+from vinedresser.train import Place, seed_step, training_steps
+
+# Logits of standard deviation s that know nothing cost ln |V| + s^2 / 2 nats: 1 nat is s = 1.4.
+# The zoo starts at s = 1 or below, tied embeddings without their scale of d^-0.5 at s = sqrt(d).
+MAX_FIRST_EXCESS = 1.0
+# Nats per token at which a batch counts as learned by heart (methods.md 99), and updates for it.
+LEARNED, OVERFIT_UPDATES = 0.01, 300
+# A source must be worth so much, and so many standard errors: that a blind model passes by chance
+# has p = 3e-5 a look. Lengths alone are worth 0.01 (CMUdict, 10 updates).
+MIN_GAP, MIN_DEVIATIONS = 0.02, 4.0
+# Updates after which is looked. CMUdict passes after 50, Multi30k and spoken digits after 50.
+LOOKS = (0, 25, 50, 100, 150, 200)
+# With fewer updates than that nothing is decided; time runs out after so many seconds.
+_MIN_UPDATES, _MAX_SECONDS = 100, 120.0
+
+
+@torch.no_grad()
+def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool) -> Check:
+    """The loss before the first update against that of a uniform guess (methods.md 105).
+
+    Args:
+        model: on its device, in training mode, without dropout.
+        batch: real sentences, on the CPU.
+        vocabulary: ids of the target side.
+        is_fresh: false for a warm start, which must be better than guessing.
+    """
+    batch = batch.to(model.device)
+    loss, guess = float(likelihood(model, model(batch), batch).mean), math.log(vocabulary)
+    figures = {"first_loss": loss, "ln_vocabulary": guess}
+    found = f"{loss:.2f} nats/token"
+    if not is_fresh:
+        return Check(
+            "first loss", loss < guess, found, f"below ln {vocabulary:,} = {guess:.2f}",
+            "" if loss < guess else
+            "the warm start knows less than a uniform guess: its weights do not belong to this "
+            "data or model; look at `init`", figures,
+        )  # fmt: skip
+    passed = abs(loss - guess) <= MAX_FIRST_EXCESS
+    too_high = loss > guess or not math.isfinite(loss)
+    pointer = (
+        "the fresh model is sure of wrong tokens: its logits are too large; look at the initial "
+        "scale of the embeddings, of the output layer and of its bias, and at model.tie"
+        if too_high
+        else "a fresh model knows better than a uniform guess: the loss leaves tokens out, or "
+        "the model sees the token that it is to predict"
+    )
+    wanted = f"ln {vocabulary:,} = {guess:.2f} ± {MAX_FIRST_EXCESS:g}"
+    return Check("first loss", passed, found, wanted, "" if passed else pointer, figures)
+
+
+def gradients(model: Seq2Seq, batch: Batch) -> Check:
+    """Whether the loss moves every tensor that is to be trained.
+
+    Args:
+        model: on its device, in training mode.
+        batch: real sentences, on the CPU.
+    """
+    batch = batch.to(model.device)
+    model.zero_grad(set_to_none=True)
+    torch.autograd.backward(likelihood(model, model(batch), batch).mean)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    idle = [n for n, p in named if p.grad is None or not bool(p.grad.any())]
+    wild = [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
+    model.zero_grad(set_to_none=True)
+    # A norm before a layer without heads, say, is idle and harmless: one tensor in ten may be.
+    passed = not wild and 10 * len(idle) < len(named)
+    found = f"{len(named) - len(idle):,} of {len(named):,} tensors"
+    pointer = ""
+    if wild:
+        pointer = f"a gradient is not finite: {', '.join(wild[:3])}; look at that layer's code"
+    elif idle:
+        pointer = (
+            f"no gradient for {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}: "
+            + ("idle, harmless if meant" if passed else "the way from the loss back is cut, as by "
+               "detach() or no_grad(); these weights never learn")
+        )  # fmt: skip
+    figures = {"idle_tensors": float(len(idle)), "tensors": float(len(named))}
+    return Check("gradients reach", passed, found, "9 of 10 or more, finite", pointer, figures)
+
+
+def overfit(model: Seq2Seq, sentences: Sequence[Sentence], place: Place, *, cap: int) -> Check:
+    """Learns a few sentences by heart and decodes them (methods.md 99).
+
+    Adam at 0.1 / width, at most 3e-3, 10 updates of warm-up, gradients clipped at 1, no dropout:
+    what every form of the zoo learns in under 300 updates.
+
+    Args:
+        model: fresh, on its device, in training mode, without dropout; trained further.
+        sentences: of distinct sources.
+        place: device and precision.
+        cap: no output is longer.
+    """
+    batch = together(sentences).to(place.device)
+    loss, right, updates = math.inf, 0, 0
+    for updates in _overfitting(model, batch, place):  # noqa: B007 - how far it came
+        model.eval()
+        with torch.no_grad():
+            loss = float(likelihood(model, model(batch), batch).mean)
+        outputs = greedy(model, batch.source_BS, batch.source_lengths_B, cap=cap).ids
+        model.train()
+        wanted = [s.target_T.tolist()[:-1] for s in sentences]
+        right = sum(a == b for a, b in zip(outputs, wanted, strict=True))
+        if not math.isfinite(loss) or (loss < LEARNED and right == len(sentences)):
+            break
+    passed = loss < LEARNED and right == len(sentences)
+    pointer = "" if passed else _why_not_learned(loss, right, len(sentences))
+    return Check(
+        "overfit one batch", passed,
+        f"{loss:.3g} nats/token, {right} of {len(sentences)} decoded, {updates} updates",
+        f"< {LEARNED:g}, all, ≤ {OVERFIT_UPDATES}", pointer,
+        {"loss": loss, "decoded": float(right), "updates": float(updates)},
+    )  # fmt: skip
+
+
+def _overfitting(model: Seq2Seq, batch: Batch, place: Place) -> Iterator[int]:
+    """Yields the number of updates each time the loss may be low enough, and at the end."""
+    width = model(batch).shape[-1]
+    rate = min(3e-3, 0.1 / width)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    losses: list[torch.Tensor] = []
+    for update in range(1, OVERFIT_UPDATES + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, update / 10)
+        seed_step(0, update, 0)
+        with place.autocast():
+            loss = likelihood(model, model(batch), batch).mean
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+        # Looked at now and then: a look waits for the device.
+        if update == OVERFIT_UPDATES or (update % 10 == 0 and float(losses[-1]) < LEARNED):
+            yield update
+
+
+def _why_not_learned(loss: float, right: int, count: int) -> str:
+    if not math.isfinite(loss):
+        return "the loss is not finite even at a small rate: look for a division or a log of 0"
+    if loss < LEARNED:
+        return (
+            f"the loss is low but {count - right} outputs are wrong: decoding step by step "
+            "differs from the teacher-forced pass; look at start(), step() and positions"
+        )
+    return (
+        "the model cannot even learn a few sentences by heart: look at masks, at the shift of the "
+        "decoder's inputs, and whether the decoder sees the source; then at its size"
+    )
+
+
+def conditioning(
+    model: Seq2Seq,
+    batches: Iterator[Batch],
+    dev: Sequence[Batch],
+    experiment: Experiment,
+    place: Place,
+) -> Check:
+    """Trains a little on real data, then asks what the right source is worth (methods.md 2).
+
+    Held-out sentences get each other's sources of about the same length. Training ends as soon as
+    the difference is beyond doubt.
+
+    Args:
+        model: on its device, in training mode; trained further.
+        batches: of train.
+        dev: held-out batches.
+        experiment: steps and warm-up as `short` makes them.
+        place: device and precision.
+    """
+    optimizer = build_optimizer(
+        model, experiment.optim, gate_lr_factor=experiment.objective.gate_lr_factor
+    )
+    steps = training_steps(model, batches, optimizer, experiment, place=place)
+    since, loss, result = time.perf_counter(), math.nan, None
+    updates, is_late = 0, False
+    for updates in itertools.count():
+        is_late = time.perf_counter() - since > _MAX_SECONDS
+        if updates in LOOKS or is_late:
+            result = conditioning_gap(model, dev)
+            if is_late or updates == LOOKS[-1] or _listens(result) or not _is_sane(result):
+                break
+        step = next(steps)
+        loss = float(step.nats / step.tokens)
+        if not math.isfinite(loss):
+            break
+    if result is None or not math.isfinite(loss if updates else 0.0) or not _is_sane(result):
+        return Check(
+            "conditioning", False, f"loss {loss:.3g} after {updates} updates", "a finite loss",
+            "training diverges at once: lower optim.lr or optim.clip_norm, lengthen "
+            "optim.warmup_steps", {"updates": float(updates)},
+        )  # fmt: skip
+    return _judged(result, updates)
+
+
+def _listens(result: Conditioning) -> bool:
+    return result.gap >= MIN_GAP and result.deviations >= MIN_DEVIATIONS
+
+
+def _is_sane(result: Conditioning) -> bool:
+    return math.isfinite(result.gap) and math.isfinite(result.true_nats)
+
+
+def _judged(result: Conditioning, updates: int) -> Check:
+    passed: bool | None = _listens(result)
+    pointer = ""
+    if not passed and updates < _MIN_UPDATES:
+        passed = None
+        pointer = (
+            f"{updates} updates in {_MAX_SECONDS:.0f} s are too few to tell; run it where it will "
+            "train, or with a smaller batch.tokens"
+        )
+    elif not passed:
+        pointer = (
+            "other sentences' sources serve as well: source and target rows do not belong "
+            "together (lines shifted or sorted on one side, wrongly encoded: `vinedresser "
+            "describe` on the shards), or the decoder does not see its encoder"
+        )
+    return Check(
+        "conditioning", passed,
+        f"{result.gap:+.3f} ± {result.error:.3f} nats/token, {updates} updates",
+        f"> {MIN_GAP:g}, {MIN_DEVIATIONS:g} errors", pointer,
+        {"gap": result.gap, "error": result.error, "true_nats": result.true_nats,
+         "updates": float(updates)},
+    )  # fmt: skip
+
+
+def short(experiment: Experiment, *, tokens: int) -> Experiment:
+    """The experiment for a short training: one worker, smaller batches, a short warm-up."""
+    optim = experiment.optim.model_copy(
+        update={
+            "warmup_steps": min(experiment.optim.warmup_steps, 20),
+            "anneal": 0.0,
+            "decay": "constant",
+        }
+    )
+    return experiment.model_copy(
+        update={
+            "steps": LOOKS[-1],
+            "optim": optim,
+            "batch": experiment.batch.model_copy(update={"tokens": tokens, "per_update": 0}),
+            "compute": experiment.compute.model_copy(update={"workers": 1}),
+        }
+    )

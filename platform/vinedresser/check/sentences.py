@@ -1,0 +1,86 @@
+"""Single sentences of real batches, and new batches made of them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vinedresser.batch import PAD, Batch
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One pair, without padding.
+
+    Attributes:
+        source_S: int64 ids, EOS at the end; or float32 frames (S, F).
+        target_T: int64 ids, EOS at the end.
+        row: its position in its split.
+    """
+
+    source_S: Tensor
+    target_T: Tensor
+    row: int
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longer side."""
+        return max(len(self.source_S), len(self.target_T))
+
+
+def sentences_of(batch: Batch) -> list[Sentence]:
+    """The rows of a batch."""
+    return [
+        Sentence(batch.source_BS[i, :source], batch.target_BT[i, :target], row)
+        for i, (source, target, row) in enumerate(
+            zip(
+                batch.source_lengths_B.tolist(),
+                batch.target_lengths_B.tolist(),
+                batch.rows_B.tolist(),
+                strict=True,
+            )
+        )
+    ]
+
+
+def together(sentences: Sequence[Sentence]) -> Batch:
+    """Some sentences as one batch, padded to the longest."""
+    sources, targets = [s.source_S for s in sentences], [s.target_T for s in sentences]
+    return Batch(
+        pad_sequence(sources, batch_first=True, padding_value=PAD),
+        torch.tensor([len(source) for source in sources]),
+        pad_sequence(targets, batch_first=True, padding_value=PAD),
+        torch.tensor([len(target) for target in targets]),
+        torch.tensor([s.row for s in sentences]),
+    )
+
+
+def with_filled_padding(batch: Batch, vocabulary: int) -> Batch:
+    """The batch with something else than PAD where no source is: real ids, or frames of 9.
+
+    Args:
+        batch: what to fill.
+        vocabulary: ids of the source; 0 for frames.
+    """
+    source_BS = batch.source_BS.clone()
+    hidden_BS = torch.arange(source_BS.shape[1]) >= batch.source_lengths_B[:, None]
+    source_BS[hidden_BS] = vocabulary - 1 if vocabulary else 9
+    return replace(batch, source_BS=source_BS)
+
+
+def distinct(sentences: Iterable[Sentence]) -> list[Sentence]:
+    """The first sentence of each source: the same source cannot have two right answers."""
+    found: dict[bytes, Sentence] = {}
+    for sentence in sentences:
+        found.setdefault(sentence.source_S.numpy().tobytes(), sentence)
+    return list(found.values())
+
+
+def spread(sentences: Sequence[Sentence], count: int) -> list[Sentence]:
+    """At most `count` of them, of lengths that are evenly spread, shortest first."""
+    ordered = sorted(sentences, key=lambda s: (s.longest, s.row))
+    if len(ordered) <= count:
+        return ordered
+    return [ordered[i * len(ordered) // count] for i in range(count)]

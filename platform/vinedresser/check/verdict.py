@@ -1,0 +1,25 @@
+"""Check: one row of the table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: of the check.
+        passed: None where it could not be decided here, which is no failure.
+        found: the measured value, with its unit.
+        wanted: what a healthy experiment has.
+        pointer: what a failure means, what to do, and which key; or a remark on a pass; or empty.
+        figures: the measured values as numbers, for scripts.
+    """
+
+    name: str
+    passed: bool | None
+    found: str
+    wanted: str
+    pointer: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
