@@ -127,6 +127,27 @@ def train(
 
 
 @app.command()
+def check(
+    experiment: Annotated[str, typer.Argument(help="import path or file; a study's base will do")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    price: Annotated[float, typer.Option(help="of an hour of one worker, for the cost")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Check an experiment before it is trained: data, model, memory, time and cost.
+
+    Trains for about a minute and keeps nothing of it. Exit code 4 if a check fails.
+    """
+    from vinedresser.cli.check import check as run_checks
+    from vinedresser.config import Experiment
+    from vinedresser.study import Study
+
+    value = _resolve(experiment, [Experiment, Study], overrides, "base")
+    if not run_checks(value, workspace, _Say(), price=price, as_json=as_json):
+        raise typer.Exit(4)
+
+
+@app.command()
 def sweep(
     study: Annotated[str, typer.Argument(help="import path or file; a pipeline's study will do")],
     overrides: Overrides = None,
@@ -302,6 +323,18 @@ def doctor(workspace: Workspace = HERE, as_json: AsJson = False) -> None:
         raise typer.Exit(3)
 
 
+class _ToStderr(logging.Handler):
+    """Writes to what `sys.stderr` is by then, so that lines appear above a bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):  # closed: nobody is there to be told
+            self.handleError(record)
+
+
 def _quiet_libraries() -> None:
     """Telemetry off unless the user asks for it, and no chatter of libraries on stderr."""
     for key, value in {
@@ -315,7 +348,7 @@ def _quiet_libraries() -> None:
         import warnings
 
         warnings.simplefilter("ignore")
-    logging.basicConfig(level=logging.ERROR, format="          %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.ERROR, format="          %(message)s", handlers=[_ToStderr()])
     logging.getLogger("vinedresser").setLevel(logging.INFO)
 
 
