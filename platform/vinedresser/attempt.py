@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -84,6 +84,26 @@ def stopping_politely(folder: Path) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         stop.unlink(missing_ok=True)
+
+
+def ask_to_stop(folders: Iterable[Path], *, grace: float) -> None:
+    """Asks the runs in the folders to stop, and waits until each has said that it did.
+
+    Args:
+        folders: of runs that are in work elsewhere; others make this wait in vain.
+        grace: seconds after which nobody is waited for any more.
+    """
+    stops = [folder / _STOP for folder in folders if folder.is_dir()]
+    for stop in stops:
+        stop.touch()
+    until = time.monotonic() + grace
+    while any(stop.exists() for stop in stops) and time.monotonic() < until:
+        time.sleep(_LOOK_SECONDS / 2)
+
+
+def has_stopped(folder: Path) -> None:
+    """Tells who asked the run in a folder to stop that it did."""
+    (folder / _STOP).unlink(missing_ok=True)
 
 
 def was_asked(folder: Path) -> bool:

@@ -1,10 +1,15 @@
 """Trials under Ray Tune: what runs in one, when it is stopped, and what is said of it."""
 
+import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import optuna
@@ -12,16 +17,22 @@ from optuna.storages import JournalStorage
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
+from vinedresser.attempt import ask_to_stop, has_stopped
 from vinedresser.config import Experiment
+from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.distributed import TRIAL_CPUS, Site, num_groups, release_group, require, train
-from vinedresser.errors import VinedresserError
+from vinedresser.errors import InterruptedRunError, VinedresserError
 from vinedresser.metrics import is_lower_better
+from vinedresser.run import run_folder
 from vinedresser.study import Study
 from vinedresser.sweep.journal import has_two
 from vinedresser.sweep.outcome import REASON, short_params
 from vinedresser.sweep.searcher import DIED, Searcher
 
 Say = Callable[[str], None]
+
+# Seconds that trials have for a checkpoint after SIGTERM; schedulers of clusters kill after 30.
+GRACE_SECONDS = 20.0
 
 
 def searcher_for(study: Study, storage: JournalStorage) -> Searcher:
@@ -55,7 +66,7 @@ def run_trials(
     require(study.base.compute, f"a trial of {study.name}")
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints stacks of what we report
     # Tune's own notes, pickles that nobody reads; a killed sweep's are in the way.
-    scratch = folder / "tune"
+    scratch, running = folder / "tune", Running()
     shutil.rmtree(scratch, ignore_errors=True)
     tuner = tune.Tuner(
         tune.with_resources(
@@ -74,11 +85,12 @@ def run_trials(
             storage_path=str(scratch),
             name=study.name,
             verbose=0,
-            callbacks=[Progress(study, say, searcher), Release()],
+            callbacks=[Progress(study, say, searcher), Release(), running],
         ),
     )
     try:
-        tuner.fit()
+        with _checkpointing_first(running, study, site):
+            tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -117,9 +129,65 @@ def _trial(config: Mapping[str, Any], base: Mapping[str, Any], site: Site) -> No
     try:
         experiment = Experiment.from_json(base).override(config)
         train(experiment, site, report=lambda metrics: tune.report(dict(metrics)))
+    except InterruptedRunError:
+        # It has its checkpoint, and is neither done nor failed: the driver is about to end.
+        has_stopped(_folder(config, base, site))
+        time.sleep(2 * GRACE_SECONDS)
     except Exception as error:  # noqa: BLE001 (whatever it is, this trial failed and others go on)
         message = error.args[0] if isinstance(error, VinedresserError) else repr(error)
         tune.report({REASON: str(message).splitlines()[0]})
+
+
+def _folder(config: Mapping[str, Any], base: Mapping[str, Any], site: Site) -> Path:
+    """Of a trial's run."""
+    experiment = Experiment.from_json(base).override(config)
+    shards = open_shards(Path(site.shards), task=experiment.task)
+    return run_folder(experiment, shards, Path(site.workspace))
+
+
+class Running(tune.Callback):
+    """The trials that are in work, for whoever has to end them."""
+
+    def __init__(self) -> None:
+        self.configs: dict[str, Mapping[str, Any]] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Called by Tune in the driver."""
+        del iteration, trials
+        self.configs[trial.trial_id] = dict(trial.config)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Called by Tune in the driver."""
+        del iteration, trials
+        self.configs.pop(trial.trial_id, None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Called by Tune in the driver."""
+        del iteration, trials
+        self.configs.pop(trial.trial_id, None)
+
+
+@contextlib.contextmanager
+def _checkpointing_first(running: Running, study: Study, site: Site) -> Iterator[None]:
+    """SIGTERM lets trials in work write their checkpoints before it does what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        base = study.base.to_json()
+        folders = [_folder(config, base, site) for config in running.configs.values()]
+        ask_to_stop(folders, grace=GRACE_SECONDS)
+        if callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Halving(ASHAScheduler):
