@@ -271,6 +271,9 @@ class Evaluation(Section):
     beam: PositiveInt = 1
     # Exponent of the length penalty ((5 + n) / 6)**alpha of beams (methods.md 92).
     length_alpha: NonNegativeFloat = 0.6
+    # Pictures of the attention to the source, of one dev sentence, and dev/diagonality of up to 32
+    # at every so many evaluations: half a second each for 2 layers (methods.md 98). 0: none.
+    attention_every: NonNegativeInt = 2
     # Padded tokens of a decoding batch. 4,096 keep the scores over a vocabulary of 8,000 at 130 MB.
     tokens: Annotated[int, Field(ge=16)] = 4096
 
