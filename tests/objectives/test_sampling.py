@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainables.attention_rnn import AttentionRnnConfig
+from trainables.conv import ConvConfig
 from trainables.rnn import RnnConfig
 from trainables.transformer import TransformerConfig
 from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
@@ -229,6 +230,7 @@ MODELS = {
     "transformer": TransformerConfig(
         d_model=16, d_ff=32, num_heads=2, encoder_layers=1, decoder_layers=1
     ),
+    "conv": ConvConfig(d_model=16, encoder_layers=1, decoder_layers=1),
     "rnn": RnnConfig(**SIZES),
     "feeding": AttentionRnnConfig(**SIZES, input_feeding=True),
 }
@@ -299,11 +301,12 @@ def test_seed_step_and_rank_alone_decide(name, feedback):
         memory = model.encode(batch.source_BS, batch.source_lengths_B)
         return mixed_inputs(model, memory, batch, epsilon=0.5, feedback=feedback).tolist()
 
-    triples = list(itertools.product(range(2), range(20), range(2)))
+    triples = list(itertools.product(range(2), range(5), range(2)))
     found = [fed(*triple) for triple in triples]
     torch.rand(5)
     assert [fed(*triple) for triple in reversed(triples)] == found[::-1]
-    assert all(found[i] != found[i + 1] for i in range(0, 20, 2))  # of two ranks
+    # Six coins: two of 2**6 outcomes are seldom the same.
+    assert sum(a != b for a, b in zip(found[::2], found[1::2], strict=True)) > 7  # of two ranks
     assert len({str(inputs) for inputs in found}) > 10
 
 

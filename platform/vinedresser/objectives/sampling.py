@@ -97,7 +97,7 @@ def _feed_steps(
     inputs_BT = batch.inputs_BT
     # The only wait for the device: how many rows take their own token at each step.
     counts = is_own_BT.sum(0).tolist()
-    rows_of = is_own_BT.t().nonzero()[:, 1].split(counts)
+    rows_of = torch.split(is_own_BT.t().nonzero()[:, 1], counts)
     last = max((t for t, count in enumerate(counts) if count), default=0)
     state = model.start(memory, last)
     for t in range(last):
