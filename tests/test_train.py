@@ -304,6 +304,18 @@ def test_a_step_is_logged_then_judged_then_stored():
     assert notes == [*logged, ("log", 6), ("log", 8), ("evaluate", 8), ("checkpoint", 8)]
 
 
+def test_every_step_is_told_and_its_loss_where_it_is_logged():
+    config, notes, told = experiment(), [], []
+    model = built(config)
+    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    steps = training_steps(model, endless(), optimizer, config, place=HERE)
+    asked = effects(notes, tell=lambda step, logged: told.append((step, set(logged))))
+    fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), asked)
+    assert [step for step, _ in told] == list(range(1, 9))
+    assert {step for step, logged in told if logged} == {3, 4, 6, 8}
+    assert {"train/nats_per_token", "train/tokens_per_second"} <= told[2][1]
+
+
 def test_a_run_that_diverges_stops_before_it_is_judged():
     config = experiment(**{"optim.lr": 1e30, "optim.clip_norm": 1e30})
     notes: list[tuple[str, int]] = []

@@ -130,6 +130,7 @@ class Effects:
         log_every: updates between log lines.
         evaluate_at: 1-based steps.
         checkpoint_every: updates between checkpoints.
+        tell: takes each step as it was made, and what was logged with it: mostly nothing.
     """
 
     log: Callable[[Mapping[str, float], int], None]
@@ -139,6 +140,7 @@ class Effects:
     log_every: int
     evaluate_at: frozenset[int]
     checkpoint_every: int
+    tell: Callable[[int, Mapping[str, float]], None] = lambda _step, _logged: None
 
 
 def evaluation_steps(experiment: Experiment) -> frozenset[int]:
@@ -162,8 +164,10 @@ def fit(steps: Iterator[Step], averaged: AveragedWeights, window: Window, effect
         window.add(step)
         is_judged = step.index in effects.evaluate_at
         is_stored = step.index % effects.checkpoint_every == 0
+        logged: Mapping[str, float] = {}
         if step.index % effects.log_every == 0 or is_judged or is_stored or step.is_last:
-            _log_window(window, effects, step.index)
+            logged = _log_window(window, effects, step.index)
+        effects.tell(step.index, logged)
         if step.is_last:
             # The evaluation that is due here is made up for when the run goes on.
             effects.checkpoint(step.index)
@@ -177,10 +181,11 @@ def fit(steps: Iterator[Step], averaged: AveragedWeights, window: Window, effect
             effects.checkpoint(step.index)
 
 
-def _log_window(window: Window, effects: Effects, step: int) -> None:
+def _log_window(window: Window, effects: Effects, step: int) -> Mapping[str, float]:
     try:
         metrics = window.close()
     finally:
         for bad in window.bad:
             effects.tell_bad(bad)
     effects.log(metrics, step)
+    return metrics
