@@ -36,8 +36,11 @@ from vinedresser.checkpoint import (
 )
 from vinedresser.commit import digest_of, is_committed, verify, write_file
 from vinedresser.config import Experiment
-from vinedresser.data.batches.stream import load_split, stream
+from vinedresser.data.batches.stream import in_order, load_split, stream
 from vinedresser.data.shards.shard_set import ShardSet, tokenizers
+from vinedresser.diagnostics.conditioning import conditioning_gap
+from vinedresser.diagnostics.diagnosis import Diagnosis
+from vinedresser.diagnostics.symptoms import Facts
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
 from vinedresser.evaluate import Evaluated, evaluate
 from vinedresser.metrics import is_better, is_lower_better, worst
@@ -60,6 +63,9 @@ _log = logging.getLogger("vinedresser")
 
 # Log lines in a run: enough for a smooth curve, few enough for one batch of a tracking server.
 _LOG_LINES = 50
+# Dev sentences whose sources are exchanged at each evaluation: the standard error of the gap is
+# below 0.2 nats a token from 64 sentences on.
+_EXCHANGED = 128
 _EXPERIMENT = "experiment.json"
 
 
@@ -223,6 +229,13 @@ class Run:
             max_skipped=experiment.optim.max_skipped,
             uniform=math.log(self.tokenizers[1].size),
         )
+        self.log_every = max(1, experiment.steps // _LOG_LINES)
+        self.diagnosis = Diagnosis(
+            self.model,
+            Facts.of(experiment, vocabulary=self.tokenizers[1].size),
+            tracker,
+            every=self.log_every,
+        )
         self.best: dict[str, Tensor] = {}
         self.best_step = self.step = 0
         self.best_scores: dict[str, Any] = {}
@@ -250,6 +263,9 @@ class Run:
         except (BusyError, InterruptedRunError, MachineError):
             raise
         except Exception as error:
+            if isinstance(error, DivergedError) and self.place.rank == 0:
+                is_finite = not self.window.bad
+                self.diagnosis.diverged(error.args[0], self.step, is_finite=is_finite)
             allowed = self.experiment.optim.rollbacks
             if isinstance(error, DivergedError) and self.rollbacks < allowed:
                 roll_back(self.folder, done=self.rollbacks, reason=error.args[0])
@@ -273,6 +289,7 @@ class Run:
         )
         # Each rollback halves the rate.
         rate = experiment.optim.lr / 2**self.rollbacks
+        is_first = place.rank == 0
         steps = training_steps(
             self.model,
             batches,
@@ -280,15 +297,15 @@ class Run:
             experiment.override({"optim.lr": rate}) if self.rollbacks else experiment,
             place=place,
             start=start,
+            monitor=self.diagnosis.monitor if is_first else None,
             should_stop=self.should_stop,
         )
-        is_first = place.rank == 0
         effects = Effects(
-            log=self.tracker.log,
+            log=self.diagnosis.note if is_first else self.tracker.log,
             evaluate=self._evaluate if is_first else self._follow,
             checkpoint=self._checkpoint if is_first else lambda _: None,
             tell_bad=self._tell_bad,
-            log_every=max(1, experiment.steps // _LOG_LINES),
+            log_every=self.log_every,
             evaluate_at=evaluation_steps(experiment),
             checkpoint_every=experiment.checkpoint_every,
         )
@@ -304,6 +321,8 @@ class Run:
     def _counted(self, steps: Iterator[Step]) -> Iterator[Step]:
         for step in steps:
             self.step = step.index
+            if step.index == 1 and self.experiment.init is None:
+                self.diagnosis.begin(step.nats, step.tokens)
             yield step
 
     @property
@@ -360,9 +379,10 @@ class Run:
             "dev/teacher_forced_nats": scores.teacher_forced_nats,
             "dev/teacher_forced_error": scores.teacher_forced_error,
             **_gap(evaluated),
+            **self._conditioning(),
             **({"dev/heads": entry["heads"]} if gates else {}),
         }
-        self.tracker.log(logged, step)
+        self.diagnosis.note(logged, step)
         rows = ["source\treference\thypothesis", *("\t".join(r) for r in evaluated.samples())]
         self.tracker.text("\n".join(rows) + "\n", f"samples/step-{step:08d}.tsv")
         # A resumed or recognised run is compared at the evaluation where it is, not at its first.
@@ -372,6 +392,15 @@ class Run:
         # a trial at a report must find it finished.
         if step < self.experiment.steps:
             self.report(self.last_report)
+
+    def _conditioning(self) -> dict[str, float]:
+        """What sources of other sentences cost on a slice of dev, nats a token (methods.md 2)."""
+        assert self.dev is not None
+        tokens = self.experiment.evaluation.tokens
+        with contextlib.suppress(ValueError):  # no batch of two sentences
+            batches = in_order(self.dev, tokens=tokens, sentences=_EXCHANGED)
+            return {"dev/conditioning_gap": conditioning_gap(self.judged, batches).gap}
+        return {}
 
     def _follow(self, step: int) -> None:
         """What ranks other than 0 do meanwhile: each rank reports equally often."""
@@ -412,6 +441,7 @@ class Run:
                 "last_report": self.last_report,
                 "skipped": self.window.skipped,
                 "lowest": self.window.lowest,
+                "diagnosis": self.diagnosis.to_json(),
                 "experiment": self.experiment.to_json(),
                 "machine": self._machine,
             },
@@ -447,6 +477,7 @@ class Run:
         self.history, self.seconds_before = scalars["history"], scalars["seconds"]
         self.last_report = scalars["last_report"]
         self.window.skipped, self.window.lowest = scalars["skipped"], scalars["lowest"]
+        self.diagnosis.restore(scalars["diagnosis"])
         self.step = checkpoint.step
         if self.place.rank == 0:
             _log.info("resumed %s at step %d", self.folder.name, checkpoint.step)

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from vinedresser.config import Experiment
 from vinedresser.diagnostics.monitors import Reading
 
 Points = Sequence[tuple[int, float]]
@@ -52,6 +53,18 @@ class Facts:
     warmup: int
     anneal: float
     clip_norm: float
+
+    @classmethod
+    def of(cls, experiment: Experiment, *, vocabulary: int) -> "Facts":
+        """Of an experiment whose target side has so many ids."""
+        optim = experiment.optim
+        return cls(
+            uniform=math.log(vocabulary),
+            steps=experiment.steps,
+            warmup=optim.warmup_steps,
+            anneal=optim.anneal,
+            clip_norm=optim.clip_norm,
+        )
 
 
 class Log:
