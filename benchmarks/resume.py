@@ -139,8 +139,8 @@ def boundaries(plan: Path) -> None:
             wholes[key] = nursery.read_trace(job.trace)
         job = nursery.Job(config, shards, folder / "killed", folder / "trace")
         codes, reached = [], []
-        for name, count in case["moments"]:
-            codes.append(nursery.attempt(job, (name, count)))
+        for moment in case["moments"]:
+            codes.append(nursery.attempt(job, tuple(moment)))
             reached.append(nursery.read_trace(job.trace).last)
         codes.append(nursery.attempt(job))
         found = nursery.read_trace(job.trace)

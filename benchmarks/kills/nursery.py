@@ -24,18 +24,22 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from vinedresser import distributed
 from vinedresser import evaluate as evaluation
 from vinedresser import run as runner
 from vinedresser.checkpoint import optimizer_tensors
 from vinedresser.config import Experiment
 from vinedresser.config.experiment import zoo_modules
-from vinedresser.data.shards.shard_set import open_shards
+from vinedresser.distributed import Site
+from vinedresser.errors import InterruptedRunError
 from vinedresser.run import Outcome, Run
-from vinedresser.tracking import NullTracker
-from vinedresser.train import Step, place
+from vinedresser.tracking import NullTracker, store_for
+from vinedresser.train import Step
 
-# Where a kill strikes: a named point and the how-manieth pass, or seconds after the start.
-Moment = tuple[str, int] | float
+# A named point, and the how-manieth pass of it, where a process gets SIGKILL or another signal.
+Blow = tuple[str, int] | tuple[str, int, int]
+# Or so many seconds after its start.
+Moment = Blow | float
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Job:
 
 
 class Points:
-    """Counts named points as this process passes them, and dies by SIGKILL at one of them.
+    """Counts named points as this process passes them, and at one of them gets a signal.
 
     Points: `start`, `gradient@7` (after backward, before the update), `updated@7` (after it, before
     anybody hears of it), `yielded@7`, `evaluate`, `decode` (each batch), `evaluated`; and each time
@@ -58,15 +62,16 @@ class Points:
     checkpoint.
     """
 
-    def __init__(self, at: tuple[str, int] | None) -> None:
-        self.at, self.counts = at, Counter[str]()
+    def __init__(self, at: Blow | None) -> None:
+        self.at, self.counts = at[:2] if at else None, Counter[str]()
+        self._signal = at[2] if at and len(at) > 2 else signal.SIGKILL
         self._room, self._is_renamed = "", False
 
     def __call__(self, name: str) -> None:
         """Passes a point."""
         self.counts[name] += 1
         if self.at == (name, self.counts[name]):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self._signal)
 
     def audit(self, event: str, words: tuple[Any, ...]) -> None:
         """Called by Python before each open, rename, remove, mkdir and rmdir."""
@@ -164,28 +169,32 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def train(job: Job, at: tuple[str, int] | None, counts: Path | None) -> None:
+def train(job: Job, at: Blow | None, counts: Path | None) -> None:
     """Trains to the end, in place, as `vinedresser train` does below its tracking."""
-    points = Points(at)
+    points, runs = Points(at), list[Run]()
     watch(points, job.trace)
-    shards, config = open_shards(job.shards), Experiment.from_json(job.experiment)
-    folder = runner.run_folder(config, shards, job.workspace)
-    outcome, text = runner.finished(folder), ""
-    if outcome is None:
-        here = place(config.compute)
-        run = Run(config, shards, folder, place=here, tracker=NullTracker(), report=lambda _: None)
+
+    def begun(*words: Any, **more: Any) -> Run:
+        runs.append(Run(*words, **more))
         points("start")
-        outcome = run.execute()
-        text = f"state {state(run)}\n"
-    assert outcome is not None
+        return runs[-1]
+
+    site = Site(
+        str(job.shards), str(job.workspace), store_for(job.workspace, "kills"), kind="prune"
+    )
+    distributed.Run = begun
+    distributed._open = lambda *_: NullTracker()
+    config = Experiment.from_json(job.experiment)
+    outcome = distributed.train(config, site, report=lambda _: None)
     with job.trace.open("a") as stream:
-        stream.write(f"{text}end {ending(outcome)}\n")
+        stream.writelines(f"state {state(run)}\n" for run in runs)
+        stream.write(f"end {ending(outcome)}\n")
     if counts is not None:
         counts.write_text(json.dumps(points.counts))
 
 
 def attempt(job: Job, moment: Moment | None = None, *, counts: Path | None = None) -> int:
-    """One child that trains; its exit code, -9 where it was killed.
+    """One child that trains; its exit code: 0, -9 where it was killed, 75 where told to stop.
 
     Raises:
         RuntimeError: it ended in another way than by the kill or at the end.
@@ -195,6 +204,8 @@ def attempt(job: Job, moment: Moment | None = None, *, counts: Path | None = Non
     if not child:
         try:
             train(job, moment if isinstance(moment, tuple) else None, counts)
+        except InterruptedRunError as error:
+            os._exit(error.exit_code)
         except BaseException:  # noqa: BLE001 - said, and the parent raises
             traceback.print_exc()
             os._exit(1)
@@ -211,7 +222,7 @@ def attempt(job: Job, moment: Moment | None = None, *, counts: Path | None = Non
 
 
 def _checked(code: int) -> int:
-    if code not in (0, -signal.SIGKILL):
+    if code not in (0, -signal.SIGKILL, InterruptedRunError.exit_code):
         raise RuntimeError(f"a run ended with code {code}; its traceback is above")
     return code
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search_spaces.demo import EXPERIMENT as DEMO
+from vinedresser.attempt import Attempt
 from vinedresser.config import Experiment, Pair, Task, TextCorpus, Tokenizer
 from vinedresser.data import prepare
 from vinedresser.data.batches.stream import stream
@@ -76,6 +77,7 @@ def _one(config: Experiment, folder: Path, count: int) -> dict[str, float]:
         run.averaged.update(next(steps).index)
     step_seconds = (time.perf_counter() - began) / count
     batches.close()
+    run.attempt = Attempt(run.folder)
     # As after an evaluation: the best weights so far are stored, too.
     run.best = {name: tensor.clone() for name, tensor in run.averaged.tensors.items()}
     saves, syncs = [], []

@@ -26,6 +26,8 @@ PATTERNS = ("WWD", "WDW", "DWW", "W")
 _FORMS = ("transformer, gated, sampled", "attention_rnn, bf16", "conv, sampled")
 # Seconds that any one wait may take.
 _PATIENCE = 120.0
+# Exit code of a command that another process keeps from its folder.
+_BUSY = 75
 
 
 def kill(folder: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def kill(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         if name not in wholes:
             wholes[name] = _Driven(folder / f"whole-{len(wholes)}", name).finish()
         driven = _Driven(folder / f"run-{figures['runs']}", name)
-        steps = sorted(draw.sample(range(5, driven.steps - 5), len(pattern)))
+        steps = sorted(draw.sample(range(5, driven.steps - 50), len(pattern)))
         for who, step in zip(pattern, steps, strict=True):
             driven.wait_for(step)
             time.sleep(draw.uniform(0, 0.1))
@@ -77,7 +79,7 @@ class _Driven:
         folder.mkdir(parents=True)
         self.folder, self.gone_seconds = folder, list[float]()
         shards = forms.corpus(folder, "symbols")
-        plain = forms.experiment(form, shards.task, **{"compute.workers": 2, "steps": 90})
+        plain = forms.experiment(form, shards.task, **{"compute.workers": 2, "steps": 150})
         self.steps = int(plain["steps"])
         self._plan = folder / "plan.json"
         words = {"experiment": plain, "shards": str(shards.folder), "folder": str(folder)}
@@ -95,6 +97,9 @@ class _Driven:
     def _wait(self, until: Callable[[], bool], what: str) -> float:
         began = time.monotonic()
         while not until():
+            if self._driver.poll() == _BUSY:  # a worker of the dead driver still holds the run
+                time.sleep(0.5)
+                self._driver = self._start()
             if self._driver.poll() not in (None, -signal.SIGKILL):
                 text = (self.folder / "log").read_text()[-2000:]
                 raise RuntimeError(f"driver ended with {self._driver.returncode}: {text}")
@@ -122,7 +127,7 @@ class _Driven:
         killed.kill()
         # What the other one still does before it hears of it is no recovery.
         others = [p for p in workers if p.pid != killed.pid]
-        psutil.wait_procs(others, timeout=_PATIENCE)
+        self._wait(lambda: not any(map(_lives, others)), "the other worker's end")
         return "worker_seconds", self._next_line(began)
 
     def kill_driver(self) -> tuple[str, float]:
@@ -131,23 +136,26 @@ class _Driven:
         began = time.monotonic()
         os.kill(self._driver.pid, signal.SIGKILL)
         self._driver.wait()
-        _, alive = psutil.wait_procs(children, timeout=_PATIENCE)
-        if alive:
-            raise TimeoutError(f"{[p.name() for p in alive]} outlive their driver")
-        self.gone_seconds.append(time.monotonic() - began)
         self._driver = self._start()
+        self.gone_seconds.append(self._wait(lambda: not any(map(_lives, children)), "dying"))
         return "driver_seconds", self._next_line(began)
 
     def finish(self) -> tuple[nursery.Trace, ...]:
         """Waits for the end; the traces of both workers, with the bundle in the first one's."""
-        code = self._driver.wait(timeout=_PATIENCE)
-        if code:
-            raise RuntimeError(f"driver ended with {code}: {(self.folder / 'log').read_text()}")
+        self._wait(lambda: self._driver.poll() == 0, "the end")
         return self._trace(0), self._trace(1)
 
 
 def _below(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """A dead one that nobody reaps, as in a container without an init, does not."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_worker(process: psutil.Process) -> bool:
