@@ -36,8 +36,10 @@ from vinedresser.checkpoint import (
 )
 from vinedresser.commit import digest_of, is_committed, verify, write_file
 from vinedresser.config import Experiment
-from vinedresser.data.batches.stream import in_order, load_split, stream
+from vinedresser.data.batches.prefetch import prefetched
+from vinedresser.data.batches.stream import Batches, in_order, load_split
 from vinedresser.data.shards.shard_set import ShardSet, tokenizers
+from vinedresser.diagnostics.attention import AttentionWatch
 from vinedresser.diagnostics.conditioning import conditioning_gap
 from vinedresser.diagnostics.diagnosis import Diagnosis
 from vinedresser.diagnostics.symptoms import Facts
@@ -46,17 +48,21 @@ from vinedresser.evaluate import Evaluated, evaluate
 from vinedresser.metrics import is_better, is_lower_better, worst
 from vinedresser.nn.gates import head_gates
 from vinedresser.optim import build_optimizer, freeze
-from vinedresser.tracking import Tracker
+from vinedresser.tracking import NullTracker, Tracker
 from vinedresser.train import (
     AveragedWeights,
+    Best,
     Effects,
     Place,
     Step,
+    Tell,
+    Teller,
     Window,
     evaluation_steps,
     fit,
     seed_step,
     training_steps,
+    untold,
 )
 
 _log = logging.getLogger("vinedresser")
@@ -192,7 +198,7 @@ class RolledBackError(DivergedError):
 class Run:
     """One worker of one run. `execute` does it all; rank 0 alone evaluates and writes."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what, where, and three listeners
         self,
         experiment: Experiment,
         shards: ShardSet,
@@ -201,9 +207,12 @@ class Run:
         place: Place,
         tracker: Tracker,
         report: Report,
+        tell: Tell = untold,
     ) -> None:
         self.experiment, self.shards, self.folder = experiment, shards, folder
         self.place, self.tracker, self.report = place, tracker, report
+        self.batches = Batches(shards, experiment.batch, seed=experiment.seed)
+        self.teller = Teller(tell, experiment, batches_an_epoch=self.batches.per_epoch)
         self.should_stop = StopRequest(folder)
         self.attempt: Attempt | None = None
         self.rollbacks = rollbacks(folder)
@@ -243,6 +252,9 @@ class Run:
         self.last_report: dict[str, float] = {}
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.dev = load_split(shards, "dev") if place.rank == 0 else None
+        self.watch: AttentionWatch | None = None
+        if self.dev is not None and not isinstance(tracker, NullTracker):
+            self.watch = AttentionWatch(self.dev, self.tokenizers)
         # A second copy of the model holds the averaged weights while they are judged.
         self.judged = experiment.model.build(vocabulary_of(*self.tokenizers, joint=joint))
         self.judged.place(encoder=place.of_encoder, decoder=place.device).eval()
@@ -279,14 +291,8 @@ class Run:
     def _execute(self) -> Outcome | None:
         experiment, place = self.experiment, self.place
         start = self._resume()
-        batches = stream(
-            self.shards,
-            experiment.batch,
-            seed=experiment.seed,
-            rank=place.rank,
-            of=place.workers,
-            at=start * experiment.batches_a_rank,
-        )
+        at = start * experiment.batches_a_rank
+        batches = prefetched(self.batches.steps(rank=place.rank, of=place.workers, at=at))
         # Each rollback halves the rate.
         rate = experiment.optim.lr / 2**self.rollbacks
         is_first = place.rank == 0
@@ -308,6 +314,7 @@ class Run:
             log_every=self.log_every,
             evaluate_at=evaluation_steps(experiment),
             checkpoint_every=experiment.checkpoint_every,
+            tell=self.teller,
         )
         # However training ends, the thread that reads ahead ends with it.
         with contextlib.closing(batches):
@@ -315,6 +322,7 @@ class Run:
             if start in effects.evaluate_at and self._judged_at < start:
                 effects.evaluate(start)
             self.window.restart()
+            self.teller(start, {})
             fit(self._counted(steps), self.averaged, self.window, effects)
         return self._finish() if is_first else None
 
@@ -352,6 +360,7 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         """Judges the averaged weights, keeps them if they ship, and reports the best so far."""
+        self.teller.judging(step)
         try:
             evaluated = self._judge()
         except InterruptedRunError:
@@ -373,6 +382,7 @@ class Run:
         if gates or is_better(metric, scores.value, so_far) or not self.best:
             self.best = {name: t.clone() for name, t in self.averaged.tensors.items()}
             self.best_step, self.best_scores = step, scores.to_json()
+        self.teller.best = self._best
         logged = {
             f"dev/{metric}": scores.value,
             f"best/{metric}": float(self.best_scores[metric]),
@@ -380,6 +390,7 @@ class Run:
             "dev/teacher_forced_error": scores.teacher_forced_error,
             **_gap(evaluated),
             **self._conditioning(),
+            **self._attention(step),
             **({"dev/heads": entry["heads"]} if gates else {}),
         }
         self.diagnosis.note(logged, step)
@@ -392,6 +403,21 @@ class Run:
         # a trial at a report must find it finished.
         if step < self.experiment.steps:
             self.report(self.last_report)
+        self.teller(step, {})
+
+    @property
+    def _best(self) -> Best | None:
+        metric = self.experiment.task.metric
+        if not self.best_scores:
+            return None
+        return Best(metric, float(self.best_scores[metric]), self.best_step)
+
+    def _attention(self, step: int) -> Mapping[str, float]:
+        """Pictures and diagonality of the attention to the source, where they are due."""
+        every = self.experiment.evaluation.attention_every
+        if self.watch is None or not every or len(self.history) % every:
+            return {}
+        return self.watch.look(self.judged, self.tracker, step)
 
     def _conditioning(self) -> dict[str, float]:
         """What sources of other sentences cost on a slice of dev, nats a token (methods.md 2)."""
@@ -399,7 +425,8 @@ class Run:
         tokens = self.experiment.evaluation.tokens
         with contextlib.suppress(ValueError):  # no batch of two sentences
             batches = in_order(self.dev, tokens=tokens, sentences=_EXCHANGED)
-            return {"dev/conditioning_gap": conditioning_gap(self.judged, batches).gap}
+            found = conditioning_gap(self.judged, batches)
+            return {"dev/conditioning_gap": found.gap, "dev/conditioning_error": found.error}
         return {}
 
     def _follow(self, step: int) -> None:
@@ -476,6 +503,7 @@ class Run:
         self.best_step, self.best_scores = scalars["best_step"], scalars["best_scores"]
         self.history, self.seconds_before = scalars["history"], scalars["seconds"]
         self.last_report = scalars["last_report"]
+        self.teller.best = self._best
         self.window.skipped, self.window.lowest = scalars["skipped"], scalars["lowest"]
         self.diagnosis.restore(scalars["diagnosis"])
         self.step = checkpoint.step

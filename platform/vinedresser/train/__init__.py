@@ -2,13 +2,18 @@
 
 from vinedresser.train.fit import AveragedWeights, Effects, Window, evaluation_steps, fit
 from vinedresser.train.place import Place, has_bf16, place, seed_step
+from vinedresser.train.progress import Best, Progress, Tell, Teller, untold
 from vinedresser.train.steps import Step, Trainee, training_steps
 
 __all__ = [
     "AveragedWeights",
+    "Best",
     "Effects",
     "Place",
+    "Progress",
     "Step",
+    "Tell",
+    "Teller",
     "Trainee",
     "Window",
     "evaluation_steps",
@@ -17,4 +22,5 @@ __all__ = [
     "place",
     "seed_step",
     "training_steps",
+    "untold",
 ]
