@@ -29,13 +29,10 @@ def check(
     """
     since = time.perf_counter()
     shards = prepare(experiment.task, workspace / "shards", say=say)
-    found = []
     # A line that spins, on a terminal only.
     with Console(stderr=True).status("") as status:
-        for each in checks(
-            experiment, shards, price=price, begin=lambda what: status.update(f"{what} ...")
-        ):
-            found.append(each)
+        begin: Callable[[str], None] = lambda what: status.update(f"{what} ...")  # noqa: E731
+        found = list(checks(experiment, shards, price=price, begin=begin))
     seconds = time.perf_counter() - since
     passed = all(each.passed is not False for each in found)
     if as_json:
