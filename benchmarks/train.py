@@ -1,9 +1,10 @@
-"""Training speed of the zoo against JoeyNMT: real target tokens per processor second, one thread.
+"""Training speed of the zoo against peers: real target tokens per processor second, one thread.
 
-`make bench NAME=train`; the settings are those of JoeyNMT's counterparts: Multi30k De-En, a joint
+`make bench NAME=train`; the settings are those of the peers' counterparts: Multi30k De-En, a joint
 BPE of 8,000 pieces tied three ways, dropout .1, label smoothing .1, batches of 4,096 padded
-tokens. JoeyNMT lives in an environment of its own, made once under `.peers/joeynmt`, and gets the
-very same pieces. Rounds alternate; a ratio is the median over rounds of the ratios in one round.
+tokens; transformers takes 128 sentences, grouped by length. Each peer lives in an environment of
+its own, made once under `.peers`, and gets the very same pieces. Rounds alternate; a ratio is the
+median over rounds of the ratios in one round.
 """
 
 import argparse
@@ -23,6 +24,8 @@ PEERS = ROOT / ".peers"
 WARM_UP = 3
 # Ours -> JoeyNMT's counterpart. Its attention LSTM feeds the attentional state back.
 PEER_OF = {"transformer-small": "transformer", "rnn-small": "lstm"}
+# These are compared with a Marian model under transformers' Trainer too.
+HAVE_HF = {"transformer-small"}
 # The others share weights between target embedding and output layer only.
 TIES_ALL = {"transformer-small"}
 
@@ -122,18 +125,28 @@ def write_pieces(shards: Path, folder: Path) -> None:
             (folder / f"{split}.{language}").write_text("\n".join(lines) + "\n")
 
 
-def environment() -> Path:
-    """JoeyNMT's own Python; installed at the first call, about two minutes."""
-    python = PEERS / "joeynmt/bin/python"
+# What pip is given, one call after another. torch first, the project's own version.
+# JoeyNMT's pins (protobuf < 3.21) and sentencepiece 0.2.3 do not work together: no dependencies of
+# its own choice.
+INSTALLS = {
+    "joeynmt": [
+        "torch==2.13.0",
+        "--no-deps joeynmt==2.3.0",
+        "numpy tensorboard sacrebleu sacremoses sentencepiece==0.2.0 subword-nmt pyyaml packaging "
+        "datasets pandas matplotlib seaborn six setuptools importlib_metadata",
+    ],
+    "hf": ["torch==2.13.0", "transformers==5.23.0 datasets==5.2.0 accelerate==1.15.0"],
+}
+
+
+def environment(peer: str = "joeynmt") -> Path:
+    """A peer's own Python; installed at the first call, about two minutes."""
+    python = PEERS / peer / "bin/python"
     if not python.exists():
-        print("installing JoeyNMT 2.3.0 into .peers/joeynmt", flush=True)
-        # Its pins (protobuf < 3.21) and sentencepiece 0.2.3 do not work together: no dependencies
-        # of its own choice.
-        needs = "numpy tensorboard sacrebleu sacremoses sentencepiece==0.2.0 subword-nmt pyyaml "
-        needs += "packaging datasets pandas matplotlib seaborn six setuptools importlib_metadata"
-        subprocess.run([sys.executable, "-m", "venv", str(PEERS / "joeynmt")], check=True)
-        for wanted in (["torch==2.13.0"], ["--no-deps", "joeynmt==2.3.0"], needs.split()):
-            command = [str(python), "-m", "pip", "install", "-q", *wanted]
+        print(f"installing {peer} into .peers/{peer}", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(PEERS / peer)], check=True)
+        for wanted in INSTALLS[peer]:
+            command = [str(python), "-m", "pip", "install", "-q", *wanted.split()]
             subprocess.run(command, check=True)
     return python
 
@@ -148,12 +161,19 @@ def _last_json(command: list[str]) -> dict[str, float]:
     return figures
 
 
-def measure_joeynmt(python: Path, model: str, seconds: float, folder: Path, run: int) -> float:
+def measure_joeynmt(model: str, seconds: float, folder: Path, run: int) -> float:
     """Tokens a processor second of JoeyNMT's loop."""
     config = folder / f"{model}-{run}.yaml"
     config.write_text(JOEY.format(folder=folder, model=model, run=run, sizes=JOEY_MODELS[model]))
     script = ROOT / "benchmarks/peers/joeynmt_steps.py"
-    command = [str(python), str(script), str(config), str(seconds)]
+    command = [str(environment()), str(script), str(config), str(seconds)]
+    return _last_json(command)["tokens_per_cpu_second"]
+
+
+def measure_hf(precision: str, seconds: float, folder: Path, run: int) -> float:
+    """The same of transformers' Trainer with batches grouped by length."""
+    script = ROOT / "benchmarks/peers/hf_steps.py"
+    command = [str(environment("hf")), str(script), str(folder), str(seconds), precision, str(run)]
     return _last_json(command)["tokens_per_cpu_second"]
 
 
@@ -209,20 +229,35 @@ def rounds(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, fl
     """One measurement of everything a round, in alternating order."""
     shards = corpus(folder)
     write_pieces(shards, folder)
-    python = environment()
-    wanted = list(arguments.models)
+    wanted, seconds = list(arguments.models), arguments.seconds
     for run in range(1, arguments.rounds + 1):
         found: dict[str, float] = {}
         for model in wanted if run % 2 else wanted[::-1]:
-            peer = PEER_OF.get(model)
-            if peer:
-                name = f"joeynmt {peer}"
-                found[name] = measure_joeynmt(python, peer, arguments.seconds, folder, run)
             for precision in ("fp32", "auto"):
-                rate = measure_ours(model, precision, arguments.seconds, shards, run)
-                found[f"{model} {precision}"] = rate
+                # Beside each other: what disturbs one of the pair likely disturbs the other.
+                if model in HAVE_HF:
+                    other = "bf16" if precision == "auto" else "fp32"
+                    found[f"hf grouped {other}"] = measure_hf(other, seconds, folder, run)
+                found[f"{model} {precision}"] = measure_ours(model, precision, seconds, shards, run)
+                peer = PEER_OF.get(model)
+                if peer and precision == "fp32":
+                    found[f"joeynmt {peer}"] = measure_joeynmt(peer, seconds, folder, run)
         print(f"round {run}: " + ", ".join(f"{k} {v:.0f}" for k, v in found.items()), flush=True)
         yield found
+
+
+def ratios(model: str, found: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Figure's name -> ours over the peer's in each round."""
+    pairs = {}
+    if model in HAVE_HF:
+        pairs["fp32_vs_hf_grouped"] = (f"{model} fp32", "hf grouped fp32")
+        pairs["default_vs_hf_grouped_bf16"] = (f"{model} auto", "hf grouped bf16")
+    if model in PEER_OF:
+        peer = PEER_OF[model]
+        short = "" if peer == "transformer" else f"{peer}_"
+        for precision, label in (("fp32", "fp32"), ("auto", "default")):
+            pairs[f"{short}{label}_vs_joeynmt"] = (f"{model} {precision}", f"joeynmt {peer}")
+    return {name: [run[ours] / run[peer] for run in found] for name, (ours, peer) in pairs.items()}
 
 
 def main() -> None:
@@ -243,15 +278,10 @@ def main() -> None:
         values = [run[name] for run in found]
         print(f"{name:28}{statistics.median(values):8.0f}{min(values):8.0f}{max(values):8.0f}")
     figures: dict[str, float] = {}
-    for model, peer in PEER_OF.items():
-        if model not in arguments.models:
-            continue
-        short = "" if peer == "transformer" else f"{peer}_"
-        for precision, label in (("fp32", "fp32"), ("auto", "default")):
-            ratios = [run[f"{model} {precision}"] / run[f"joeynmt {peer}"] for run in found]
-            figures[f"{short}{label}_vs_joeynmt"] = round(statistics.median(ratios), 3)
-            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            print(f"{model} {label} against JoeyNMT: {statistics.median(ratios):.2f} ({spread})")
+    for model in arguments.models:
+        for name, values in ratios(model, found).items():
+            figures[name] = round(statistics.median(values), 3)
+            print(f"{name:28}{figures[name]:8.2f}{min(values):8.2f}{max(values):8.2f}")
     print(json.dumps(figures))
 
 
