@@ -1,0 +1,114 @@
+"""What a run tells while it goes: where it stands, and where its model looks."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vinedresser.config import Experiment
+from vinedresser.data.batches.stream import Batches
+from vinedresser.data.shards.shard_set import ShardSet
+from vinedresser.run import Run, run_folder
+from vinedresser.tracking import MemoryTracker, NullTracker, Tracker
+from vinedresser.train import Best, Place, Progress
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = {"d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+
+
+def experiment(shards: ShardSet, **changes: Any) -> Experiment:
+    """24 updates, judged after 8, 16 and 24, stored every 5."""
+    model = {"kind": "transformer", **TINY}
+    base = Experiment.from_json({"task": shards.task.to_json(), "model": model})
+    settled = {
+        "steps": 24, "checkpoint_every": 5, "batch.tokens": 64, "optim.warmup_steps": 4,
+        "evaluation.times": 3, "evaluation.sentences": 10,
+    }  # fmt: skip
+    return base.override({**settled, **changes})
+
+
+def run_of(
+    config: Experiment, shards: ShardSet, workspace: Path, tracker: Tracker, **more: Any
+) -> Run:
+    folder, here = run_folder(config, shards, workspace), Place(torch.device("cpu"), None)
+    given = {"report": lambda _: None, **more}
+    return Run(config, shards, folder, place=here, tracker=tracker, **given)
+
+
+class StopError(Exception):
+    """Stands for whatever may end a process."""
+
+
+def test_progress_from_the_first_update_to_the_last(reversal: ShardSet, tmp_path: Path):
+    config = experiment(reversal, **{"batch.per_update": 2})
+    tracker, told = MemoryTracker(), list[Progress]()
+    outcome = run_of(config, reversal, tmp_path, tracker, tell=told.append).execute()
+    assert outcome is not None
+    per_epoch = Batches(reversal, config.batch, seed=1).per_epoch
+    assert [p.step for p in told if p.phase == "training" and p.step % 8] == [
+        step for step in range(25) if step % 8
+    ]
+    assert all(p.steps == 24 and p.epoch == pytest.approx(2 * p.step / per_epoch) for p in told)
+    assert [(p.step, p.evaluations_left) for p in told if p.phase == "evaluating"] == [
+        (8, 3), (16, 2), (24, 1)
+    ]  # fmt: skip
+    assert (told[0].step, told[0].evaluations_left, told[0].best) == (0, 3, None)
+    assert (told[-1].step, told[-1].evaluations_left) == (24, 0)
+    # Every log line's loss is the one that was logged, and no other step waits for its own.
+    logged = [
+        (step, value) for key, value, step in tracker.metrics if key == "train/nats_per_token"
+    ]
+    assert [(p.step, p.loss) for p in told if p.loss is not None] == logged
+    improved, lowest = [], math.inf
+    for entry in outcome.history:
+        if entry["value"] < lowest:
+            lowest = entry["value"]
+            improved.append(Best("per", lowest, int(entry["step"])))
+    assert list(dict.fromkeys(p.best for p in told if p.best)) == improved
+    assert told[-1].best == Best("per", outcome.value, outcome.best_step)
+
+
+def test_a_resumed_run_stands_where_it_was(reversal: ShardSet, tmp_path: Path):
+    config = experiment(reversal)
+
+    def stop(values: Any) -> None:
+        if values["step"] == 16:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run_of(config, reversal, tmp_path, MemoryTracker(), report=stop).execute()
+    told = list[Progress]()
+    run = run_of(config, reversal, tmp_path, MemoryTracker(), tell=told.append)
+    assert run.execute() is not None
+    first = told[0]
+    assert (first.step, first.evaluations_left) == (15, 2)
+    assert first.epoch == pytest.approx(15 / run.batches.per_epoch)
+    assert first.best is not None
+    assert first.best.step == 8
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, []), (1, [8, 16, 24]), (2, [16]), (3, [24])])
+def test_attention_is_pictured_at_every_so_many_evaluations(
+    reversal: ShardSet, tmp_path: Path, every: int, steps: list[int]
+):
+    config = experiment(reversal, **{"evaluation.attention_every": every})
+    tracker = MemoryTracker()
+    assert run_of(config, reversal, tmp_path, tracker).execute() is not None
+    found = [(value, step) for key, value, step in tracker.metrics if key == "dev/diagonality"]
+    assert [step for _, step in found] == steps
+    assert all(-1 <= value <= 1 for value, _ in found)
+    pictures = {name for name in tracker.artifacts if name.startswith("attention/")}
+    assert pictures == {f"attention/decoder.0.dec_enc/step-{step:08d}.png" for step in steps}
+
+
+def test_nothing_is_drawn_for_nobody(
+    reversal: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("vinedresser.diagnostics.attention.figure", refuse)
+    assert run_of(experiment(reversal), reversal, tmp_path, NullTracker()).execute() is not None
