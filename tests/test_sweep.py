@@ -440,3 +440,37 @@ def test_after_kill_9_the_same_command_goes_on(
     rows = board(tracking.store_for(workspace, "reversal"))
     assert {one.state for one in rows} == {"FINISHED"}
     assert Counter(one.kind for one in rows) == {"sweep": 1, "trial": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_told_to_stop_trials_write_checkpoints_and_go_on_from_them(
+    command: Any, tmp_path: Path, tiny_study: dict[str, Any]
+) -> None:
+    """Fault T09 in a sweep: without a periodic checkpoint, only that of the stop can be there."""
+    study = {**tiny_study, "num_trials": 2, "concurrent": 2, "stopping": None}
+    study["base"] = {**study["base"], "steps": 3000, "checkpoint_every": 3000}
+    study["base"]["evaluation"] = {"times": 10}
+    driver = command(study)
+
+    def lines(log: str, wanted: str) -> list[str]:
+        return [line for line in (tmp_path / log).read_text().splitlines() if wanted in line]
+
+    def both_train() -> bool:
+        assert driver.poll() is None, (tmp_path / "log-0").read_text()
+        return len({line.split()[2] for line in lines("log-0", "/3000")}) == 2
+
+    assert wait_until(both_train, 120), (tmp_path / "log-0").read_text()
+    driver.terminate()
+    assert driver.wait(timeout=60) == 75, (tmp_path / "log-0").read_text()
+    runs = tmp_path / "space" / "runs"
+    stored = {path.parents[1].name for path in runs.glob("*/checkpoints/step-*")}
+    assert len(stored) == 2
+    assert Counter(journal_states(tmp_path / "space").values())["COMPLETE"] == 0
+    # The same proposals are made again, in the same folders.
+    again = command(study)
+    assert wait_until(lambda: len(lines("log-1", "starts with")) == 2, 90)
+    again.kill()
+    proposed = [{line.split(" with ")[1] for line in lines(f"log-{i}", " with ")} for i in (0, 1)]
+    assert proposed[0] == proposed[1]
+    assert {path.name for path in runs.iterdir()} == stored
