@@ -81,9 +81,9 @@ def test_lines_at_log_lines_five_seconds_apart():
         best = Best("per", 12.34, 80) if step > 80 else None
         lines(Progress(step, 900, step / 100, 1, "training", loss, 11_234.0, best))
     assert said == [
-        "step 10/900  epoch 0.1  loss 3.90  11.2k tok/s  ETA 1:51",
-        "step 50/900  epoch 0.5  loss 3.50  11.2k tok/s  ETA 1:46",
-        "step 90/900  epoch 0.9  loss 3.10  11.2k tok/s  ETA 1:41  best per 12.34 (step 80)",
+        "step 10/900  epoch 0.10  loss 3.90  11.2k tok/s  ETA 1:51",
+        "step 50/900  epoch 0.50  loss 3.50  11.2k tok/s  ETA 1:46",
+        "step 90/900  epoch 0.90  loss 3.10  11.2k tok/s  ETA 1:41  best per 12.34 (step 80)",
     ]
 
 
@@ -135,7 +135,7 @@ def test_no_bar_where_there_is_no_terminal():
         with watching(said.append, console=console) as tell:
             assert isinstance(tell, Lines)
             tell(Progress(3, 9, 0.5, 1, "training", 2.0, 900.0))
-    assert said == ["step 3/9  epoch 0.5  loss 2.00  900 tok/s"] * 3
+    assert said == ["step 3/9  epoch 0.50  loss 2.00  900 tok/s"] * 3
 
 
 def test_what_is_written_meanwhile_stands_above_the_bar(monkeypatch):

@@ -37,7 +37,8 @@ def watching(say: Callable[[str], None], *, console: Console | None = None) -> I
         yield Lines(say)
         return
     # Without a thread of its own: there is something new to draw only when something was told.
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    first = Text("data, model and optimizer are made ready", style="dim")
+    with Live(first, console=console, auto_refresh=False, transient=True) as live:
         yield Bar(lambda picture: live.update(picture, refresh=True))
 
 
@@ -100,7 +101,7 @@ class Lines:
         self._said = self._now()
         said = [
             f"step {progress.step}/{progress.steps}",
-            f"epoch {progress.epoch:.1f}",
+            f"epoch {_epoch(progress.epoch)}",
             f"loss {progress.loss:.2f}",
             f"{quantity(progress.tokens_per_second or 0)} tok/s",
             _eta(self._clock.seconds_left),
@@ -140,7 +141,7 @@ class Bar:
         eta = "evaluating" if is_judged else _eta(self._clock.seconds_left) or "ETA -:--"
         # Columns of fixed widths, so that the bar does not tremble.
         total = str(progress.steps)
-        where = Text(f"{progress.step:>{len(total)}}/{total}  epoch {progress.epoch:.1f}  ")
+        where = Text(f"{progress.step:>{len(total)}}/{total}  epoch {_epoch(progress.epoch):<4} ")
         where.append(f"{eta:<10}", style="bold")
         bar = ProgressBar(total=progress.steps, completed=progress.step)
         far.add_row(bar, where)
@@ -188,6 +189,10 @@ def duration(seconds: float) -> str:
         return f"{whole // 86400}d {whole % 86400 // 3600:02}h"
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _epoch(epoch: float) -> str:
+    return f"{epoch:.2f}" if epoch < 1 else f"{epoch:.1f}"
 
 
 def _eta(seconds: float) -> str:

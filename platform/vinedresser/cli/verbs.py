@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 
 from vinedresser.bundle import Bundle, load_bundle
+from vinedresser.cli.progress import watching
 from vinedresser.cli.show import closing_table, print_json, scores_table, trials_table
 from vinedresser.cluster import connect
 from vinedresser.commit import is_committed
@@ -96,7 +97,10 @@ def train(
         shards = write_shards(experiment.task, workspace / "shards", say=say)
         # The corpus comes first: a bad one leaves no database behind.
         site = _site(shards, workspace, _open(experiment.task, workspace, say))
-        outcome = run_experiment(experiment, site, report=report, from_scratch=from_scratch)
+        with watching(say) as tell:
+            outcome = run_experiment(
+                experiment, site, report=report, tell=tell, from_scratch=from_scratch
+            )
     if as_json:
         return print_json({"bundle": outcome.bundle, "scores": outcome.scores})
     say(f"dev {metric} {outcome.value:.2f} at step {outcome.best_step}")
