@@ -69,21 +69,20 @@ def in_group(plain: Path, workspace: Path) -> None:
     from vinedresser.cli.app import _quiet_libraries
 
     _quiet_libraries()
-    from vinedresser import distributed
     from vinedresser.cluster import connect
     from vinedresser.config import Experiment
     from vinedresser.data.shards.shard_set import prepare
+    from vinedresser.distributed import Site
+    from vinedresser.distributed.group import train_in_group
     from vinedresser.run import run_folder
-    from vinedresser.tracking import initialise, store_for
+    from vinedresser.tracking import store_for
 
     experiment = Experiment.from_json(json.loads(plain.read_text()))
     with connect():
         shards = prepare(experiment.task, workspace / "shards")
         store = store_for(workspace, experiment.task.name)
-        initialise(store)
-        site = distributed.Site(str(shards.folder), str(workspace), store)
         folder = run_folder(experiment, shards, workspace)
-        distributed._train_in_group(experiment, site, folder)
+        train_in_group(experiment, Site(str(shards.folder), str(workspace), store), folder)
 
 
 class Start:

@@ -95,8 +95,8 @@ def train(
 
     with connect() if experiment.compute.workers > 1 else contextlib.nullcontext():
         shards = write_shards(experiment.task, workspace / "shards", say=say)
-        # The corpus comes first: a bad one leaves no database behind.
-        site = _site(shards, workspace, _open(experiment.task, workspace, say))
+        # The tracking store is opened while training begins.
+        site = _site(shards, workspace, store_for(workspace, experiment.task.name))
         with watching(say) as tell:
             outcome = run_experiment(
                 experiment, site, report=report, tell=tell, from_scratch=from_scratch

@@ -16,7 +16,9 @@ State = Literal["FINISHED", "FAILED", "KILLED"]
 class Tracker(Protocol):
     """Where a run's metrics, tags and artifacts go. No method raises for a server's trouble."""
 
-    run_id: str
+    @property
+    def run_id(self) -> str:
+        """Of the store; empty where nothing is tracked."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Notes metrics at a step (1-based). Non-finite values are skipped and counted."""

@@ -1,0 +1,127 @@
+"""Ray Train: a group of N workers, started again after deaths, ended by errors that would recur."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.tune
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from vinedresser.config import Experiment
+from vinedresser.distributed.failures import OwnPolicy, cause
+from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, of_cluster, require
+from vinedresser.distributed.site import Site
+from vinedresser.distributed.worker import execute
+from vinedresser.errors import InterruptedRunError, VinedresserError
+
+# Ray's stubs describe the first version of Train; at run time these are the second's classes.
+_API: Any = ray.train
+_FORWARD: Any = TuneReportCallback
+_BASE: Any = TorchTrainer
+
+# Actors of Ray Train that serve nothing here, each a process of 1.1 s of processor time that the
+# workers wait for: we pass no datasets, and a placement group that outlives its controller is the
+# concern of trials only, elsewhere the driver ends with it. Left out by name: where Ray renames
+# them, they are started again.
+_IDLE = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+
+
+class _Trainer(_BASE):  # type: ignore[misc]
+    """Ray's, with our own judgement of failures and without its idle actors."""
+
+    def __init__(self, *args: Any, policy: OwnPolicy, in_trial: bool, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._policy, self._in_trial = policy, in_trial
+
+    def _create_default_callbacks(self) -> list[Any]:
+        made: list[Any] = super()._create_default_callbacks()
+        return made if self._in_trial else [c for c in made if type(c).__name__ not in _IDLE]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        return super()._initialize_and_run_controller(
+            **{**settings, "failure_policy": self._policy}
+        )
+
+
+def train_in_group(experiment: Experiment, site: Site, folder: Path) -> None:
+    """Trains with N workers; folders and the tracking store must be shared between nodes.
+
+    Raises:
+        MachineError: the cluster has too little for the group.
+        VinedresserError: what a worker raised that would come again.
+        TrainingError: workers died or hung too often at one step.
+    """
+    compute = experiment.compute
+    require(compute, folder.name)
+    is_cuda = compute.device == "cuda" or (
+        compute.device == "auto" and bool(of_cluster().get("GPU", 0))
+    )
+    context = ray.tune.get_context()
+    in_trial = context is not None and bool(context.get_trial_id())
+    # The trial holds a share of a CPU itself: without room for it the group would wait for ever.
+    threads = compute.threads - (TRIAL_CPUS if in_trial else 0.0)
+    resources = {"CPU": threads} | ({"GPU": 1.0} if is_cuda else {})
+    # Ray Train's own notes, which resume by name: ours start empty, the checkpoints are ours too.
+    scratch = folder / "group"
+    shutil.rmtree(scratch, ignore_errors=True)
+    config = {"experiment": experiment.to_json(), "site": site, "folder": str(folder)}
+    trainer = _Trainer(
+        work,
+        policy=OwnPolicy(folder),
+        in_trial=in_trial,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if is_cuda else "gloo"),
+        scaling_config=_API.ScalingConfig(
+            num_workers=compute.workers, use_gpu=is_cuda, resources_per_worker=resources
+        ),
+        run_config=_API.RunConfig(
+            name="group",
+            storage_path=str(scratch),
+            callbacks=[_FORWARD()] if in_trial else [],
+        ),
+    )
+    try:
+        with _lean():
+            trainer.fit()
+    except VinedresserError:
+        raise
+    except Exception as error:
+        raise cause(error, folder) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lean() -> Iterator[None]:
+    """Without the watcher of preempted nodes on a cluster that is one machine, unless told so."""
+    name, nodes = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", ray.nodes()  # type: ignore[no-untyped-call]
+    if name in os.environ or len(nodes) > 1:
+        yield
+        return
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def work(config: Mapping[str, Any]) -> None:
+    """What each Ray Train worker runs. Every rank reports equally often: it is a barrier."""
+    rank = _API.get_context().get_world_rank()
+    group = ray.util.get_current_placement_group()
+    mine = {} if group is None else {GROUP: group.id.hex()}
+    # A group that was told to stop ends well: Ray starts one anew that fails.
+    with contextlib.suppress(InterruptedRunError):
+        execute(
+            Experiment.from_json(config["experiment"]),
+            config["site"],
+            folder=Path(config["folder"]),
+            rank=rank,
+            report=lambda metrics: _API.report({**metrics, **mine}),
+        )

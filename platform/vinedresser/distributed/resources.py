@@ -1,0 +1,55 @@
+"""What worker groups take from a Ray cluster, and whether it has that."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vinedresser.config import Compute
+from vinedresser.errors import MachineError
+
+# What a trial of several workers takes while it waits for them; Tune refuses 0.
+TRIAL_CPUS = 0.01
+# Under this key a worker reports its placement group.
+GROUP = "placement_group"
+
+
+def of_cluster() -> dict[str, float]:
+    """All resources of the connected cluster."""
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+def require(compute: Compute, what: str) -> None:
+    """Fails at once where Ray would wait for resources that never come (fault C10).
+
+    Raises:
+        MachineError: the cluster has less in all than one `what` asks for.
+    """
+    have, wanted = of_cluster(), _wanted(compute)
+    for name, count in wanted.items():
+        if count > have.get(name, 0):
+            raise MachineError(
+                f"{what} wants {count} {name}, the cluster has {have.get(name, 0):g} in all; "
+                "lower compute.workers or compute.threads, or name a larger cluster"
+            )
+
+
+def num_groups(compute: Compute) -> int:
+    """How many worker groups the connected cluster holds at a time."""
+    have = of_cluster()
+    return min(int(have.get(name, 0) // count) for name, count in _wanted(compute).items())
+
+
+def _wanted(compute: Compute) -> dict[str, int]:
+    wanted = {"CPU": compute.workers * compute.threads}
+    return wanted | ({"GPU": compute.workers} if compute.device == "cuda" else {})
+
+
+def release_group(report: Mapping[str, Any]) -> None:
+    """Removes the placement group that a report of a worker came from, if it is still there."""
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    if GROUP in report:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(report[GROUP])))

@@ -1,0 +1,72 @@
+"""One worker of a run, with its tracking run opened and closed around it."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+from vinedresser.config import Experiment
+from vinedresser.data.shards.shard_set import open_shards
+from vinedresser.diagnostics.corpus import picture
+from vinedresser.distributed.site import Site
+from vinedresser.errors import MachineError
+from vinedresser.run import Outcome, Report, RolledBackError, Run
+from vinedresser.tracking import LaterTracker, NullTracker, Tracker, ending, open_run, reap
+from vinedresser.train import Tell, place, untold
+
+_log = logging.getLogger("vinedresser")
+
+
+def execute(
+    experiment: Experiment,
+    site: Site,
+    *,
+    folder: Path,
+    rank: int,
+    report: Report,
+    tell: Tell = untold,
+) -> Outcome | None:
+    """Trains as one of the experiment's workers; rank 0 alone tracks, and has an outcome."""
+    shards = open_shards(Path(site.shards), task=experiment.task)
+    where = place(experiment.compute, rank=rank)
+    # MLflow is imported while the first updates are made, and not before.
+    tracker = LaterTracker(lambda: _open(experiment, site, folder)) if rank == 0 else NullTracker()
+    with ending(tracker):
+        while True:
+            run = Run(
+                experiment, shards, folder, place=where, tracker=tracker, report=report, tell=tell
+            )
+            try:
+                outcome = run.execute()
+                break
+            except RolledBackError as error:
+                if where.workers > 1:  # the group starts anew, all ranks together
+                    raise
+                _log.warning("%s", error.args[0])
+        if site.kind == "train" and rank == 0:  # trials of a search share one corpus
+            picture(tracker, shards)
+    # Every rank reports equally often; a scheduler may end the process at this last report.
+    report(outcome.final_report if outcome is not None else {})
+    return outcome
+
+
+def _open(experiment: Experiment, site: Site, folder: Path) -> Tracker:
+    """The tracking run; a command that trains closes those of killed processes too."""
+    tracker = open_run(
+        site.store,
+        key=folder.name.rsplit("-", 1)[1],
+        name=folder.name,
+        parent=site.parent,
+        params=experiment.to_json(),
+        tags={
+            "vinedresser.kind": site.kind,
+            "vinedresser.metric": experiment.task.metric,
+            "vinedresser.folder": str(folder),
+            "vinedresser.task": experiment.task.name,
+            "vinedresser.model": type(experiment.model).__module__,
+        },
+    )
+    if site.kind == "train" and not isinstance(tracker, NullTracker):
+        with contextlib.suppress(MachineError):  # the tracker has told, or will
+            for run_id in reap(site.store):
+                _log.info("tracking: run %s of a killed process closed", run_id[:8])
+    return tracker

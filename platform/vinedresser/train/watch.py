@@ -1,0 +1,202 @@
+"""Watches over ranks that wait for each other: one that hangs (fault T10), one that is slow (T11).
+
+A rank that waits in a collective waits for ever if another never comes. Each rank has a clock that
+every update sets back; where it runs out, the stacks of all threads go to the run's folder and the
+process ends, so that the group can be started anew. The stacks tell who was waiting for whom.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from vinedresser.commit import make_folder
+
+# Setting the clock back starts a thread, 50 us; so it is done once in so many seconds at most.
+_REARM_SECONDS = 1.0
+# Updates with more to do than the others: the first, and those after which rank 0 evaluates or
+# writes a checkpoint. 60 s become half an hour, which is what torch.distributed waits.
+_PATIENCE = 30.0
+# Ranks notice within so many seconds of each other; none ends before all have written.
+_GRACE_SECONDS = 5.0
+# In the stack of a rank that waits for the others.
+_WAITING = re.compile(r" in (all_reduce|all_gather\w*|broadcast\w*|barrier|backward|report)\b")
+_HEAD = "== "
+
+
+@dataclass(frozen=True)
+class Hang:
+    """One hang of a run.
+
+    Attributes:
+        step: the update (1-based) that never ended.
+        ranks: the ranks that were not waiting for others; all of them where that cannot be told.
+    """
+
+    step: int
+    ranks: tuple[int, ...]
+
+    @property
+    def who(self) -> str:
+        """For a message: rank 1, or ranks 0 and 1."""
+        names = [str(rank) for rank in self.ranks]
+        return f"rank {names[0]}" if len(names) == 1 else f"ranks {' and '.join(names)}"
+
+
+class Watch:
+    """The clock of one rank; used around all of its updates.
+
+    Does nothing for a run of one worker.
+    """
+
+    def __init__(self, folder: Path, *, rank: int, workers: int, seconds: float) -> None:
+        """Args: the run's folder, this rank, how many there are, and 0 to never end a rank."""
+        self._folder, self._rank, self._seconds = folder / "hangs", rank, seconds
+        self._is_on = workers > 1 and seconds > 0
+        self._step = self._armed = 0
+        self._deadline = self._next = 0.0
+        self._over = threading.Event()
+
+    def __enter__(self) -> Self:
+        if self._is_on:
+            make_folder(self._folder)
+            self._raw = self._folder / f"rank-{self._rank}.now"
+            self._stream = self._raw.open("w")
+            self.beat(0, is_long=True)
+            threading.Thread(target=self._look, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._is_on:
+            self._over.set()
+            faulthandler.cancel_dump_traceback_later()
+            self._stream.close()
+            self._raw.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
+
+    def beat(self, step: int, *, is_long: bool = False) -> None:
+        """Sets the clock back.
+
+        Args:
+            step: the last update that is done.
+            is_long: whether more is done before the next one than an update.
+        """
+        if not self._is_on:
+            return
+        now = time.monotonic()
+        self._step = step
+        if now < self._next and not is_long:
+            return
+        seconds = self._seconds * (_PATIENCE if is_long else 1.0)
+        # The next update shortens a long patience at once.
+        self._next = now if is_long else now + min(_REARM_SECONDS, self._seconds / 10)
+        self._deadline = now + seconds
+        faulthandler.dump_traceback_later(seconds, file=self._stream)
+
+    def _look(self) -> None:
+        """The thread: ends the process after its stacks were written."""
+        while not self._over.wait(min(1.0, self._seconds / 10)):
+            if time.monotonic() > self._deadline + min(_GRACE_SECONDS, self._seconds) / 2:
+                _keep(self._raw.read_text(), self._folder, self._rank, self._step + 1)
+                time.sleep(min(_GRACE_SECONDS, self._seconds))
+                os._exit(1)
+
+
+def _keep(stacks: str, folder: Path, rank: int, step: int) -> None:
+    """Adds the stacks to those of the rank at this step, under a line that says who waited."""
+    own = [part for part in stacks.split("\nThread ") if "training_steps" in part] or [stacks]
+    head = {"rank": rank, "step": step, "waited": bool(_WAITING.search(own[0]))}
+    with (folder / f"step-{step:08d}-rank-{rank}.txt").open("a") as stream:
+        stream.write(f"{_HEAD}{json.dumps(head)}\n{stacks}\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def hangs(folder: Path) -> list[Hang]:
+    """The hangs of a run that were not told yet, by step."""
+    events: dict[tuple[int, int], dict[int, bool]] = {}
+    for path in sorted((folder / "hangs").glob("step-*.txt")):
+        lines = [line for line in path.read_text().splitlines() if line.startswith(_HEAD)]
+        for number, line in enumerate(lines):
+            head = json.loads(line.removeprefix(_HEAD))
+            events.setdefault((head["step"], number), {})[head["rank"]] = head["waited"]
+    found = []
+    for (step, _), waited in sorted(events.items()):
+        guilty = tuple(rank for rank, was_waiting in sorted(waited.items()) if not was_waiting)
+        found.append(Hang(step, guilty or tuple(sorted(waited))))
+    return found
+
+
+def forget(folder: Path) -> Path:
+    """Moves the stacks of hangs aside, so that they count no more; returns where they are."""
+    target = folder / f"hangs-{int(time.time())}"
+    (folder / "hangs").rename(target)
+    return target
+
+
+class Pace:
+    """Compares how long ranks need for what they do alone: reading and the forward pass.
+
+    Updates themselves take equally long on all of them, because the fast wait for the slow.
+    """
+
+    # Over the median of all ranks; on a busy machine, 1.3 was seen without a reason.
+    SLOW = 1.5
+
+    def __init__(self, *, rank: int, workers: int) -> None:
+        self._rank, self._workers = rank, workers
+        self._own: list[float] = []
+
+    def add(self, seconds: float) -> None:
+        """Takes an update in; its own seconds of this rank."""
+        self._own.append(seconds)
+
+    def compare(self) -> str:
+        """Over the updates since the last call, on all ranks together.
+
+        Returns:
+            On rank 0, a line that names the slowest rank and its ratio, if it is slow; else "".
+        """
+        own, self._own = self._own, []
+        if self._workers == 1 or not own:
+            return ""
+        mine = torch.tensor([statistics.median(own)], dtype=torch.float64)
+        if dist.get_backend() == "nccl":
+            mine = mine.cuda()
+        every = [torch.zeros_like(mine) for _ in range(self._workers)]
+        dist.all_gather(every, mine)
+        seconds = [float(one) for one in every]
+        rank = max(range(len(seconds)), key=seconds.__getitem__)
+        usual = statistics.median(seconds[:rank] + seconds[rank + 1 :])
+        if self._rank or seconds[rank] <= self.SLOW * usual:
+            return ""
+        return (
+            f"rank {rank} is slow: {seconds[rank]:.3f} s an update of its own work, "
+            f"{seconds[rank] / usual:.1f} times the others; all wait for it"
+        )
+
+
+@contextlib.contextmanager
+def timed(into: list[float]) -> Iterator[None]:
+    """Appends the wall seconds of a block."""
+    begun = time.perf_counter()
+    yield
+    into.append(time.perf_counter() - begun)
