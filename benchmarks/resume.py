@@ -25,6 +25,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from kills import forms, nursery, overhead, through_ray
 
 MAX_KILLS_A_RUN = 4
+_KINDS, _WEIGHTS = ["time", "step", "checkpoints", "decode", "end"], [40, 25, 20, 10, 5]
 
 
 @dataclass
@@ -50,7 +51,7 @@ def drawn(draw: random.Random, counts: Counter[str], seconds: float, done: int) 
     """A random moment of what is left of a run after `done` of its updates."""
     steps = forms.SETTLED["steps"]
     left = max(0.1, 1 - done / steps)
-    kind = draw.choices(["time", "step", "checkpoints", "decode", "end"], [40, 25, 20, 10, 5])[0]
+    kind = draw.choices(_KINDS, _WEIGHTS)[0]
     if kind == "time":
         return draw.uniform(0, seconds * (0.3 + 0.7 * left))
     if kind == "step":
@@ -64,7 +65,6 @@ def drawn(draw: random.Random, counts: Counter[str], seconds: float, done: int) 
 
 def kill_below_ray(folder: Path, kills: int, seed: int) -> dict[str, Tally]:
     """Kills runs in place until there were so many; a tally for each form."""
-    nursery.import_everything()
     draw, tallies = random.Random(seed), {name: Tally() for name in forms.FORMS}  # noqa: S311
     moments: Counter[str] = Counter()
     shards = {kind: forms.corpus(folder / kind, kind) for kind in ("symbols", "bpe")}
@@ -79,10 +79,8 @@ def kill_below_ray(folder: Path, kills: int, seed: int) -> dict[str, Tally]:
             job = nursery.Job(config, set_.folder, folder / f"whole-{number}", place / "w")
             place.mkdir()
             began = time.monotonic()
-            nursery.attempt(job, counts=place / "counts")
-            seconds = time.monotonic() - began
-            counts = Counter(json.loads((place / "counts").read_text()))
-            wholes[name] = nursery.read_trace(job.trace), counts, seconds
+            whole, counts = nursery.whole_run(job)
+            wholes[name] = whole, counts, time.monotonic() - began
         whole, counts, seconds = wholes[name]
         job = nursery.Job(config, set_.folder, place, place / "trace")
         tally, died = tallies[name], 0
@@ -125,7 +123,6 @@ def _row(name: str, t: Tally) -> str:
 
 def boundaries(plan: Path) -> None:
     """Runs that are each killed at given moments in turn: a JSON line each; for the tests."""
-    nursery.import_everything()
     wanted = json.loads(plan.read_text())
     wholes: dict[str, nursery.Trace] = {}
     for case in wanted["cases"]:
@@ -135,8 +132,7 @@ def boundaries(plan: Path) -> None:
         key = json.dumps(config, sort_keys=True)
         if key not in wholes:
             job = nursery.Job(config, shards, folder / "whole", folder / "whole-trace")
-            nursery.attempt(job)
-            wholes[key] = nursery.read_trace(job.trace)
+            wholes[key], _ = nursery.whole_run(job)
         job = nursery.Job(config, shards, folder / "killed", folder / "trace")
         codes, reached = [], []
         for moment in case["moments"]:

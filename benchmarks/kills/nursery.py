@@ -5,9 +5,12 @@ has imported everything and computed nothing. Each is a process of its own that 
 is ended by SIGKILL. Every update is written down bit by bit, so that two runs can be compared.
 """
 
+import contextlib
 import hashlib
+import importlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -24,13 +27,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from vinedresser import distributed
+from vinedresser import attempt as attempts
 from vinedresser import evaluate as evaluation
 from vinedresser import run as runner
 from vinedresser.checkpoint import optimizer_tensors
 from vinedresser.config import Experiment
-from vinedresser.config.experiment import zoo_modules
-from vinedresser.distributed import Site
+from vinedresser.distributed import Site, worker
+from vinedresser.distributed import train as command
 from vinedresser.errors import InterruptedRunError
 from vinedresser.run import Outcome, Run
 from vinedresser.tracking import NullTracker, store_for
@@ -56,16 +59,16 @@ class Points:
     """Counts named points as this process passes them, and at one of them gets a signal.
 
     Points: `start`, `gradient@7` (after backward, before the update), `updated@7` (after it, before
-    anybody hears of it), `yielded@7`, `evaluate`, `decode` (each batch), `evaluated`; and each time
-    the file system is about to be asked something below a run's folder `checkpoints`, `bundle` or
-    `outcome`, with `rename` and `renamed` for the moments around the rename that commits a
-    checkpoint.
+    anybody hears of it), `yielded@7`, `evaluate`, `decode@2` (each batch of the second evaluation),
+    `evaluated`; and each time the file system is about to be asked for more than reading:
+    `checkpoints`, `bundle` or `outcome`, and of these `writing@7`, `rename@7`, `renamed@7` around a
+    checkpoint of step 7, and `removing` of what is in an old one.
     """
 
     def __init__(self, at: Blow | None) -> None:
         self.at, self.counts = at[:2] if at else None, Counter[str]()
         self._signal = at[2] if at and len(at) > 2 else signal.SIGKILL
-        self._room, self._is_renamed = "", False
+        self._room, self._renamed = "", 0
 
     def __call__(self, name: str) -> None:
         """Passes a point."""
@@ -77,18 +80,25 @@ class Points:
         """Called by Python before each open, rename, remove, mkdir and rmdir."""
         if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
             return
-        path = os.fsdecode(words[event == "os.rename"]) if not isinstance(words[0], int) else ""
+        if isinstance(words[0], int) or (event == "open" and words[1] == "r"):
+            return
+        path = os.fsdecode(words[event == "os.rename"])
         if path.startswith("/"):
-            rooms = [r for r in ("checkpoints", "bundle", "outcome") if f"/{r}" in path]
-            self._room = rooms[0] if "/runs/" in path and rooms else ""
+            found = re.search(r"/runs/[^/]+/\.?(checkpoints|bundle|outcome)", path)
+            self._room = found[1] if found else ""
         if not self._room:
             return
-        if self._is_renamed:
-            self._is_renamed = False
-            self("renamed")
-        if event == "os.rename" and Path(path).name.startswith("step-"):
-            self._is_renamed = True
-            self("rename")
+        if self._renamed:
+            self(f"renamed@{self._renamed}")
+            self._renamed = 0
+        if of_step := re.search(r"/(\.?)step-(\d+)", path):
+            step = int(of_step[2])
+            if event == "os.rename" and not of_step[1]:
+                self(f"rename@{step}")
+                self._renamed = step
+            self(f"writing@{step}")
+        if not path.startswith("/"):
+            self("removing")
         self(self._room)
 
 
@@ -127,6 +137,7 @@ def watch(points: Points, trace: Path) -> None:
 
     def decoded(*words: Any, **more: Any) -> Any:
         points("decode")
+        points(f"decode@{points.counts['evaluate']}")
         return decode(*words, **more)
 
     runner.evaluate, evaluation._decode = evaluated, decoded
@@ -169,28 +180,30 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def train(job: Job, at: Blow | None, counts: Path | None) -> None:
+def train(job: Job, at: Blow | None, counts: Path | None = None) -> None:
     """Trains to the end, in place, as `vinedresser train` does below its tracking."""
     points, runs = Points(at), list[Run]()
     watch(points, job.trace)
 
-    def begun(*words: Any, **more: Any) -> Run:
-        runs.append(Run(*words, **more))
-        points("start")
-        return runs[-1]
+    execute = Run.execute
 
-    site = Site(
-        str(job.shards), str(job.workspace), store_for(job.workspace, "kills"), kind="prune"
-    )
-    distributed.Run = begun
-    distributed._open = lambda *_: NullTracker()
+    def begun(run: Run) -> Outcome | None:
+        runs.append(run)
+        points("start")
+        return execute(run)
+
+    store = store_for(job.workspace, "kills")
+    site = Site(str(job.shards), str(job.workspace), store, kind="prune")
+    attempts._LOOK_SECONDS = 0.0  # a request to stop is seen at once
+    Run.execute = begun
+    worker._open = lambda *_: NullTracker()
     config = Experiment.from_json(job.experiment)
-    outcome = distributed.train(config, site, report=lambda _: None)
+    outcome = command(config, site, report=lambda _: None)
     with job.trace.open("a") as stream:
         stream.writelines(f"state {state(run)}\n" for run in runs)
         stream.write(f"end {ending(outcome)}\n")
     if counts is not None:
-        counts.write_text(json.dumps(points.counts))
+        counts.write_text(json.dumps({"points": points.counts, "modules": sorted(sys.modules)}))
 
 
 def attempt(job: Job, moment: Moment | None = None, *, counts: Path | None = None) -> int:
@@ -272,9 +285,15 @@ def differences(whole: Trace, killed: Trace) -> list[str]:
     return found
 
 
-def import_everything() -> None:
-    """What a child would have to import, so that it need not."""
-    for name in zoo_modules():
-        __import__(f"trainables.{name}")
-    import jiwer  # noqa: F401
-    import sacrebleu  # noqa: F401
+def whole_run(job: Job) -> tuple[Trace, Counter[str]]:
+    """A run that nobody kills, and how often it passes each point.
+
+    What it had to import, this process imports, so that the children after it need not.
+    """
+    counts = job.trace.with_suffix(".counts")
+    attempt(job, counts=counts)
+    found = json.loads(counts.read_text())
+    for name in found["modules"]:
+        with contextlib.suppress(ImportError):  # those that another module makes up
+            importlib.import_module(name)
+    return read_trace(job.trace), Counter(found["points"])
