@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.train import JOEY, JOEY_MODELS, PEERS, ROOT, environment, write_pieces
+from benchmarks.train import JOEY, JOEY_MODELS, ROOT, environment, write_pieces
 from search_spaces.translation import EXPERIMENT
 from vinedresser.commit import digest_of
 from vinedresser.config import Evaluation, Experiment, Pair, TextCorpus
@@ -187,7 +187,7 @@ def run(job: Job) -> dict[str, Any]:
     elif job.system.startswith("transformers"):
         # 128 sentences fill 4,096 tokens of this corpus.
         plain |= {"sentences": job.batch // 32, "bf16": "bf16" in job.system}
-        command = [str(PEERS / "hf/bin/python"), str(ROOT / "benchmarks/peers/hf_quality.py")]
+        command = [str(environment("hf")), str(ROOT / "benchmarks/peers/hf_quality.py")]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(plain))
