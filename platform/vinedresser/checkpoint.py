@@ -54,8 +54,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
     return target
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
+def newest_checkpoint(folder: Path, *, is_first: bool = True) -> Checkpoint | None:
     """The newest checkpoint that verifies; damaged newer ones are moved aside and told.
+
+    Args:
+        folder: of the checkpoints.
+        is_first: whether this is the rank that tidies up; the others only read.
 
     Raises:
         DamagedError: there are checkpoints, and none verifies; says why of each.
@@ -67,7 +71,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         except DamagedError as error:
             damaged[path] = error.args[0]
             continue
-        for bad, reason in damaged.items():
+        for bad, reason in damaged.items() if is_first else ():
             _log.warning(
                 "%s; using step %d, %d updates earlier", reason, found.step, _step(bad) - found.step
             )

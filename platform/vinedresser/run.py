@@ -52,7 +52,9 @@ from vinedresser.tracking import NullTracker, Tracker
 from vinedresser.train import (
     AveragedWeights,
     Best,
+    Clock,
     Effects,
+    Pace,
     Place,
     Step,
     Tell,
@@ -215,6 +217,13 @@ class Run:
         self.teller = Teller(tell, experiment, batches_an_epoch=self.batches.per_epoch)
         self.should_stop = StopRequest(folder)
         self.attempt: Attempt | None = None
+        self.clock = Clock(
+            folder,
+            rank=place.rank,
+            workers=place.workers,
+            seconds=experiment.compute.hang_seconds,
+        )
+        self.pace = Pace(rank=place.rank, workers=place.workers)
         self.rollbacks = rollbacks(folder)
         self.tokenizers = tokenizers(shards)
         seed_step(experiment.seed, 0, 0)
@@ -307,7 +316,7 @@ class Run:
             should_stop=self.should_stop,
         )
         effects = Effects(
-            log=self.diagnosis.note if is_first else self.tracker.log,
+            log=self._note,
             evaluate=self._evaluate if is_first else self._follow,
             checkpoint=self._checkpoint if is_first else lambda _: None,
             tell_bad=self._tell_bad,
@@ -317,7 +326,7 @@ class Run:
             tell=self.teller,
         )
         # However training ends, the thread that reads ahead ends with it.
-        with contextlib.closing(batches):
+        with contextlib.closing(batches), self.clock:
             # A run that was stopped at an evaluation makes up for it first.
             if start in effects.evaluate_at and self._judged_at < start:
                 effects.evaluate(start)
@@ -327,11 +336,22 @@ class Run:
         return self._finish() if is_first else None
 
     def _counted(self, steps: Iterator[Step]) -> Iterator[Step]:
+        judged = evaluation_steps(self.experiment)
         for step in steps:
             self.step = step.index
             if step.index == 1 and self.experiment.init is None:
                 self.diagnosis.begin(step.nats, step.tokens)
+            self.pace.add(step.own_seconds)
+            is_stored = step.index % self.experiment.checkpoint_every == 0
+            self.clock.beat(step.index, is_long=is_stored or step.index in judged)
             yield step
+
+    def _note(self, metrics: Mapping[str, float], step: int) -> None:
+        """At a log line, on all ranks; rank 0 writes it."""
+        if slow := self.pace.compare():
+            _log.warning("step %d: %s", step, slow)
+        if self.place.rank == 0:
+            self.diagnosis.note(metrics, step)
 
     @property
     def _judged_at(self) -> int:
@@ -490,7 +510,8 @@ class Run:
 
     def _resume(self) -> int:
         """Restores the newest good checkpoint; returns the updates done so far."""
-        checkpoint = newest_checkpoint(self.folder / "checkpoints")
+        is_first = self.place.rank == 0
+        checkpoint = newest_checkpoint(self.folder / "checkpoints", is_first=is_first)
         if checkpoint is None:
             return 0
         self.model.load_state_dict(checkpoint.tensors["model"])
@@ -507,7 +528,7 @@ class Run:
         self.window.skipped, self.window.lowest = scalars["skipped"], scalars["lowest"]
         self.diagnosis.restore(scalars["diagnosis"])
         self.step = checkpoint.step
-        if self.place.rank == 0:
+        if is_first:
             _log.info("resumed %s at step %d", self.folder.name, checkpoint.step)
             before, now = scalars["machine"], self._machine
             changed = [

@@ -301,6 +301,10 @@ class Compute(Section):
     devices: Devices | None = None
     # auto: bf16 autocast where the processor or GPU has it, else fp32.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # Of several workers, one that makes no update for so many seconds hangs, and all start again
+    # with their stacks in the run's folder; 0 never. Ten times the longest update so far is
+    # waited in any case, and 30 times this around evaluations and checkpoints.
+    hang_seconds: NonNegativeFloat = 60.0
 
     @model_validator(mode="after")
     def _places_once(self) -> Self:

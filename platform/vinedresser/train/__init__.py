@@ -4,11 +4,14 @@ from vinedresser.train.fit import AveragedWeights, Effects, Window, evaluation_s
 from vinedresser.train.place import Place, has_bf16, place, seed_step
 from vinedresser.train.progress import Best, Progress, Tell, Teller, untold
 from vinedresser.train.steps import Step, Trainee, training_steps
+from vinedresser.train.watch import Clock, Pace
 
 __all__ = [
     "AveragedWeights",
     "Best",
+    "Clock",
     "Effects",
+    "Pace",
     "Place",
     "Progress",
     "Step",

@@ -6,6 +6,7 @@ shared out among ranks, micro-batches and retries (methods.md 34).
 
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ class Step:
         epsilon: share of gold tokens among the inputs.
         batches: this rank's batches, as they were read.
         is_last: whether some rank asked all of them to stop here.
+        own_seconds: wall time of this rank's reading and forward passes, where it waits for no
+            other rank.
     """
 
     index: int
@@ -97,6 +100,7 @@ class Step:
     epsilon: float
     batches: Sequence[Batch] = ()
     is_last: bool = False
+    own_seconds: float = 0.0
 
 
 def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidden
@@ -136,7 +140,9 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
     parameters = [p for p in model.parameters() if p.requires_grad]
     count = experiment.batches_a_rank
     for index in range(start + 1, experiment.steps + 1):
+        begun = time.perf_counter()
         hosted = list(itertools.islice(batches, count))
+        reading = time.perf_counter() - begun
         if len(hosted) < count:
             return
         tokens, is_last = _agree(index, hosted, should_stop(), place)
@@ -153,7 +159,8 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
         if monitor is not None:
             monitor.updated(index)
         own = torch.stack([batch.tokens for batch in hosted]).sum()
-        yield Step(index, nats, own, norm, rate, epsilon, hosted, is_last)
+        seconds = reading + updater.forward_seconds
+        yield Step(index, nats, own, norm, rate, epsilon, hosted, is_last, seconds)
         if is_last:
             return
 
@@ -187,6 +194,8 @@ class _Updater:
         self._trainee, self._place, self._seed, self._monitor = trainee, place, seed, monitor
         # Padded tokens a pass; lowered when memory runs out.
         self._fits: int | None = None
+        # Of the last update.
+        self.forward_seconds = 0.0
 
     def accumulate(
         self, index: int, hosted: Sequence[Batch], epsilon: float, tokens: Tensor
@@ -229,16 +238,19 @@ class _Updater:
         for parameter in self._trainee.parameters():
             parameter.grad = None
         place, found = self._place, []
+        self.forward_seconds = 0.0
         for number, piece in enumerate(pieces):
             seed_step(self._seed, index, number * place.workers + place.rank)
             is_synced = number == len(pieces) - 1 or place.workers == 1
             sync = nullcontext() if is_synced else self._trainee.no_sync()  # type: ignore[operator]
             look = self._monitor.watching(index) if self._monitor and number == 0 else nullcontext()
             with sync:
+                begun = time.perf_counter()
                 with look, place.autocast():
                     nats, goal = self._trainee(
                         piece.to(place.device), epsilon, tokens, 1 / len(pieces)
                     )
+                self.forward_seconds += time.perf_counter() - begun
                 goal.backward()
             found.append(nats)
         return torch.stack(found).sum()

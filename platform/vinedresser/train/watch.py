@@ -13,7 +13,6 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,8 @@ from vinedresser.commit import make_folder
 
 # Setting the clock back starts a thread, 50 us; so it is done once in so many seconds at most.
 _REARM_SECONDS = 1.0
+# Nor before so many times the longest update so far.
+_LONGEST = 10.0
 # Updates with more to do than the others: the first, and those after which rank 0 evaluates or
 # writes a checkpoint. 60 s become half an hour, which is what torch.distributed waits.
 _PATIENCE = 30.0
@@ -55,7 +56,7 @@ class Hang:
         return f"rank {names[0]}" if len(names) == 1 else f"ranks {' and '.join(names)}"
 
 
-class Watch:
+class Clock:
     """The clock of one rank; used around all of its updates.
 
     Does nothing for a run of one worker.
@@ -66,7 +67,8 @@ class Watch:
         self._folder, self._rank, self._seconds = folder / "hangs", rank, seconds
         self._is_on = workers > 1 and seconds > 0
         self._step = self._armed = 0
-        self._deadline = self._next = 0.0
+        self._deadline = self._next = self._last = self._longest = 0.0
+        self._was_long = True
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
@@ -102,10 +104,13 @@ class Watch:
         if not self._is_on:
             return
         now = time.monotonic()
-        self._step = step
+        if not self._was_long:
+            self._longest = max(self._longest, now - self._last)
+        self._step, self._last, self._was_long = step, now, is_long
         if now < self._next and not is_long:
             return
         seconds = self._seconds * (_PATIENCE if is_long else 1.0)
+        seconds = max(seconds, _LONGEST * self._longest)
         # The next update shortens a long patience at once.
         self._next = now if is_long else now + min(_REARM_SECONDS, self._seconds / 10)
         self._deadline = now + seconds
@@ -192,11 +197,3 @@ class Pace:
             f"rank {rank} is slow: {seconds[rank]:.3f} s an update of its own work, "
             f"{seconds[rank] / usual:.1f} times the others; all wait for it"
         )
-
-
-@contextlib.contextmanager
-def timed(into: list[float]) -> Iterator[None]:
-    """Appends the wall seconds of a block."""
-    begun = time.perf_counter()
-    yield
-    into.append(time.perf_counter() - begun)
