@@ -8,7 +8,7 @@ from vinedresser.config import Experiment
 from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.diagnostics.corpus import picture
 from vinedresser.distributed.site import Site
-from vinedresser.errors import MachineError
+from vinedresser.errors import DivergedError, MachineError
 from vinedresser.run import Outcome, Report, RolledBackError, Run
 from vinedresser.tracking import LaterTracker, NullTracker, Tracker, ending, open_run, reap
 from vinedresser.train import Tell, place, untold
@@ -42,8 +42,12 @@ def execute(
                 if where.workers > 1:  # the group starts anew, all ranks together
                     raise
                 _log.warning("%s", error.args[0])
+            except DivergedError:
+                run.diagnosis.picture()
+                raise
         if site.kind == "train" and rank == 0:  # trials of a search share one corpus
             picture(tracker, shards)
+            run.diagnosis.picture()
     # Every rank reports equally often; a scheduler may end the process at this last report.
     report(outcome.final_report if outcome is not None else {})
     return outcome
