@@ -24,7 +24,7 @@ from vinedresser.optim import build_optimizer, learning_rate, set_learning_rate
 from vinedresser.run import Outcome, run_folder
 from vinedresser.study import Study
 from vinedresser.sweep import sweep
-from vinedresser.train import seed_step
+from vinedresser.train import Progress, seed_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -82,8 +82,12 @@ def test_two_workers_take_the_steps_of_one_that_sees_both_batches(
     experiment: Experiment, reversal: ShardSet, tmp_path: Path
 ) -> None:
     site = site_of(tmp_path, reversal)
-    outcome = train(experiment, site, report=lambda _: None)
+    stood: list[Progress] = []
+    outcome = train(experiment, site, report=lambda _: None, tell=stood.append)
     assert outcome.best_step == 6
+    assert stood
+    assert [one.step for one in stood] == sorted(one.step for one in stood)
+    assert all(one.steps == 6 and one.epoch > 0 for one in stood if one.step)
     expected = reference(experiment, reversal)
     for name, found in weights(outcome).items():
         torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=0, msg=name)

@@ -17,8 +17,10 @@ from vinedresser.config import Experiment
 from vinedresser.distributed.failures import OwnPolicy, cause
 from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, of_cluster, require
 from vinedresser.distributed.site import Site
+from vinedresser.distributed.telling import FileTell, relaying
 from vinedresser.distributed.worker import execute
 from vinedresser.errors import InterruptedRunError, VinedresserError
+from vinedresser.train import Tell, untold
 
 # Ray's stubs describe the first version of Train; at run time these are the second's classes.
 _API: Any = ray.train
@@ -49,7 +51,9 @@ class _Trainer(_BASE):  # type: ignore[misc]
         )
 
 
-def train_in_group(experiment: Experiment, site: Site, folder: Path) -> None:
+def train_in_group(
+    experiment: Experiment, site: Site, folder: Path, *, tell: Tell = untold
+) -> None:
     """Trains with N workers; folders and the tracking store must be shared between nodes.
 
     Raises:
@@ -70,7 +74,12 @@ def train_in_group(experiment: Experiment, site: Site, folder: Path) -> None:
     # Ray Train's own notes, which resume by name: ours start empty, the checkpoints are ours too.
     scratch = folder / "group"
     shutil.rmtree(scratch, ignore_errors=True)
-    config = {"experiment": experiment.to_json(), "site": site, "folder": str(folder)}
+    config = {
+        "experiment": experiment.to_json(),
+        "site": site,
+        "folder": str(folder),
+        "tells": tell is not untold,
+    }
     trainer = _Trainer(
         work,
         policy=OwnPolicy(folder),
@@ -87,7 +96,7 @@ def train_in_group(experiment: Experiment, site: Site, folder: Path) -> None:
         ),
     )
     try:
-        with _lean():
+        with _lean(), relaying(folder, tell):
             trainer.fit()
     except VinedresserError:
         raise
@@ -117,11 +126,13 @@ def work(config: Mapping[str, Any]) -> None:
     group = ray.util.get_current_placement_group()
     mine = {} if group is None else {GROUP: group.id.hex()}
     # A group that was told to stop ends well: Ray starts one anew that fails.
+    folder = Path(config["folder"])
     with contextlib.suppress(InterruptedRunError):
         execute(
             Experiment.from_json(config["experiment"]),
             config["site"],
-            folder=Path(config["folder"]),
+            folder=folder,
             rank=rank,
             report=lambda metrics: _API.report({**metrics, **mine}),
+            tell=FileTell(folder) if config["tells"] and rank == 0 else untold,
         )

@@ -30,7 +30,8 @@ def train(
         experiment: what to train.
         site: where.
         report: takes what a scheduler is told.
-        tell: takes where the run stands, update by update; of a run in place only.
+        tell: takes where the run stands: update by update in place; from a worker group twice a
+            second, in another thread.
         from_scratch: forget what the run's folder holds.
 
     Raises:
@@ -58,7 +59,7 @@ def train(
         else:
             from vinedresser.distributed.group import train_in_group
 
-            train_in_group(experiment, site, folder)
+            train_in_group(experiment, site, folder, tell=tell)
             outcome = finished(folder)
             if outcome is None and was_asked(folder):
                 raise InterruptedRunError("told to stop; the same command goes on from there")
