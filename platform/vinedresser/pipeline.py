@@ -7,6 +7,7 @@ recognises what is done, and a killed one goes on where it was.
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from vinedresser.run import Outcome, finished, run_folder
 from vinedresser.study import Study
 from vinedresser.sweep import SweepOutcome, TrialRow, short_params, sweep
 from vinedresser.tracking import Store, Tracker, ending, initialise, open_run, reap, store_for
+from vinedresser.train import Tell, untold
 
 
 class Pipeline(Section):
@@ -58,13 +60,24 @@ class Pipeline(Section):
         return base.override(changes)
 
 
-def retrain(pipeline: Pipeline, workspace: Path, *, say: Say) -> dict[str, Any]:
+Watch = Callable[[], AbstractContextManager[Tell]]
+
+
+def unwatched() -> AbstractContextManager[Tell]:
+    """Nobody looks on."""
+    return nullcontext(untold)
+
+
+def retrain(
+    pipeline: Pipeline, workspace: Path, *, say: Say, watch: Watch = unwatched
+) -> dict[str, Any]:
     """Runs the chain and returns its closing table; what is done already is recognised.
 
     Args:
         pipeline: what to do.
         workspace: folder of shards, runs, sweeps and the tracking database.
         say: takes one line of progress.
+        watch: opens what shows how far the finalist's training is.
 
     Raises:
         VinedresserError: with the reason and the fix; everything finished so far is kept.
@@ -81,6 +94,7 @@ def retrain(pipeline: Pipeline, workspace: Path, *, say: Say) -> dict[str, Any]:
         for run_id in reap(store):
             say(f"tracking: run {run_id[:8]} of a killed process closed")
         chain = Chain(pipeline, shards, workspace, store, say)
+        chain.watch = watch
         return chain.run(started)
 
 
@@ -92,6 +106,7 @@ class Chain:
     ) -> None:
         self.pipeline, self.shards, self.workspace = pipeline, shards, workspace
         self.store, self.say = store, say
+        self.watch: Watch = unwatched
         self.task = pipeline.study.base.task
         self.metric: MetricName = self.task.metric
         self.site = Site(str(shards.folder), str(workspace), store)
@@ -149,7 +164,9 @@ class Chain:
         folder = run_folder(experiment, self.shards, self.workspace)
         known = " unchanged," if finished(folder) else ""
         self.say(f"finalist:{known} {experiment.steps} steps from trial {trials.best.number}")
-        outcome = train(experiment, self.site, report=self._progress(experiment))
+        report = self._progress(experiment)
+        with self.watch() as tell:
+            outcome = train(experiment, self.site, report=report, tell=tell)
         self.say(
             f"finalist: dev {self.metric} {outcome.value:.2f} at step {outcome.best_step}; "
             f"selecting on the loss would have cost {outcome.selection_regret:.2f}"

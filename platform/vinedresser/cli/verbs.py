@@ -195,7 +195,7 @@ def retrain(pipeline: "Pipeline", name: str, workspace: Path, say: Say, *, as_js
     """The whole chain and its closing table; `name` is what the pipeline was called by."""
     from vinedresser.pipeline import retrain as run_pipeline
 
-    table = run_pipeline(pipeline, workspace, say=say)
+    table = run_pipeline(pipeline, workspace, say=say, watch=lambda: watching(say))
     if as_json:
         return print_json(table)
     return closing_table(table, name, workspace)

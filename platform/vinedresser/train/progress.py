@@ -79,9 +79,7 @@ class Teller:
         """Before the evaluation of a step."""
         self._tell(self._at(step, {}, is_judged=True))
 
-    def _at(
-        self, step: int, logged: Mapping[str, float], *, is_judged: bool = False
-    ) -> Progress:
+    def _at(self, step: int, logged: Mapping[str, float], *, is_judged: bool = False) -> Progress:
         return Progress(
             step,
             self._steps,
