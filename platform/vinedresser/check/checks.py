@@ -126,11 +126,17 @@ def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[Check]:
     # Of the shorter half: 8 sentences say as much as 8 long ones.
     able = [s for s in distinct(subject.sample) if _is_in_reach(s, subject.cap)]
     able.sort(key=lambda s: s.longest)
+    subject.dry = model
+    if not able:
+        yield Check(
+            "overfit one batch", None, "no target within an output's limit", "8 sentences",
+            "raise task.max_target_length; see `lengths`",
+        )  # fmt: skip
+        return
     yield overfit(
         model, spread(able[: max(_BY_HEART, len(able) // 2)], _BY_HEART), subject.place,
         cap=subject.cap,
     )  # fmt: skip
-    subject.dry = model
 
 
 def _is_in_reach(sentence: Sentence, cap: int) -> bool:
@@ -148,7 +154,7 @@ def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Che
     brief = short(experiment, tokens=subject.short_tokens)
     dev = list(in_order(subject.dev, tokens=experiment.evaluation.tokens, sentences=_ASKED))
     with closing(stream(shards, brief.batch, seed=experiment.seed)) as batches:
-        yield conditioning(model, batches, dev, brief, place)
+        yield conditioning(model, batches, dev, brief, place, vocabulary=subject.vocabulary.target)
     begin("batch invariance")
     assert subject.dry is not None
     compared = spread(subject.sample, _COMPARED)
