@@ -1,8 +1,11 @@
 """The command line as a user meets it: a process, its exit code, its two streams, its files."""
 
+import contextlib
 import io
 import json
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -491,6 +494,47 @@ def test_doctor_tries_every_part(cli: Cli) -> None:
     assert done.returncode == (0 if all(parts.values()) else 3)
     assert parts["ray"]
     assert parts["mlflow"]
+
+
+@pytest.mark.slow
+def test_train_tells_how_far_it_is_and_keeps_stdout_for_the_result(
+    in_process: Any, files: Any
+) -> None:
+    code, out, err = in_process("train", files("experiment.json"), "--json")
+    assert code == 0, err
+    assert set(json.loads(out)) == {"bundle", "scores"}
+    assert re.search(r"s  step \d+/60  epoch \d\.\d+  loss \d\.\d\d  [\d.k]+ tok/s", err), err
+    assert "step 60/60  per" in err
+    assert "\x1b" not in err
+
+
+@pytest.mark.slow
+def test_train_on_a_terminal_has_a_bar_and_gives_the_cursor_back(
+    files: Any, environment: Mapping[str, str], tmp_path: Path
+) -> None:
+    main, side = pty.openpty()
+    words = [*MAIN, "train", str(files("experiment.json"))]
+    process = subprocess.Popen(
+        words, env={**environment, "TERM": "xterm", "COLUMNS": "80"}, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=side, text=True,
+    )  # fmt: skip
+    os.close(side)
+    seen = bytearray()
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while part := os.read(main, 1 << 16):
+            seen += part
+    os.close(main)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, seen.decode()
+    assert Path(out.strip()).is_dir()
+    text = seen.decode()
+    assert "━" in text
+    assert "/60" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    # Evaluations stand in whole lines of their own.
+    lines = [line for line in text.split("\r\n") if "teacher-forced" in line]
+    assert [line for line in lines if re.search(r"step (20|40|60)/60  per", line)] == lines
+    assert len(lines) == 3
 
 
 # --- signals -------------------------------------------------------------------------------------
