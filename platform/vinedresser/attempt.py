@@ -73,12 +73,12 @@ def stopping_politely(folder: Path) -> Iterator[None]:
         return
     before = signal.getsignal(signal.SIGTERM)
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def politely(number: int, frame: FrameType | None) -> None:
         del number, frame
         signal.signal(signal.SIGTERM, before)
-        stop.touch()
+        ask(folder)
 
-    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGTERM, politely)
     try:
         yield
     finally:
@@ -106,6 +106,28 @@ def has_stopped(folder: Path) -> None:
     (folder / _STOP).unlink(missing_ok=True)
 
 
+# Set in a worker of a group that was told to stop by itself, as by a machine that is taken away.
+_told_here = threading.Event()
+
+
+def listen() -> None:
+    """From now on SIGTERM asks the run that this process hosts in another thread to stop.
+
+    Nothing is written at once: a worker that Ray ends gets a SIGTERM too, and its run goes on.
+    """
+
+    def ask_here(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        _told_here.set()
+
+    signal.signal(signal.SIGTERM, ask_here)
+
+
+def ask(folder: Path) -> None:
+    """Asks the run in a folder to stop after its step."""
+    (folder / _STOP).touch()
+
+
 def was_asked(folder: Path) -> bool:
     """Whether the run in a folder was asked to stop."""
     return (folder / _STOP).exists()
@@ -121,7 +143,8 @@ class StopRequest:
         """True from the first time on that it was seen."""
         now = time.monotonic()
         if not self._is_asked and now >= self._next:
-            self._next, self._is_asked = now + _LOOK_SECONDS, was_asked(self._folder)
+            self._next = now + _LOOK_SECONDS
+            self._is_asked = _told_here.is_set() or was_asked(self._folder)
         return self._is_asked
 
 

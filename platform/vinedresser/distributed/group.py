@@ -11,13 +11,17 @@ import ray
 import ray.train
 import ray.tune
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from vinedresser.attempt import ask, listen
 from vinedresser.config import Experiment
 from vinedresser.distributed.failures import OwnPolicy, cause
 from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, of_cluster, require
 from vinedresser.distributed.site import Site
 from vinedresser.distributed.telling import FileTell, relaying
+from vinedresser.distributed.words import hearing, write_words
 from vinedresser.distributed.worker import execute
 from vinedresser.errors import InterruptedRunError, VinedresserError
 from vinedresser.train import Tell, untold
@@ -34,6 +38,14 @@ _BASE: Any = TorchTrainer
 _IDLE = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
+class _Listening(WorkerGroupCallback):
+    """SIGTERM to a worker asks the run to stop: its main thread is Ray's, the run has another."""
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        """Called by Ray's controller before training begins."""
+        worker_group.execute(listen)
+
+
 class _Trainer(_BASE):  # type: ignore[misc]
     """Ray's, with our own judgement of failures and without its idle actors."""
 
@@ -43,7 +55,9 @@ class _Trainer(_BASE):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         made: list[Any] = super()._create_default_callbacks()
-        return made if self._in_trial else [c for c in made if type(c).__name__ not in _IDLE]
+        if not self._in_trial:
+            made = [one for one in made if type(one).__name__ not in _IDLE]
+        return [*made, _Listening()]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         return super()._initialize_and_run_controller(
@@ -96,7 +110,7 @@ def train_in_group(
         ),
     )
     try:
-        with _lean(), relaying(folder, tell):
+        with _lean(), relaying(folder, tell), hearing(folder):
             trainer.fit()
     except VinedresserError:
         raise
@@ -125,9 +139,9 @@ def work(config: Mapping[str, Any]) -> None:
     rank = _API.get_context().get_world_rank()
     group = ray.util.get_current_placement_group()
     mine = {} if group is None else {GROUP: group.id.hex()}
-    # A group that was told to stop ends well: Ray starts one anew that fails.
     folder = Path(config["folder"])
-    with contextlib.suppress(InterruptedRunError):
+    write_words(folder, rank)
+    try:
         execute(
             Experiment.from_json(config["experiment"]),
             config["site"],
@@ -136,3 +150,6 @@ def work(config: Mapping[str, Any]) -> None:
             report=lambda metrics: _API.report({**metrics, **mine}),
             tell=FileTell(folder) if config["tells"] and rank == 0 else untold,
         )
+    except InterruptedRunError:
+        # A group that was told to stop ends well, or Ray would start it anew; the driver sees why.
+        ask(folder)

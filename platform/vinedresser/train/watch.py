@@ -163,26 +163,33 @@ class Pace:
     Updates themselves take equally long on all of them, because the fast wait for the slow.
     """
 
-    # Over the median of all ranks; on a busy machine, 1.3 was seen without a reason.
-    SLOW = 1.5
+    # Over the median of the other ranks, and worth so much of an update.
+    SLOW, WORTH = 1.5, 0.1
+    # Updates that are compared at a time, and comparisons in a row that must agree: single ones
+    # differ by 5 times and more where a machine has other work.
+    UPDATES, AGREEING = 10, 2
 
     def __init__(self, *, rank: int, workers: int) -> None:
         self._rank, self._workers = rank, workers
         self._own: list[float] = []
+        self._since = time.perf_counter()
+        self._suspects: list[int] = []
 
-    def add(self, seconds: float) -> None:
-        """Takes an update in; its own seconds of this rank."""
-        self._own.append(seconds)
+    def add(self, own_seconds: float) -> None:
+        """Takes an update in, with the seconds of this rank's own work."""
+        self._own.append(own_seconds)
 
     def compare(self) -> str:
-        """Over the updates since the last call, on all ranks together.
+        """Over the updates since the last comparison, all ranks together; of too few, none is made.
 
         Returns:
-            On rank 0, a line that names the slowest rank and its ratio, if it is slow; else "".
+            On rank 0, a line that names the rank that is slow again; else "".
         """
-        own, self._own = self._own, []
-        if self._workers == 1 or not own:
+        if self._workers == 1 or len(self._own) < self.UPDATES:
             return ""
+        now, own = time.perf_counter(), self._own
+        update = (now - self._since) / len(own)
+        self._own, self._since = [], now
         mine = torch.tensor([statistics.median(own)], dtype=torch.float64)
         if dist.get_backend() == "nccl":
             mine = mine.cuda()
@@ -191,9 +198,17 @@ class Pace:
         seconds = [float(one) for one in every]
         rank = max(range(len(seconds)), key=seconds.__getitem__)
         usual = statistics.median(seconds[:rank] + seconds[rank + 1 :])
-        if self._rank or seconds[rank] <= self.SLOW * usual:
+        worth = (seconds[rank] - usual) / update
+        if seconds[rank] <= self.SLOW * usual or worth <= self.WORTH:
+            self._suspects = []
+            return ""
+        self._suspects.append(rank)
+        # Told once, not at every line.
+        if self._rank or self._suspects[-self.AGREEING :] != [rank] * self.AGREEING:
+            return ""
+        if self._suspects[-self.AGREEING - 1 : -self.AGREEING] == [rank]:
             return ""
         return (
             f"rank {rank} is slow: {seconds[rank]:.3f} s an update of its own work, "
-            f"{seconds[rank] / usual:.1f} times the others; all wait for it"
+            f"{seconds[rank] / usual:.1f} times the others, who wait for it; look at its machine"
         )
