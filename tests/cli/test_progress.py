@@ -40,7 +40,8 @@ def test_time_left_counts_updates_and_evaluations_apart():
     for step in range(2, 26):
         hand.time += 2
         clock.see(Progress(step, 100, 0.0, 4))
-        assert clock.seconds_left == pytest.approx(2 * (100 - step))
+        wanted = 2 * (100 - step) if step > 5 else math.nan
+        assert clock.seconds_left == pytest.approx(wanted, nan_ok=True)
     clock.see(Progress(25, 100, 0.0, 4, phase="evaluating"))
     hand.time += 10
     clock.see(Progress(25, 100, 0.0, 3))
@@ -66,9 +67,9 @@ def test_a_resumed_run_is_not_faster_for_what_was_done_before():
     clock.see(Progress(900, 1000, 9.0, 1))
     assert math.isnan(clock.seconds_left)
     for step in (901, 902, 903):
-        hand.time += 3
+        hand.time += 11
         clock.see(Progress(step, 1000, 9.0, 1))
-    assert clock.seconds_left == pytest.approx(3 * 97)
+    assert clock.seconds_left == pytest.approx(11 * 97)
 
 
 def test_lines_at_log_lines_five_seconds_apart():

@@ -21,6 +21,9 @@ Now = Callable[[], float]
 _FRAME, _LINE = 0.25, 5.0
 # Speed is that of the last minute: so many points, a second or more apart.
 _POINTS = 60
+# Before so many updates, unless they take so long, nothing is said of the end: the first ones were
+# seen to take five times what the others do.
+_SURE_STEPS, _SURE_SECONDS = 5, 20.0
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK = 16
 
@@ -77,10 +80,13 @@ class Clock:
     @property
     def seconds_left(self) -> float:
         """To the end of the run; nan before anything can be said."""
-        if not self._points or self._last.step == self._points[0][1]:
+        if not self._points:
             return math.nan
         start, first = self._points[0]
-        a_step = (self._at - start) / (self._last.step - first)
+        steps, seconds = self._last.step - first, self._at - start
+        if steps == 0 or (steps < _SURE_STEPS and seconds < _SURE_SECONDS):
+            return math.nan
+        a_step = seconds / steps
         an_evaluation = self._judged / max(self._evaluations, 1)
         left = self._last.steps - self._last.step
         return left * a_step + self._last.evaluations_left * an_evaluation
