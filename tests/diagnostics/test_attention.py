@@ -153,6 +153,29 @@ def test_a_model_without_attention_has_no_maps():
     assert attention_maps(build("rnn"), pair("a", "b"), (SYMBOLS, SYMBOLS)) == []
 
 
+def test_a_layer_whose_heads_are_all_pruned_has_an_empty_map():
+    alive = {"dec_enc": [[0, 0, 0, 0], [0, 1, 0, 1]]}
+    model = build("transformer", **{**SMALL, "decoder_layers": 2, "alive_heads": alive})
+    found = {
+        each.name: each for each in attention_maps(model, pair("a b c", "d e"), (SYMBOLS, SYMBOLS))
+    }
+    assert found["decoder.0.dec_enc"].diagonality == found["decoder.0.dec_enc"].entropy == []
+    assert len(found["decoder.1.dec_enc"].diagonality) == 2
+    tracker = MemoryTracker()
+    assert AttentionWatch(copies(0, 8), (SYMBOLS, SYMBOLS)).look(model, tracker, 1)
+    assert list(tracker.artifacts) == ["attention/decoder.1.dec_enc/step-00000001.png"]
+
+
+def test_a_diverged_model_is_shown_as_it_is():
+    model, tracker = build("transformer", **SMALL), MemoryTracker()
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)
+    watch = AttentionWatch(copies(0, 8), (SYMBOLS, SYMBOLS))
+    assert math.isnan(watch.look(model, tracker, 1)["dev/diagonality"])
+    (picture,) = tracker.artifacts.values()
+    assert all("nan" not in axes.get_title() for axes in picture.axes)
+
+
 def test_subsampled_positions_are_named_after_all_their_tokens():
     changes = {**SMALL, "subsampling": {"kind": "concat", "factor": 2, "layers": 2}}
     found = attention_maps(
