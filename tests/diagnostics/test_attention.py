@@ -239,9 +239,17 @@ def test_a_figure_has_a_panel_a_head_and_a_label_a_token(heads, tmp_path: Path):
 
 
 def test_every_letter_is_drawn_or_written_as_its_number():
-    labels, families = legible(["a", "▁ß", "␣", "\U0010ffff"])
-    assert labels == ["a", "▁ß", "␣", "U+10FFFF"]
+    labels, families = legible(["a", "▁ß", "␣", "\U0010ffff", "x\ny"])
+    assert labels == ["a", "▁ß", "␣", "U+10FFFF", "x U+000Ay"]
     assert families[0] == "DejaVu Sans"
+
+
+def test_dollars_are_no_formulas(tmp_path: Path):
+    odd = Symbols("symbols", ["$\\frac$", "a$b$", "^", "_"])
+    batch = pair("a b", "c d")
+    (found,) = attention_maps(build("rnn-small"), batch, (odd, odd))
+    assert "$\\frac$" in found.columns.labels
+    figure(found).savefig(tmp_path / "a.png")
 
 
 # --- a model that learns -------------------------------------------------------------------------

@@ -150,6 +150,7 @@ def _label(axes: "Axes", which: str, side: _Side, *, is_shown: bool) -> None:
     own.set_ticks([i + 0.5 for i in shown], [side.labels[i] for i in shown])
     for tick in own.get_ticklabels():
         tick.set_fontfamily(list(side.families))
+        tick.set_parse_math(False)  # a dollar is a dollar
         if which == "x" and not side.is_upright(tick.get_text()):
             tick.set_rotation(90)
 
@@ -166,7 +167,7 @@ def _legend(picture: "Figure", axes: "Axes", box: tuple[float, float, float, flo
 def legible(labels: Sequence[str]) -> tuple[list[str], list[str]]:
     """Labels that can be drawn here, and the fonts for it, Matplotlib's own first.
 
-    A letter that no installed font has is written as its code point.
+    A letter that no installed font has, or that is none, is written as its code point.
     """
     wanted = {letter for label in labels for letter in label}
     families, missing = ["DejaVu Sans"], wanted - _letters("DejaVu Sans")
@@ -177,6 +178,7 @@ def legible(labels: Sequence[str]) -> tuple[list[str], list[str]]:
                 missing -= found
             if not missing:
                 break
+    missing |= {letter for letter in wanted if not letter.isprintable()}
     table = {ord(letter): f" U+{ord(letter):04X}" for letter in missing}
     return [label.translate(table).strip() for label in labels], families
 

@@ -62,6 +62,18 @@ def test_unknown_and_composed(kind):
     assert made.encode(unicodedata.normalize("NFD", "läuft über")) == made.encode("läuft über")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_id_has_a_piece_that_can_be_read(kind):
+    made = trained(kind)
+    ids = made.encode("ein kleiner hund")
+    pieces = made.pieces([BOS, *ids, EOS])
+    assert (pieces[0], pieces[-1]) == ("<s>", "</s>")
+    assert len(pieces) == len(ids) + 2
+    glue = " " if kind == "symbols" else ""
+    assert glue.join(pieces[1:-1]).replace("\u2581", " ").strip() == "ein kleiner hund"
+    assert len(set(made.pieces(range(made.size)))) == made.size
+
+
 @given(st.text(st.characters(codec="utf-8"), max_size=30))
 def test_characters_round_trip(text):
     text = unicodedata.normalize("NFC", text)
