@@ -42,7 +42,7 @@ from vinedresser.data.shards.shard_set import ShardSet, tokenizers
 from vinedresser.diagnostics.attention import AttentionWatch
 from vinedresser.diagnostics.conditioning import conditioning_gap
 from vinedresser.diagnostics.diagnosis import Diagnosis
-from vinedresser.diagnostics.symptoms import Facts
+from vinedresser.diagnostics.log import Facts
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
 from vinedresser.evaluate import Evaluated, evaluate
 from vinedresser.metrics import is_better, is_lower_better, worst

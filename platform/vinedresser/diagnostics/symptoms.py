@@ -1,19 +1,17 @@
 """From what a run logs to what is wrong with it, and what to do (methods.md 107).
 
-Each rule is a pure function of the logged series. The thresholds were set on healthy runs: their
-most extreme value over five tasks and models stands beside each.
+Each rule is a pure function of the logged series. A rule speaks when its fault has
+lasted for some log lines, and is silent where what it reads is not logged.
 """
 
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vinedresser.config import Experiment
+from vinedresser.diagnostics.log import Log, Points, least, median
 from vinedresser.diagnostics.monitors import Reading
-
-Points = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -36,85 +34,23 @@ class Finding:
         return f"{self.rule} at step {self.step}: {self.text}. {self.advice}"
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the rules have to know about a run.
-
-    Attributes:
-        uniform: ln |V|, the loss of uniform guessing, nats a token.
-        steps: updates of the whole run.
-        warmup: updates of warm-up.
-        anneal: share of the run at its end over which the rate falls to 0.
-        clip_norm: gradients above it are scaled down.
-    """
-
-    uniform: float
-    steps: int
-    warmup: int
-    anneal: float
-    clip_norm: float
-
-    @classmethod
-    def of(cls, experiment: Experiment, *, vocabulary: int) -> "Facts":
-        """Of an experiment whose target side has so many ids."""
-        optim = experiment.optim
-        return cls(
-            uniform=math.log(vocabulary),
-            steps=experiment.steps,
-            warmup=optim.warmup_steps,
-            anneal=optim.anneal,
-            clip_norm=optim.clip_norm,
-        )
-
-
-class Log:
-    """Everything that a run logged: key -> (step, value), in order; what is not finite is left out.
-
-    Attributes:
-        facts: of the run.
-    """
-
-    def __init__(self, facts: Facts, points: Mapping[str, Iterable[Sequence[float]]] = {}) -> None:
-        self.facts = facts
-        self._points: dict[str, list[tuple[int, float]]] = {}
-        for key, pairs in points.items():
-            self._points[key] = [(int(step), float(value)) for step, value in pairs]
-
-    def add(self, metrics: Mapping[str, float], step: int) -> None:
-        """Notes metrics at a step."""
-        for key, value in metrics.items():
-            if math.isfinite(value):
-                self._points.setdefault(key, []).append((step, value))
-
-    def of(self, key: str, *, after: float = 0) -> Points:
-        """The points of a key at steps above `after`."""
-        return [point for point in self._points.get(key, ()) if point[0] > after]
-
-    def last(self, key: str, count: int, *, after: float = 0) -> Points:
-        """The last `count` points above `after`; none where there are fewer."""
-        points = self.of(key, after=after)
-        return points[-count:] if len(points) >= count else ()
-
-    def keys(self, prefix: str) -> list[str]:
-        """The keys that begin so."""
-        return [key for key in self._points if key.startswith(prefix)]
-
-    def to_json(self) -> dict[str, list[tuple[int, float]]]:
-        """Plain JSON."""
-        return self._points
-
-
 Rule = Callable[[Log], Finding | None]
 
 FIRST_LOSS = "train/first_nats_per_token"
-# The encoder's share of the gradient norm below which it is cut off.
-_NO_SOURCE = 1e-6
-# A gap of the conditioning test, nats a token, that two standard errors apart is none.
-_NO_GAP = 0.03
-# MB over half a run so far, and the updates before they count.
-_LEAK_MB, _CACHED = 16.0, 50
-# Norms of an update over those of the weights.
-_SMALL_UPDATE, _LARGE_UPDATE = 1e-5, 1e-1
+
+# The thresholds; after "healthy", the most extreme of 13 runs: Transformer, LSTM, GRU, convolution
+# and listener on reversals, pronunciations, Multi30k and spoken digits, 100 to 400 updates each.
+_EXPLODED = 30.0  # norm over what it was; healthy: 5.5
+_VANISHED = 1e-3  # first block's gradients over the last's; healthy: 0.08
+_NO_SOURCE = 1e-6  # the encoder's share of the gradient norm; healthy: 0.04
+_DEAD_SHARE = 0.8  # of a layer's ReLUs; healthy: 0.34, early on
+_SATURATED_SHARE = 0.9  # of a place's outputs; healthy: 0.55, an LSTM's attentional states
+_OVER_CLIP = 10.0  # norm over optim.clip_norm; healthy: 2.2
+_CHANCE = 0.95  # loss over ln |V|; healthy: 0.88, a fifth into the run
+_NO_GAP = 0.03  # nats a token, beside two standard errors; healthy: 0.1 in the least trained
+_GROWN_GAP = 5.0  # points of error; healthy: 3
+_SMALL_UPDATE, _LARGE_UPDATE = 1e-5, 1e-1  # over the weights; healthy: 6e-4 and 1.4e-2
+_LEAK_MB, _CACHED = 16.0, 50  # MB over half of the run so far; updates that do not count
 
 # How a detail of a reading is called among the log.
 _DEAD, _SATURATED, _RATIO = "dead_share of ", "saturated of ", "update_ratio of "
@@ -181,7 +117,7 @@ def exploding_gradients(log: Log) -> Finding | None:
     if len(norms) < 6 or len(losses) != len(norms):
         return None
     (step, norm), before = norms[-1], statistics.median(v for _, v in norms[:-1])
-    if norm < 30 * before or losses[-1] < statistics.median(losses[:-1]):
+    if norm < _EXPLODED * before or losses[-1] < statistics.median(losses[:-1]):
         return None
     return Finding(
         "exploding_gradients",
@@ -195,8 +131,8 @@ def exploding_gradients(log: Log) -> Finding | None:
 def vanishing_gradients(log: Log) -> Finding | None:
     """Gradients of the first block nothing beside those of the last."""
     points = log.last("monitor/gradient_decay", 5)
-    share = _median(points)
-    if not points or share > 1e-3 or _source_share(log) < _NO_SOURCE:
+    share = median(points)
+    if not points or share > _VANISHED or _source_share(log) < _NO_SOURCE:
         return None
     return Finding(
         "vanishing_gradients",
@@ -209,7 +145,7 @@ def vanishing_gradients(log: Log) -> Finding | None:
 def dead_units(log: Log) -> Finding | None:
     """A ReLU layer most of whose units are 0 at every position of several batches."""
     place, points = _worst(log, _DEAD, 3)
-    if _median(points) < 0.8:
+    if least(points) < _DEAD_SHARE:
         return None
     return Finding(
         "dead_units",
@@ -222,7 +158,7 @@ def dead_units(log: Log) -> Finding | None:
 def saturated_units(log: Log) -> Finding | None:
     """An activation function most of whose outputs are at its ends."""
     place, points = _worst(log, _SATURATED, 3)
-    if _median(points) < 0.9:
+    if least(points) < _SATURATED_SHARE:
         return None
     return Finding(
         "saturated_units",
@@ -238,8 +174,8 @@ def always_clipped(log: Log) -> Finding | None:
     norms = log.of("train/gradient_norm_mean", after=max(log.facts.warmup, log.facts.steps / 2))
     if len(points) < 10 or len(norms) < 10 or min(v for _, v in points) < 1:
         return None
-    norm = _median(norms)
-    if norm < 10 * log.facts.clip_norm:
+    norm = median(norms)
+    if norm < _OVER_CLIP * log.facts.clip_norm:
         return None
     return Finding(
         "always_clipped",
@@ -254,7 +190,7 @@ def loss_stuck(log: Log) -> Finding | None:
     """A loss that stays at that of uniform guessing."""
     start = max(log.facts.warmup, log.facts.steps / 5)
     points = log.last("train/nats_per_token", 5, after=start)
-    if not points or min(v for _, v in points) < 0.95 * log.facts.uniform:
+    if not points or min(v for _, v in points) < _CHANCE * log.facts.uniform:
         return None
     return Finding(
         "loss_stuck",
@@ -280,7 +216,7 @@ def source_ignored(log: Log) -> Finding | None:
     gaps = log.of("dev/conditioning_gap", after=log.facts.steps / 2)
     errors = log.of("dev/conditioning_error", after=log.facts.steps / 2)
     losses = log.of("train/nats_per_token")
-    if not gaps or not errors or losses[-1][1] > 0.95 * log.facts.uniform:
+    if not gaps or not errors or losses[-1][1] > _CHANCE * log.facts.uniform:
         return None
     if gaps[-1][1] > min(_NO_GAP + 2 * errors[-1][1], 10 * _NO_GAP):
         return None
@@ -301,7 +237,7 @@ def exposure_gap(log: Log) -> Finding | None:
     if not points or not forced:
         return None
     (first, before), (_, between), (last, now) = points
-    if not before < between < now or now - before < 5:
+    if not before < between < now or now - before < _GROWN_GAP:
         return None
     if now + forced[-1][1] < before + forced[0][1]:
         return None
@@ -321,8 +257,8 @@ def update_ratio(log: Log) -> Finding | None:
     for key in log.keys(_RATIO):
         points = log.last(key, 5, after=log.facts.warmup)
         # What does not move at all has no gradient, which other rules tell.
-        if points and points[-1][0] <= anneals_at and _median(points) > 0:
-            ratios[_median(points)] = (key.removeprefix(_RATIO), points[-1][0])
+        if points and points[-1][0] <= anneals_at and median(points) > 0:
+            ratios[median(points)] = (key.removeprefix(_RATIO), points[-1][0])
     if not ratios:
         return None
     smallest, largest = min(ratios), max(ratios)
@@ -345,10 +281,10 @@ def memory_growth(log: Log) -> Finding | None:
     key = "monitor/allocated_mb" if log.of("monitor/allocated_mb") else "monitor/memory_mb"
     points = log.of(key, after=_CACHED)
     points = points[len(points) // 2 :]
-    if len(points) < 10:
+    if len(points) < 8:
         return None
     (first, before), (last, now) = points[0], points[-1]
-    rise = _median([(step, b - a) for (_, a), (step, b) in itertools.pairwise(points)])
+    rise = median([(step, b - a) for (_, a), (step, b) in itertools.pairwise(points)])
     grown = rise * (len(points) - 1)
     # What rises at every line, not in a few of them.
     if rise <= 0 or grown < max(_LEAK_MB, 0.02 * before) or grown < (now - before) / 2:
@@ -384,20 +320,15 @@ def findings(log: Log) -> list[Finding]:
     return [found for rule in RULES if (found := rule(log)) is not None]
 
 
-def _median(points: Points) -> float:
-    """Of the values; 0 without any."""
-    return statistics.median(value for _, value in points) if points else 0.0
-
-
 def _source_share(log: Log) -> float:
     """Of the encoder in the gradient norm, median of three readings; 1 where it is not known."""
     own, whole = (
         log.last(f"monitor/{key}", 3) for key in ("gradient_norm_source", "gradient_norm")
     )
-    return _median(own) / max(_median(whole), 1e-30) if own else 1.0
+    return median(own) / max(median(whole), 1e-30) if own else 1.0
 
 
 def _worst(log: Log, prefix: str, count: int) -> tuple[str, Points]:
-    """The place with the largest median over its last `count` readings."""
+    """The place whose last `count` readings were the largest throughout."""
     found = {key.removeprefix(prefix): log.last(key, count) for key in log.keys(prefix)}
-    return max(found.items(), key=lambda item: _median(item[1]), default=("", ()))
+    return max(found.items(), key=lambda item: least(item[1]), default=("", ()))
