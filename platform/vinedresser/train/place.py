@@ -108,10 +108,11 @@ def seed_step(seed: int, step: int, number: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or in torch's CPU allocator."""
+    """Whether an allocation failed, on a GPU, in torch's CPU allocator, or of an object in C++."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    signs = ("can't allocate memory", "bad_alloc")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def peak_memory() -> str:

@@ -202,8 +202,9 @@ class _Updater:
     ) -> Tensor:
         """Leaves the gradient of all batches in the parameters; returns the sum of nats."""
         while True:
-            pieces = [piece for batch in hosted for piece in self._cut(batch)]
+            pieces = list(hosted)
             try:
+                pieces = [piece for batch in hosted for piece in self._cut(batch)]
                 return self._pass(index, pieces, epsilon, tokens)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -221,7 +222,8 @@ class _Updater:
         largest = max(pieces, key=lambda piece: piece.padded)
         shape = " x ".join(map(str, largest.source_BS.shape[:2])) + " source and "
         shape += " x ".join(map(str, largest.target_BT.shape)) + " target"
-        if self._place.workers > 1 or len(largest.rows_B) == 1:
+        is_uncut = self._fits is not None and largest.padded > self._fits  # no memory even for that
+        if self._place.workers > 1 or len(largest.rows_B) == 1 or is_uncut:
             raise MachineError(
                 f"step {index}: out of memory at {shape} tokens, peak {peak_memory()}; "
                 "lower batch.tokens, or the task's max_source_length and max_target_length"
