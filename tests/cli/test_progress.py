@@ -139,7 +139,7 @@ def test_no_bar_where_there_is_no_terminal():
     assert said == ["step 3/9  epoch 0.50  loss 2.00  900 tok/s"] * 3
 
 
-def test_what_is_written_meanwhile_stands_above_the_bar(monkeypatch):
+def test_what_is_written_meanwhile_stands_above_the_bar(monkeypatch, capsys):
     file = io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setattr(sys, "stderr", file)
     console = Console(
@@ -149,6 +149,8 @@ def test_what_is_written_meanwhile_stands_above_the_bar(monkeypatch):
         tell(Progress(3, 9, 0.5, 1, "training", 2.0, 900.0))
         sys.stderr.write("a warning [bold] of 3 lines\n")
         sys.stderr.flush()
+        sys.stdout.write("a result\n")
+    assert capsys.readouterr().out == "a result\n"
     assert sys.stderr is file
     file.flush()
     written = file.buffer.getvalue().decode()  # type: ignore[attr-defined]

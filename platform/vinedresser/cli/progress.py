@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,8 @@ _SPARK = 16
 def watching(say: Callable[[str], None], *, console: Console | None = None) -> Iterator[Tell]:
     """Shows what it is told until the block ends: a bar on a terminal, else lines through `say`.
 
-    Above the bar appears what is written to `sys.stderr` and `sys.stdout` meanwhile.
+    Above the bar appears what is written to `sys.stderr` meanwhile, and to `sys.stdout` where that
+    is a terminal too.
     """
     console = console or Console(stderr=True)
     can_draw = console.is_terminal and not console.is_dumb_terminal
@@ -41,7 +43,11 @@ def watching(say: Callable[[str], None], *, console: Console | None = None) -> I
         return
     # Without a thread of its own: there is something new to draw only when something was told.
     first = Text("data, model and optimizer are made ready", style="dim")
-    with Live(first, console=console, auto_refresh=False, transient=True) as live:
+    # What goes into a pipe stays what it is.
+    both = sys.stdout.isatty()
+    with Live(
+        first, console=console, auto_refresh=False, transient=True, redirect_stdout=both
+    ) as live:
         yield Bar(lambda picture: live.update(picture, refresh=True))
 
 
