@@ -135,7 +135,7 @@ def gradients(model: Seq2Seq, batch: Batch) -> Check:
 def overfit(model: Seq2Seq, sentences: Sequence[Sentence], place: Place, *, cap: int) -> Check:
     """Learns a few sentences by heart and decodes them (methods.md 99).
 
-    Adam at 0.1 / width, at most 3e-3, 10 updates of warm-up, gradients clipped at 1, no dropout:
+    Adam at 0.3 / width, at most 3e-3, 10 updates of warm-up, gradients clipped at 1, no dropout:
     what every form of the zoo learns in 30 to 260 updates.
 
     Args:
@@ -169,7 +169,7 @@ def overfit(model: Seq2Seq, sentences: Sequence[Sentence], place: Place, *, cap:
 def _overfitting(model: Seq2Seq, batch: Batch, place: Place) -> Iterator[int]:
     """Yields the number of updates each time the loss may be low enough, and at the end."""
     width = model(batch).shape[-1]
-    rate = min(3e-3, 0.1 / width)
+    rate = min(3e-3, 0.3 / width)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     losses: list[torch.Tensor] = []
     for update in range(1, OVERFIT_UPDATES + 1):
