@@ -50,6 +50,8 @@ from vinedresser.nn.gates import head_gates
 from vinedresser.optim import build_optimizer, freeze
 from vinedresser.tracking import NullTracker, Tracker
 from vinedresser.train import (
+    JUDGING,
+    STORING,
     AveragedWeights,
     Best,
     Clock,
@@ -343,7 +345,8 @@ class Run:
                 self.diagnosis.begin(step.nats, step.tokens)
             self.pace.add(step.own_seconds)
             is_stored = step.index % self.experiment.checkpoint_every == 0
-            self.clock.beat(step.index, is_long=is_stored or step.index in judged)
+            patience = JUDGING if step.index in judged else STORING if is_stored else 1.0
+            self.clock.beat(step.index, patience=patience)
             yield step
 
     def _note(self, metrics: Mapping[str, float], step: int) -> None:

@@ -303,7 +303,7 @@ class Compute(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     # Of several workers, one that makes no update for so many seconds hangs, and all start again
     # with their stacks in the run's folder; 0 never. Ten times the longest update so far is
-    # waited in any case, and 30 times this around evaluations and checkpoints.
+    # waited in any case, and that 10 times at checkpoints, 30 times at evaluations.
     hang_seconds: NonNegativeFloat = 60.0
 
     @model_validator(mode="after")

@@ -4,9 +4,11 @@ from vinedresser.train.fit import AveragedWeights, Effects, Window, evaluation_s
 from vinedresser.train.place import Place, has_bf16, place, seed_step
 from vinedresser.train.progress import Best, Progress, Tell, Teller, untold
 from vinedresser.train.steps import Step, Trainee, training_steps
-from vinedresser.train.watch import Clock, Pace
+from vinedresser.train.watch import JUDGING, STORING, Clock, Pace
 
 __all__ = [
+    "JUDGING",
+    "STORING",
     "AveragedWeights",
     "Best",
     "Clock",

@@ -27,9 +27,10 @@ from vinedresser.commit import make_folder
 _REARM_SECONDS = 1.0
 # Nor before so many times the longest update so far.
 _LONGEST = 10.0
-# Updates with more to do than the others: the first, and those after which rank 0 evaluates or
-# writes a checkpoint. 60 s become half an hour, which is what torch.distributed waits.
-_PATIENCE = 30.0
+# Before updates that come after more than an update, patience is so many times as long: 60 s
+# become 10 minutes while the group meets for the first time or rank 0 writes a checkpoint, and
+# half an hour, which is what torch.distributed waits, while it decodes the dev split.
+STORING, JUDGING = 10.0, 30.0
 # Ranks notice within so many seconds of each other; none ends before all have written.
 _GRACE_SECONDS = 5.0
 # In the stack of a rank that waits for the others.
@@ -76,7 +77,7 @@ class Clock:
             make_folder(self._folder)
             self._raw = self._folder / f"rank-{self._rank}.now"
             self._stream = self._raw.open("w")
-            self.beat(0, is_long=True)
+            self.beat(0, patience=STORING)
             threading.Thread(target=self._look, name="watch", daemon=True).start()
         return self
 
@@ -94,23 +95,23 @@ class Clock:
             with contextlib.suppress(OSError):
                 self._folder.rmdir()
 
-    def beat(self, step: int, *, is_long: bool = False) -> None:
+    def beat(self, step: int, *, patience: float = 1.0) -> None:
         """Sets the clock back.
 
         Args:
             step: the last update that is done.
-            is_long: whether more is done before the next one than an update.
+            patience: how many times as long as usual the next one may take; above 1 where more
+                is done before it.
         """
         if not self._is_on:
             return
-        now = time.monotonic()
+        now, is_long = time.monotonic(), patience > 1
         if not self._was_long:
             self._longest = max(self._longest, now - self._last)
         self._step, self._last, self._was_long = step, now, is_long
         if now < self._next and not is_long:
             return
-        seconds = self._seconds * (_PATIENCE if is_long else 1.0)
-        seconds = max(seconds, _LONGEST * self._longest)
+        seconds = max(self._seconds, _LONGEST * self._longest) * patience
         # The next update shortens a long patience at once.
         self._next = now if is_long else now + min(_REARM_SECONDS, self._seconds / 10)
         self._deadline = now + seconds
@@ -153,6 +154,8 @@ def hangs(folder: Path) -> list[Hang]:
 def forget(folder: Path) -> Path:
     """Moves the stacks of hangs aside, so that they count no more; returns where they are."""
     target = folder / f"hangs-{int(time.time())}"
+    for unfinished in (folder / "hangs").glob("*.now"):
+        unfinished.unlink()
     (folder / "hangs").rename(target)
     return target
 
@@ -167,7 +170,7 @@ class Pace:
     SLOW, WORTH = 1.5, 0.1
     # Updates that are compared at a time, and comparisons in a row that must agree: single ones
     # differ by 5 times and more where a machine has other work.
-    UPDATES, AGREEING = 10, 2
+    UPDATES, AGREEING = 10, 3
 
     def __init__(self, *, rank: int, workers: int) -> None:
         self._rank, self._workers = rank, workers
