@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 MAIN = [sys.executable, "-c", "import sys; from vinedresser.cli import main; sys.exit(main())"]
 VERBS = (
     "prepare", "train", "sweep", "prune", "export", "retrain", "evaluate", "translate", "runs",
-    "ui", "doctor", "describe", "attend",
+    "ui", "doctor", "describe", "attend", "check",
 )  # fmt: skip
 
 Done = subprocess.CompletedProcess[str]

@@ -19,6 +19,7 @@ from vinedresser.model import Memory, Vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SMALL_CONV = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
 NAMES = [
     "data", "lengths", "first loss", "gradients reach", "overfit one batch", "conditioning",
     "batch invariance", "memory slope", "time and cost",
@@ -51,6 +52,16 @@ class _Biased(Transformer):
     def logits(self, states: Tensor) -> Tensor:
         return super().logits(states) + self.skew_V
 
+    def output_layer(self) -> None:
+        return None
+
+
+class _Split(_Biased):
+    """It trains on its output layer and decodes with more than that."""
+
+    def output_layer(self) -> torch.nn.Linear:
+        return self.output
+
 
 class _Mixing(Transformer):
     """Its sentences see each other."""
@@ -72,14 +83,15 @@ class _Leaking(Transformer):
 
 
 _FAULTS = {
-    "deaf": _Deaf, "detached": _Detached, "biased": _Biased, "mixing": _Mixing, "leaking": _Leaking,
+    "deaf": _Deaf, "detached": _Detached, "biased": _Biased, "split": _Split, "mixing": _Mixing,
+    "leaking": _Leaking,
 }  # fmt: skip
 
 
 class FaultyConfig(TransformerConfig):
     """A Transformer with one fault."""
 
-    fault: Literal["deaf", "detached", "biased", "mixing", "leaking"]
+    fault: Literal["deaf", "detached", "biased", "split", "mixing", "leaking"]
 
     def build(self, vocabulary: Vocabulary) -> Transformer:
         return _FAULTS[self.fault](self, vocabulary)
@@ -133,6 +145,7 @@ def failed(found: Mapping[str, Check]) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_a_healthy_experiment_passes(experiment, shards):
     found = ran(experiment, shards, price=3600.0)
     assert failed(found) == set()
@@ -146,6 +159,7 @@ def test_a_healthy_experiment_passes(experiment, shards):
     assert found["overfit one batch"].figures["loss"] < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "wanted"),
     [
@@ -154,6 +168,7 @@ def test_a_healthy_experiment_passes(experiment, shards):
         # Random states of the source are enough to be heard.
         ("detached", {"gradients reach"}),
         ("biased", {"first loss"}),
+        ("split", {"first loss"}),
         ("mixing", {"batch invariance"}),
         ("leaking", {"memory slope"}),
     ],
@@ -166,6 +181,7 @@ def test_a_fault_fails_what_it_must(experiment, shards, fault, wanted):
     assert failed(found) == wanted
 
 
+@pytest.mark.slow
 def test_mis_encoded_targets_fail_conditioning(experiment, tmp_path):
     found = ran(experiment, written(tmp_path, is_shuffled=True))
     assert failed(found) >= {"conditioning"}
@@ -180,7 +196,7 @@ def test_mis_encoded_targets_fail_conditioning(experiment, tmp_path):
     [
         {"kind": "rnn", "width": 64, "encoder_units": 64},
         {"kind": "attention_rnn", "width": 32, "encoder_units": 16},
-        {"kind": "conv-small"},
+        {"kind": "conv", **SMALL_CONV},
     ],
     ids=lambda model: model["kind"],
 )

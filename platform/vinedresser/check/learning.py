@@ -24,6 +24,8 @@ from vinedresser.train import Place, seed_step, training_steps
 # Logits of standard deviation s that know nothing cost ln |V| + s^2 / 2 nats: 1 nat is s = 1.4.
 # The zoo starts at s = 1 or below, tied embeddings without their scale of d^-0.5 at s = sqrt(d).
 MAX_FIRST_EXCESS = 1.0
+# The loss in training and the one of logits() are the same sum in another order: 1e-6 of it.
+MAX_LOSS_DRIFT = 1e-3
 # Nats per token at which a batch counts as learned by heart (methods.md 99), and updates for it.
 LEARNED, OVERFIT_UPDATES = 0.01, 600
 # Passes until the running statistics of power norm are those of its inputs.
@@ -69,6 +71,14 @@ def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool)
         return Check(
             "first loss", passed, found, f"below {written}", "" if passed else pointer, figures
         )
+    trained = float(likelihood(model, model(batch), batch).mean)
+    if abs(trained - loss) > MAX_LOSS_DRIFT * max(1.0, loss):
+        return Check(
+            "first loss", False, f"{trained:.2f} nats/token in training, {loss:.2f} by logits()",
+            "the same",
+            "training minimises something else than what is decoded: output_layer() must be None "
+            "where logits() is more than that layer", figures,
+        )  # fmt: skip
     is_near = [abs(value - guess) <= MAX_FIRST_EXCESS for value in (loss, other)]
     if is_near[1] and not is_near[0]:
         found += f", {other:.2f} without repeats"
