@@ -5,23 +5,31 @@ from torch import Tensor, nn
 
 
 class _MaskedScale(torch.autograd.Function):
-    """x * mask / (1 - p), keeping one byte an element for the backward pass."""
+    """x * mask / (1 - p), keeping one or two bytes an element for the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, drop_256: int) -> Tensor:  # type: ignore[no-untyped-def]
-        count = x.numel()
+        count, scale = x.numel(), 256 / (256 - drop_256)
         words = torch.empty((count + 7) // 8, dtype=torch.int64, device=x.device)
         # One 64-bit draw gives eight masks: bernoulli_ was 13% of a training step.
         words.random_(-(2**63), None)
-        # In place, as numbers 0 and 1: 18 times as fast as a comparison that makes bools, and bf16
-        # products with bools took three times as long.
+        # In place, as numbers 0 and 1: 18 times as fast as a comparison that makes bools.
         keep = words.view(torch.uint8)[:count].view(x.shape).ge_(drop_256)
-        ctx.keep, ctx.scale = keep, 256 / (256 - drop_256)
-        return x.mul(keep).mul_(ctx.scale)
+        ctx.keep, ctx.scale = keep.to(torch.int16) if x.element_size() == 2 else keep, scale
+        return _masked(x, ctx.keep, scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return grad.mul(ctx.keep).mul_(ctx.scale), None
+        return _masked(grad, ctx.keep, ctx.scale), None
+
+
+def _masked(x: Tensor, keep: Tensor, scale: float) -> Tensor:
+    # Numbers of two types meet at a third of the speed of one. The scale stays apart: as a factor
+    # of a mask in bf16 it would be rounded to 8 bits.
+    if x.element_size() == 2:
+        # Integers of x's width multiply its bits by 0 or 1: 0.5 ms for 4 million, where it took 1.5.
+        return (x.view(torch.int16) * keep).view(x.dtype).mul_(scale)
+    return (x * keep.to(x.dtype)).mul_(scale)
 
 
 class Dropout(nn.Module):
