@@ -1,11 +1,11 @@
 """SentencePiece: subword pieces, learned with the same bytes each time, and encoded fast."""
 
+import functools
 import hashlib
 import io
 import itertools
 import json
 import re
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from vinedresser.data.tokenizers.flat import (
     real_ids,
     take_ragged,
 )
+from vinedresser.data.tokenizers.resampling import Resampler
 from vinedresser.errors import DataError
 
 # What SentencePiece makes of a space: no piece has it anywhere but at its beginning.
@@ -37,9 +38,6 @@ _MAX_WORDS = 200_000
 # large one. At 0.9995, 29 of the 15,304 tokens of Multi30k's German test set were unknown. Small
 # is an eighth of the vocabulary, counted over the first 20,000 texts.
 _ALPHABET_TEXTS, _ALPHABET_SHARE = 20_000, 1 / 8
-# SentencePiece's seed belongs to the process: of two threads that drew at once, 3 of 60 draws were
-# not those of their seeds.
-_DRAWING = threading.Lock()
 
 
 class SentencePiece:
@@ -123,27 +121,29 @@ class SentencePiece:
 
         A unigram model draws one with a probability proportional to its own, to the power of
         alpha (Kudo 2018); BPE leaves out each merge with probability alpha (BPE dropout, Provilkov
-        et al. 2020).
+        et al. 2020). The same in every process and thread, which SentencePiece's own is not.
 
         Args:
             rows: ids without BOS and EOS. A row with an unknown id stays as it is: its text is
                 lost.
             alpha: above 0. More is nearer to the plain segmentation for unigram, further for BPE.
-            seed: 0 to 2^32 - 1.
+            seed: >= 0.
         """
-        import sentencepiece
+        resampler = self._resampler
+        drawn = resampler([row for row in rows if UNK not in row], alpha=alpha, seed=seed)
+        fresh = iter(drawn)
+        return [list(row) if UNK in row else next(fresh) for row in rows]
 
-        known = [i for i, row in enumerate(rows) if UNK not in row]
-        texts = self._processor.decode([list(rows[i]) for i in known])
-        with _DRAWING:
-            sentencepiece.set_random_generator_seed(seed)
-            drawn = self._processor.encode(
-                texts, out_type=int, num_threads=1, enable_sampling=True, nbest_size=-1, alpha=alpha
-            )
-        result = [list(row) for row in rows]
-        for i, row in zip(known, drawn, strict=True):
-            result[i] = row
-        return result
+    @functools.cached_property
+    def _resampler(self) -> Resampler:
+        processor, ids = self._processor, range(self.size)
+        is_odd = (processor.is_control, processor.is_unknown, processor.is_byte)
+        return Resampler(
+            self.kind,
+            [processor.id_to_piece(i) for i in ids],
+            [processor.get_score(i) for i in ids],
+            [not any(odd(i) for odd in is_odd) for i in ids],
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
