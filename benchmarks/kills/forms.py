@@ -26,6 +26,7 @@ SETTLED = {
     "evaluation.times": 4,
     "evaluation.sentences": 10,
     "evaluation.tokens": 96,
+    "evaluation.attention_every": 0,
     "compute.threads": 1,
     "compute.device": "cpu",
     "compute.precision": "fp32",

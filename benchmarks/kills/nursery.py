@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import logging
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -32,12 +34,13 @@ from vinedresser import evaluate as evaluation
 from vinedresser import run as runner
 from vinedresser.checkpoint import optimizer_tensors
 from vinedresser.config import Experiment
+from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.distributed import Site, worker
 from vinedresser.distributed import train as command
 from vinedresser.errors import InterruptedRunError
 from vinedresser.run import Outcome, Run
 from vinedresser.tracking import NullTracker, store_for
-from vinedresser.train import Step
+from vinedresser.train import Step, place
 
 # A named point, and the how-manieth pass of it, where a process gets SIGKILL or another signal.
 Blow = tuple[str, int] | tuple[str, int, int]
@@ -182,6 +185,7 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def train(job: Job, at: Blow | None, counts: Path | None = None) -> None:
     """Trains to the end, in place, as `vinedresser train` does below its tracking."""
+    logging.getLogger("vinedresser").setLevel(logging.ERROR)  # tiny models have many symptoms
     points, runs = Points(at), list[Run]()
     watch(points, job.trace)
 
@@ -204,6 +208,45 @@ def train(job: Job, at: Blow | None, counts: Path | None = None) -> None:
         stream.write(f"end {ending(outcome)}\n")
     if counts is not None:
         counts.write_text(json.dumps({"points": points.counts, "modules": sorted(sys.modules)}))
+
+
+def pair(job: Job) -> None:
+    """Two ranks of gloo in children of this process, and nobody kills them.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    children = []
+    for rank in (0, 1):
+        children.append(os.fork())
+        if not children[-1]:
+            try:
+                _be(rank, job)
+            except BaseException:  # noqa: BLE001 - said, and the parent raises
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+    for child in children:
+        _checked(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def _be(rank: int, job: Job) -> None:
+    meeting = f"file://{job.trace.with_suffix('.meeting')}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    trace_steps(lambda rank: job.trace.with_name(f"trace-{rank}"))
+    config, shards = Experiment.from_json(job.experiment), open_shards(job.shards)
+    run = Run(
+        config,
+        shards,
+        runner.run_folder(config, shards, job.workspace),
+        place=place(config.compute, rank=rank),
+        tracker=NullTracker(),
+        report=lambda _: None,
+    )
+    outcome = run.execute()
+    if outcome is not None:
+        with job.trace.open("a") as stream:
+            stream.write(f"end {ending(outcome)}\n")
 
 
 def attempt(job: Job, moment: Moment | None = None, *, counts: Path | None = None) -> int:
