@@ -65,3 +65,21 @@ def test_dropout_is_between_the_layers():
     one, two = ours(x), ours(x)
     assert not torch.equal(one, two)
     assert torch.equal(ours.eval()(x), ours(x))
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_relu_and_dropout_in_one_are_relu_then_dropout(dtype, within):
+    """The same draws; values and gradients as of the two one after the other."""
+    torch.manual_seed(0)
+    ours = FeedForward(8, 16, activation="relu", dropout=0.3).to(dtype).train()
+    x = torch.randn(50, 3, 8).to(dtype).requires_grad_()
+    results = []
+    for form in ("one", "two"):
+        torch.manual_seed(1)
+        y = ours(x) if form == "one" else ours.outer(ours.dropout(F.relu(ours.inner(x))))
+        grads = torch.autograd.grad(y.square().sum(), [x, *ours.parameters()])
+        results.append([y.detach(), *grads])
+    for found, wanted in zip(*results, strict=True):
+        scale = float(wanted.abs().max())
+        torch.testing.assert_close(found, wanted, rtol=within, atol=within * scale)
+        assert scale > 0

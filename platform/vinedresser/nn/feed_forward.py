@@ -47,6 +47,11 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         inner = self.inner(x_BTD)
+        if self.activation == "relu":
+            inner, scale = self.dropout.relu(inner)
+            # The scale goes into the smaller factor: D rows for the tokens of a batch.
+            weight = self.outer.weight if scale == 1 else self.outer.weight * scale
+            return F.linear(inner, weight, self.outer.bias)
         if self.gating is None:
             inner = _PLAIN[self.activation](inner)
         else:
