@@ -1,6 +1,7 @@
 """What the full run takes: lengths against limits, tokens a second, hours, money."""
 
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ MAX_DROPPED, MAX_OUT_OF_REACH, MIN_REAL = 0.05, 0.01, 0.5
 # A batch should hold several of the longest rows, or its updates follow single sentences.
 MIN_LONGEST_ROWS = 2
 # Updates that are timed, after those that warm up; or as many as go into so many seconds.
-_WARM_UP, _TIMED, _SECONDS = 2, 10, 15.0
+_WARM_UP, _TIMED, _SECONDS = 5, 30, 15.0
 # Rows of the split that one evaluation is timed on.
 _EVALUATED = 128
 MAX_EVALUATION_SHARE = 0.5
@@ -100,8 +101,6 @@ def pace(model: Seq2Seq, batches: Iterator[Batch], experiment: Experiment, place
             "steps": _WARM_UP + _TIMED,
             "batch": experiment.batch.model_copy(update={"per_update": count}),
             "compute": experiment.compute.model_copy(update={"workers": 1}),
-            # Past its warm-up, so that scheduled sampling's cost is in.
-            "optim": experiment.optim.model_copy(update={"warmup_steps": 0}),
         }
     )
     optimizer = build_optimizer(model, alone.optim, gate_lr_factor=alone.objective.gate_lr_factor)
@@ -113,10 +112,15 @@ def pace(model: Seq2Seq, batches: Iterator[Batch], experiment: Experiment, place
         now = time.perf_counter()
         seconds.append(now - since)
         since = now
-        if step.index > _WARM_UP and now - begun > _SECONDS:
+        if now - begun > _SECONDS:
             break
-    timed, said = seconds[_WARM_UP:], tokens[_WARM_UP:]
-    return Pace(sum(said) / sum(timed), sum(timed) / len(timed), sum(said) / len(said))
+    # The median: a neighbour on the machine, or a window that is opened, is not the run's pace.
+    pairs = list(zip(seconds, tokens, strict=True))
+    each = statistics.median(
+        second / said for second, said in pairs[min(_WARM_UP, len(pairs) - 1) :]
+    )
+    mean = sum(tokens) / len(tokens)
+    return Pace(1 / each, each * mean, mean)
 
 
 def evaluation_seconds(
