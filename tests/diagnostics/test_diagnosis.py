@@ -219,6 +219,26 @@ def test_a_finding_is_told_once_and_survives_a_checkpoint(caplog, reversal, tmp_
     assert resumed.log.of("train/skipped_updates")[-1] == (40, 4.0)
 
 
+def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
+    run = run_of(reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"times": 4})
+
+    def fails(metrics: object) -> None:
+        if run.step == 50:
+            raise RuntimeError("the host is gone")
+
+    run.report = fails
+    with pytest.raises(RuntimeError, match="gone"):
+        run.execute()
+    again = run_of(reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"times": 4})
+    again.execute()
+    assert [r.step for r in again.diagnosis.monitor.history] == [1, *range(8, 97, 8)]
+    for key in ("train/nats_per_token", "monitor/gradient_norm", "dev/conditioning_gap"):
+        steps = [step for step, _ in again.diagnosis.log.of(key)]
+        assert steps == sorted(set(steps))
+        assert steps[0] < 30
+        assert steps[-1] > 90
+
+
 def test_a_run_is_pictured(reversal, tmp_path):
     run = run_of(reversal, tmp_path, steps=20, model=LSTM)
     run.diagnosis.picture()

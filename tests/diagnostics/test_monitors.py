@@ -91,7 +91,7 @@ class ByHand(Monitor):
         found: dict[str, dict[str, float]] = {}
         for layer, grads in self.grads.items():
             own = [(n, p) for n, p in self.model.named_parameters() if layer_of(n) == layer]
-            whole = sum(float((p.double() ** 2).sum()) for _, p in own)
+            whole = sum(float((self.old[n].double() ** 2).sum()) for n, _ in own)
             found[layer] = {
                 "gradient_norm": float(grads.double().norm()),
                 "gradient_max_abs": float(grads.abs().max()),
@@ -100,7 +100,7 @@ class ByHand(Monitor):
             matrices = [(n, p) for n, p in own if p.dim() > 1]
             if matrices:
                 moved = sum(float(((p - self.old[n]).double() ** 2).sum()) for n, p in matrices)
-                weights = sum(float((p.double() ** 2).sum()) for _, p in matrices)
+                weights = sum(float((self.old[n].double() ** 2).sum()) for n, _ in matrices)
                 found[layer]["update_ratio"] = math.sqrt(moved / weights)
         self.found.append((index, found))
 

@@ -64,10 +64,10 @@ class Diagnosis:
             self.tell(found)
 
     def diverged(self, reason: str, step: int, *, is_finite: bool) -> None:
-        """Takes in that training has stopped because it diverged."""
+        """Takes in that training has stopped because it diverged; what follows a `;` is advice."""
         rule = "exploding_gradients" if is_finite else "non_finite"
         advice = "Lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps."
-        self.tell(Finding(rule, reason, advice, step))
+        self.tell(Finding(rule, reason.split(";")[0], advice, step))
 
     def tell(self, found: Finding) -> None:
         """Warns and annotates the run, unless the rule has spoken before."""

@@ -27,7 +27,7 @@ class Reading:
         step: 1-based.
         overall: metrics of the whole model, see `Monitor.take`.
         layers: name -> `gradient_norm`, `gradient_max_abs` (before clipping), `parameter_norm`
-            (sqrt(sum p^2), after the update), `update_ratio` (|update| / |weights| of matrices;
+            (sqrt(sum p^2), before the update), `update_ratio` (|update| / |weights| of matrices;
             biases start at 0; absent where there is none), and for layers that are called as
             modules `activation_min` and `activation_max`.
         places: where an activation function is called, `encoder.0.feed_forward relu` -> `dead` and
@@ -117,9 +117,10 @@ class Monitor:
         """After the optimizer's step."""
         if not self.is_due(index) or not self._before:
             return
-        weights, moves, self._before = [p.detach() for p in self._parameters], self._before, []
-        torch._foreach_sub_(moves, weights)
-        norms_P, moved_P = self._norms(weights), self._norms(moves)
+        moves, self._before = self._before, []
+        norms_P = self._norms(moves)
+        torch._foreach_sub_(moves, [p.detach() for p in self._parameters])
+        moved_P = self._norms(moves)
         due = self._due(index)
         due.of_layers["parameter_norm"] = self._summed(norms_P)
         # 0 / 0 = nan where a layer has no matrix.

@@ -1,6 +1,5 @@
 """Figures that belong to a run in the tracking store."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -77,6 +76,7 @@ def heads_against_quality(
 # Readings that "early" and "late" are medians of, at most: single batches differ by factors of 3.
 _TAKEN = 5
 _EARLY, _LATE = "#9ecae1", "#08519c"
+_COLORS = ("tab:red", "tab:orange", "tab:blue", "tab:green", "0.5")
 # What most runs stay within; beyond it the symptom `update_ratio` speaks.
 _USUAL_RATIO = (1e-5, 1e-1)
 
@@ -213,13 +213,12 @@ def _shares(axes: "Axes", history: Sequence[Reading]) -> None:
         for place, values in reading.places.items():
             share = values.get("saturated", values.get("dead", 0) / values.get("units", 1))
             found.setdefault(place, []).append((reading.step, 100 * share))
-    worst = sorted(found, key=lambda place: -max(share for _, share in found[place]))[:5]
-    for place, color in zip(worst, itertools.cycle(("tab:red", *_SHADES)), strict=False):
+    worst = sorted(found, key=lambda place: -max(share for _, share in found[place]))
+    worst = worst[: len(_COLORS)]
+    for place, color in zip(worst, _COLORS, strict=False):
         axes.plot(*zip(*found[place], strict=True), color=color, linewidth=1.2, label=place)
-    axes.set_ylim(0, None)
+    shares = [share for place in worst for _, share in found[place]]
+    axes.set_ylim(0, max([1.0, *shares]) * (1.1 + 0.1 * len(worst)))  # room for the legend
     axes.set_title("dead ReLU units and saturated outputs, %")
     if worst:
         axes.legend(frameon=False, fontsize="small")
-
-
-_SHADES = ("tab:orange", "tab:blue", "tab:green", "0.5")
