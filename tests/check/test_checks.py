@@ -19,7 +19,7 @@ from vinedresser.model import Memory, Vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL_CONV = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+SMALL = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
 NAMES = [
     "data", "lengths", "first loss", "gradients reach", "overfit one batch", "conditioning",
     "batch invariance", "memory slope", "time and cost",
@@ -196,9 +196,11 @@ def test_mis_encoded_targets_fail_conditioning(experiment, tmp_path):
     [
         {"kind": "rnn", "width": 64, "encoder_units": 64},
         {"kind": "attention_rnn", "width": 32, "encoder_units": 16},
-        {"kind": "conv", **SMALL_CONV},
+        {"kind": "conv", **SMALL},
+        {"kind": "transformer", **SMALL, "concrete_heads": ["enc_self", "dec_self", "dec_enc"]},
+        {"kind": "transformer", **SMALL, "norm_kind": "batch"},
     ],
-    ids=lambda model: model["kind"],
+    ids=["rnn", "attention_rnn", "conv", "gated", "batch_norm"],
 )
 def test_healthy_models_pass(experiment, shards, model):
     changed = Experiment.from_json({**experiment.to_json(), "model": model})

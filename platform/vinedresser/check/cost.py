@@ -190,4 +190,4 @@ def _written(seconds: float) -> str:
 
 
 def _unit(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.2g} s" if seconds >= 0.95 else f"{1000 * seconds:.0f} ms"

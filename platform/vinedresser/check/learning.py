@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from vinedresser.batch import Batch
 from vinedresser.check.sentences import Sentence, together
@@ -58,7 +58,8 @@ def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool)
     if any(isinstance(module, PowerNorm) for module in model.modules()):
         for _ in range(_SETTLING):
             model(batch)
-    loss, other = _losses(model, batch)
+    states_BTD = model(batch)
+    loss, other = _losses(model, states_BTD, batch)
     guess = math.log(vocabulary)
     figures = {"first_loss": loss, "without_repeats": other, "ln_vocabulary": guess}
     found, written = f"{loss:.2f} nats/token", f"ln {vocabulary:,} = {guess:.2f}"
@@ -71,7 +72,7 @@ def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool)
         return Check(
             "first loss", passed, found, f"below {written}", "" if passed else pointer, figures
         )
-    trained = float(likelihood(model, model(batch), batch).mean)
+    trained = float(likelihood(model, states_BTD, batch).mean)
     if abs(trained - loss) > MAX_LOSS_DRIFT * max(1.0, loss):
         return Check(
             "first loss", False, f"{trained:.2f} nats/token in training, {loss:.2f} by logits()",
@@ -89,10 +90,10 @@ def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool)
     return Check("first loss", any(is_near), found, wanted, pointer, figures)
 
 
-def _losses(model: Seq2Seq, batch: Batch) -> tuple[float, float]:
+def _losses(model: Seq2Seq, states_BTD: Tensor, batch: Batch) -> tuple[float, float]:
     """Nats per token; and the same where the token just fed cannot be said."""
     is_real_BT = batch.is_real_BT
-    logits_NV = model.logits(model(batch)[is_real_BT]).float()
+    logits_NV = model.logits(states_BTD[is_real_BT]).float()
     gold_N, fed_N = batch.target_BT[is_real_BT], batch.inputs_BT[is_real_BT]
     loss = float(F.cross_entropy(logits_NV, gold_N))
     is_other_N = gold_N != fed_N
@@ -181,7 +182,7 @@ def _overfitting(model: Seq2Seq, batch: Batch, place: Place) -> Iterator[int]:
     width = model(batch).shape[-1]
     rate = min(3e-3, 0.3 / width)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    losses: list[torch.Tensor] = []
+    losses: list[Tensor] = []
     for update in range(1, OVERFIT_UPDATES + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, update / 10)
