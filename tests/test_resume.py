@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vinedresser.config import Experiment
 from vinedresser.data.batches.stream import Batches
 from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.errors import DamagedError
+from vinedresser.evaluate import Evaluated
 from vinedresser.run import Outcome, Run, clear, run_folder
 from vinedresser.tracking import NullTracker
 from vinedresser.train import Place
@@ -179,12 +180,12 @@ class KilledError(Exception):
     """Stands for whatever may end a process."""
 
 
-def a_run(shards: ShardSet, workspace: Path, *, kill_at: float = 0) -> Run:
+def a_run(shards: ShardSet, workspace: Path, *, kill_at: float = 0, **changes: Any) -> Run:
     def report(values: Mapping[str, Any]) -> None:
         if values["step"] == kill_at:
             raise KilledError
 
-    config = experiment(shards, **SAMPLED)
+    config = experiment(shards, **{**SAMPLED, **changes})
     folder = run_folder(config, shards, workspace)
     here = Place(torch.device("cpu"), None)
     return Run(config, shards, folder, place=here, tracker=NullTracker(), report=report)
@@ -298,6 +299,29 @@ def test_an_undamaged_checkpoint_is_taken(reversal, killed, whole, tmp_path, cap
     assert "at step 15" in caplog.text
     assert "earlier" not in caplog.text
     assert ending(run, outcome) == whole
+
+
+def test_the_best_so_far_is_among_what_is_stored(reversal, tmp_path, monkeypatch):
+    """It was best at step 8, the kill comes at 16, and nothing after it is better."""
+    values, judge = {8: 20.0, 16: 50.0, 24: 60.0}, Run._judge
+
+    def judged(run: Run) -> Evaluated:
+        found = judge(run)
+        return replace(found, scores=replace(found.scores, value=values[run.step]))
+
+    monkeypatch.setattr(Run, "_judge", judged)
+    changes = {"objective.l0": 0.0, "model.concrete_heads": []}
+    runs = [
+        a_run(reversal, tmp_path / place, kill_at=kill_at, **changes)
+        for place, kill_at in (("whole", 0), ("killed", 16), ("killed", 0))
+    ]
+    expected = ending(runs[0], runs[0].execute())
+    with pytest.raises(KilledError):
+        runs[1].execute()
+    outcome = runs[2].execute()
+    assert outcome is not None
+    assert (outcome.best_step, outcome.value) == (8, 20.0)
+    assert ending(runs[2], outcome) == expected
 
 
 def test_all_damaged_is_refused_with_the_reasons(reversal, killed, whole, tmp_path):
