@@ -292,6 +292,10 @@ class Compute(Section):
     """Where a run runs. Results do not depend on it beyond rounding."""
 
     workers: PositiveInt = 1
+    # With how many a run goes on where a lost machine leaves no room for all of them, after it
+    # waited a minute; by default it waits three for another machine and ends. What is trained
+    # stays the same.
+    min_workers: PositiveInt | None = None
     # CPU threads a worker.
     threads: PositiveInt = 1
     # auto: cuda where there is one, else cpu.
@@ -310,6 +314,8 @@ class Compute(Section):
     def _places_once(self) -> Self:
         if self.devices and self.device != "auto":
             raise ValueError("device and devices are both set; leave one of them out")
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
         if self.devices and self.workers > 1:
             raise ValueError(
                 f"devices parts one model over devices, {self.workers} workers hold one each; "

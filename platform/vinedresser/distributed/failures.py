@@ -23,17 +23,22 @@ from vinedresser.train.watch import Hang, forget, hangs
 _DEATHS = 3
 # Hangs at one step: a network heals, a deadlock does not.
 _HANGS = 2
-# Starts of a group that fail or find no room in a minute.
-_STARTS = 3
+# Starts of a group that fail or find no room in a minute each.
+STARTS = 3
 _NO_ROOM = {"WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"}
+
+
+class NoRoomError(MachineError):
+    """The cluster has lost what the group ran on."""
 
 
 class OwnPolicy(FailurePolicy):
     """Restarts after deaths and hangs while the run gets on; never after an error of ours."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, starts: int = STARTS) -> None:
+        """Args: the run's folder, and how often a group may fail to start."""
         super().__init__(FailureConfig())
-        self._folder, self._starts = folder, 0
+        self._folder, self._left = folder, starts
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         """Called by Ray's controller after each failure."""
@@ -48,9 +53,9 @@ class OwnPolicy(FailurePolicy):
         if any(isinstance(one, VinedresserError) for one in failures):
             return False
         if not failures:  # the group did not start
-            self._starts += 1
+            self._left -= 1
             is_startup = "Startup" in type(getattr(error, "controller_failure", None)).__name__
-            return is_startup and self._starts < _STARTS
+            return is_startup and self._left > 0
         if _stuck(self._folder) is not None:
             return False
         return len(_note_death(self._folder)) < _DEATHS
@@ -95,7 +100,7 @@ def cause(error: Exception, folder: Path) -> VinedresserError:
         )
     controller: Any = getattr(error, "controller_failure", None)
     if type(controller).__name__ in _NO_ROOM:
-        return MachineError(
+        return NoRoomError(
             f"{folder.name}: the cluster has no room for its workers any more; the same command "
             "goes on when it has, or with fewer compute.workers"
         )

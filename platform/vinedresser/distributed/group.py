@@ -1,6 +1,7 @@
 """Ray Train: a group of N workers, started again after deaths, ended by errors that would recur."""
 
 import contextlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,14 +18,16 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from vinedresser.attempt import ask, listen
 from vinedresser.config import Experiment
-from vinedresser.distributed.failures import OwnPolicy, cause
-from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, of_cluster, require
+from vinedresser.distributed.failures import STARTS, NoRoomError, OwnPolicy, cause
+from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, num_groups, of_cluster, require
 from vinedresser.distributed.site import Site
 from vinedresser.distributed.telling import FileTell, relaying
 from vinedresser.distributed.words import hearing, write_words
 from vinedresser.distributed.worker import execute
 from vinedresser.errors import InterruptedRunError, VinedresserError
 from vinedresser.train import Tell, untold
+
+_log = logging.getLogger("vinedresser")
 
 # Ray's stubs describe the first version of Train; at run time these are the second's classes.
 _API: Any = ray.train
@@ -71,12 +74,34 @@ def train_in_group(
     """Trains with N workers; folders and the tracking store must be shared between nodes.
 
     Raises:
-        MachineError: the cluster has too little for the group.
+        MachineError: the cluster has too little for the group, or no longer enough.
         VinedresserError: what a worker raised that would come again.
         TrainingError: workers died or hung too often at one step.
     """
+    require(experiment.compute, folder.name)
+    while True:
+        try:
+            return _train(experiment, site, folder, tell)
+        except NoRoomError as error:
+            fewer = _fewer(experiment)
+            if fewer is None:
+                raise
+            _log.warning("%s. Going on with %d now", error.args[0], fewer.compute.workers)
+            experiment = fewer
+
+
+def _fewer(experiment: Experiment) -> Experiment | None:
+    """The same run with as many workers as there is room for now, if it may have so few."""
+    compute, batches = experiment.compute, experiment.batches_an_update
+    for count in range(compute.workers - 1, (compute.min_workers or compute.workers) - 1, -1):
+        smaller = compute.model_copy(update={"workers": count})
+        if batches % count == 0 and num_groups(smaller):
+            return experiment.override({"compute.workers": count, "batch.per_update": batches})
+    return None
+
+
+def _train(experiment: Experiment, site: Site, folder: Path, tell: Tell) -> None:
     compute = experiment.compute
-    require(compute, folder.name)
     is_cuda = compute.device == "cuda" or (
         compute.device == "auto" and bool(of_cluster().get("GPU", 0))
     )
@@ -96,7 +121,7 @@ def train_in_group(
     }
     trainer = _Trainer(
         work,
-        policy=OwnPolicy(folder),
+        policy=OwnPolicy(folder, starts=1 if compute.min_workers else STARTS),
         in_trial=in_trial,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if is_cuda else "gloo"),
