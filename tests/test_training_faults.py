@@ -41,6 +41,7 @@ TESTS = {
     "T04": ["test_t04_a_limit_on_memory"],
     "T05": ["test_a_run_that_is_killed_here", "test_t05_a_killed_worker"],
     "T06": ["test_t06_a_killed_driver_takes_its_children_along"],
+    "T07": ["test_t07_a_lost_node_leaves_the_run"],
     "T08": ["test_t08_an_overtaken_attempt", "test_t08_a_stopped_command", "test_t08_a_frozen"],
     "T09": ["test_t09_the_command_exits_with_75", "test_t09_sigterm_stops_all_ranks"],
     "T10": ["test_t10_a_rank_that_hangs_twice_at_a_step", "test_t10_a_rank_that_hangs_leaves"],
@@ -58,11 +59,6 @@ TESTS = {
 }
 # Fault -> why it is not produced, and the tests of what it looks like to a run.
 REASONS = {
-    "T07": (
-        "a second node takes 22 s to start and 13 s to be missed; a run sees of it dead workers, "
-        "and a group that finds no room",
-        ["test_t05_a_killed_worker", "test_a_group_that_does_not_start_ends_in_the_end"],
-    ),
     "T18": (
         "checkpoints are written by the thread that trains, none in the background",
         ["test_t18_a_failing_disk_is_told_at_once"],
