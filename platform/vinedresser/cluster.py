@@ -25,10 +25,6 @@ _OBJECT_STORE_BYTES = 300_000_000
 # To reach a cluster that the user names.
 _CONNECT_SECONDS = 10
 
-# Ray's agents of a killed driver look for its control service so long before they end; 60 by
-# default, which serves clusters whose control service is started again elsewhere.
-_GCS_SECONDS = "5"
-
 # Read by Ray when it starts and by its child processes. Set unless the user has set them.
 # RAY_AUTH_MODE is not among them: a private cluster asks for a token by default, and setting the
 # variable after `import ray` gives driver and cluster different modes.
@@ -164,7 +160,6 @@ def _remove_abandoned() -> None:
 def _start_local(folder: Path, cpus: int | None, dashboard: bool, quiet: dict[str, Any]) -> None:
     import ray
 
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _GCS_SECONDS)
     for attempt in (1, 2):
         try:
             ray.init(
