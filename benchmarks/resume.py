@@ -9,6 +9,7 @@ gloo workers. Exit code 1 if anything differs.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +39,7 @@ class Tally:
         again: updates that were taken more than once.
         losses: lines of updates compared, of all attempts.
         runs: that were killed and ended.
-        identical: of these.
+        identical: kills of those runs that ended as if nobody had killed them.
     """
 
     kills: int = 0
@@ -46,21 +48,44 @@ class Tally:
     runs: int = 0
     identical: int = 0
 
+    def add(self, deaths: int, whole: nursery.Trace, found: nursery.Trace, name: str) -> None:
+        """Takes in a run that died so often, and says where it differs."""
+        differing = nursery.differences(whole, found)
+        for line in differing[:3]:
+            print(f"{name}: {line}", flush=True)
+        lines = sum(map(len, found.lines.values()))
+        self.kills, self.runs = self.kills + deaths, self.runs + 1
+        self.losses, self.again = self.losses + lines, self.again + lines - len(found.lines)
+        self.identical += 0 if differing else deaths
 
-def drawn(draw: random.Random, counts: Counter[str], seconds: float, done: int) -> nursery.Moment:
+
+def drawn(draw: random.Random, whole: nursery.Whole, done: int) -> nursery.Moment:
     """A random moment of what is left of a run after `done` of its updates."""
     steps = forms.SETTLED["steps"]
     left = max(0.1, 1 - done / steps)
     kind = draw.choices(_KINDS, _WEIGHTS)[0]
     if kind == "time":
-        return draw.uniform(0, seconds * (0.3 + 0.7 * left))
+        return draw.uniform(0, whole.seconds * (0.3 + 0.7 * left))
     if kind == "step":
         name = draw.choice(["gradient", "updated", "yielded"])
         return f"{name}@{draw.randint(min(done + 1, steps), steps)}", 1
     if kind == "end":
         room = draw.choice(["bundle", "outcome"])
-        return room, draw.randint(1, counts[room])
-    return kind, draw.randint(1, max(1, int(counts[kind] * left)))
+        return room, draw.randint(1, whole.counts[room])
+    return kind, draw.randint(1, max(1, int(whole.counts[kind] * left)))
+
+
+def killed(
+    job: nursery.Job, draw: random.Random, whole: nursery.Whole, at_most: int
+) -> Iterator[str]:
+    """Runs until it ends; what kind of moment each death came at."""
+    code, died = -9, 0
+    while code:
+        at = drawn(draw, whole, nursery.read_trace(job.trace).last)
+        code = nursery.attempt(job, at if died < at_most else None)
+        if code:
+            died += 1
+            yield at[0].partition("@")[0] if isinstance(at, tuple) else "time"
 
 
 def kill_below_ray(folder: Path, kills: int, seed: int) -> dict[str, Tally]:
@@ -68,39 +93,25 @@ def kill_below_ray(folder: Path, kills: int, seed: int) -> dict[str, Tally]:
     draw, tallies = random.Random(seed), {name: Tally() for name in forms.FORMS}  # noqa: S311
     moments: Counter[str] = Counter()
     shards = {kind: forms.corpus(folder / kind, kind) for kind in ("symbols", "bpe")}
-    wholes: dict[str, tuple[nursery.Trace, Counter[str], float]] = {}
-    number = 0
-    while sum(tally.kills for tally in tallies.values()) < kills:
+    wholes: dict[str, nursery.Whole] = {}
+    for number in itertools.count():
+        left = kills - sum(tally.kills for tally in tallies.values())
+        if not left:
+            break
         name = [*forms.FORMS][number % len(forms.FORMS)]
-        set_ = shards[forms.FORMS[name][0]]
-        config, place = forms.experiment(name, set_.task), folder / f"run-{number}"
-        number += 1
+        data, place = shards[forms.FORMS[name][0]], folder / f"run-{number}"
+        config = forms.experiment(name, data.task)
         if name not in wholes:
-            job = nursery.Job(config, set_.folder, folder / f"whole-{number}", place / "w")
-            place.mkdir()
-            began = time.monotonic()
-            whole, counts = nursery.whole_run(job)
-            wholes[name] = whole, counts, time.monotonic() - began
-        whole, counts, seconds = wholes[name]
-        job = nursery.Job(config, set_.folder, place, place / "trace")
-        tally, died = tallies[name], 0
-        left = min(MAX_KILLS_A_RUN, kills - sum(t.kills for t in tallies.values()))
-        code = -9
-        while code != 0:
-            at = drawn(draw, counts, seconds, nursery.read_trace(job.trace).last)
-            code = nursery.attempt(job, at if died < left else None)
-            died += code != 0
-            moments[at[0].partition("@")[0] if isinstance(at, tuple) else "time"] += code != 0
-        tally.kills += died
-        if not died:
-            continue
-        found = nursery.read_trace(job.trace)
-        differing = nursery.differences(whole, found)
-        for line in differing[:3]:
-            print(f"{name}: {line}", flush=True)
-        tally.runs, tally.identical = tally.runs + 1, tally.identical + (not differing)
-        lines = sum(map(len, found.lines.values()))
-        tally.losses, tally.again = tally.losses + lines, tally.again + lines - len(found.lines)
+            trace = folder / f"whole-{number}"
+            wholes[name] = nursery.whole_run(
+                nursery.Job(config, data.folder, folder / f"whole-run-{number}", trace)
+            )
+        place.mkdir()
+        job = nursery.Job(config, data.folder, place, place / "trace")
+        deaths = [*killed(job, draw, wholes[name], min(MAX_KILLS_A_RUN, left))]
+        if deaths:
+            moments.update(deaths)
+            tallies[name].add(len(deaths), wholes[name].trace, nursery.read_trace(job.trace), name)
     print("killed at: " + ", ".join(f"{name} {count}" for name, count in moments.most_common()))
     return tallies
 
@@ -132,7 +143,7 @@ def boundaries(plan: Path) -> None:
         key = json.dumps(config, sort_keys=True)
         if key not in wholes:
             job = nursery.Job(config, shards, folder / "whole", folder / "whole-trace")
-            wholes[key], _ = nursery.whole_run(job)
+            wholes[key] = nursery.whole_run(job).trace
         job = nursery.Job(config, shards, folder / "killed", folder / "trace")
         codes, reached = [], []
         for moment in case["moments"]:
@@ -171,17 +182,18 @@ def main() -> int:
         print(f"{time.monotonic() - began:.0f} s\n", flush=True)
         through = through_ray.kill(folder / "ray", arguments.ray_kills, arguments.seed)
         costs = overhead.measure(folder / "overhead")
-    is_identical = below.identical == below.runs and through["differences"] == 0
+    kills = below.kills + through["kills"]
+    identical = below.identical + through["identical"]
     figures = {
-        "kills": below.kills + through["kills"],
-        "identical": is_identical,
+        "kills": kills,
+        "identical": identical,
         "checkpoint_overhead": max(cost["share"] for cost in costs.values()),
         "below_ray": vars(below),
         "through_ray": through,
         "overhead": costs,
     }
     print(json.dumps(figures))
-    return 0 if is_identical else 1
+    return 0 if identical == kills else 1
 
 
 if __name__ == "__main__":

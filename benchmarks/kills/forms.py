@@ -59,6 +59,11 @@ FORMS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "transformer, gated, bf16": (
         "symbols", {**_GATED, "tie": "all"}, {"objective.l0": 0.5, "compute.precision": "bf16"},
     ),
+    "transformer, accumulated, part frozen": (
+        "symbols",
+        _TRANSFORMER,
+        {"batch.per_update": 3, "batch.tokens": 64, "optim.freeze": ["encoder.*"]},
+    ),
     "transformer, BPE dropout": (
         "bpe", _TRANSFORMER, {"batch.subword_alpha": 0.1, "batch.subset": 0.7},
     ),

@@ -207,7 +207,9 @@ def train(job: Job, at: Blow | None, counts: Path | None = None) -> None:
         stream.writelines(f"state {state(run)}\n" for run in runs)
         stream.write(f"end {ending(outcome)}\n")
     if counts is not None:
-        counts.write_text(json.dumps({"points": points.counts, "modules": sorted(sys.modules)}))
+        seconds = outcome.seconds
+        found = {"points": points.counts, "modules": sorted(sys.modules), "seconds": seconds}
+        counts.write_text(json.dumps(found))
 
 
 def pair(job: Job) -> None:
@@ -328,8 +330,17 @@ def differences(whole: Trace, killed: Trace) -> list[str]:
     return found
 
 
-def whole_run(job: Job) -> tuple[Trace, Counter[str]]:
-    """A run that nobody kills, and how often it passes each point.
+@dataclass(frozen=True)
+class Whole:
+    """A run that nobody kills: what it wrote, how often it passed each point, how long it took."""
+
+    trace: Trace
+    counts: Counter[str]
+    seconds: float
+
+
+def whole_run(job: Job) -> Whole:
+    """Trains undisturbed.
 
     What it had to import, this process imports, so that the children after it need not.
     """
@@ -339,4 +350,4 @@ def whole_run(job: Job) -> tuple[Trace, Counter[str]]:
     for name in found["modules"]:
         with contextlib.suppress(ImportError):  # those that another module makes up
             importlib.import_module(name)
-    return read_trace(job.trace), Counter(found["points"])
+    return Whole(read_trace(job.trace), Counter(found["points"]), found["seconds"])

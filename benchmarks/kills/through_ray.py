@@ -33,7 +33,7 @@ _BUSY = 75
 def kill(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     """Kills so many workers and drivers, compares all losses and final weights; prints a table."""
     draw, done = random.Random(seed), 0  # noqa: S311
-    figures: dict[str, Any] = {"kills": 0, "runs": 0, "differences": 0, "drivers": 0}
+    figures: dict[str, Any] = {"kills": 0, "identical": 0, "runs": 0, "drivers": 0}
     found: dict[str, list[float]] = {"worker_seconds": [], "driver_seconds": [], "gone_seconds": []}
     wholes: dict[str, tuple[nursery.Trace, ...]] = {}
     while done < kills:
@@ -66,7 +66,7 @@ def kill(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         done += len(pattern)
         figures["kills"], figures["runs"] = done, figures["runs"] + 1
         figures["drivers"] += pattern.count("D")
-        figures["differences"] += len(differing)
+        figures["identical"] += len(pattern) * (not differing)
     for key, values in found.items():
         figures[key] = [round(value, 1) for value in values]
     return figures
