@@ -1,6 +1,6 @@
 """Multi30k German-English: BLEU on test_2016_flickr after the preset's updates, and the time.
 
-`make bench NAME=translation`, five to seven minutes on two cores. The corpus is looked for in
+`make bench NAME=translation`, ten minutes on two cores. The corpus is looked for in
 `../shared/data/multi30k`; `ARGS=FOLDER` names another place.
 """
 

@@ -116,6 +116,8 @@ def base_of(task: str, data: Path) -> Experiment:
         for split, name in names.items()
     }
     corpus = {"task.name": task, "task.corpus": TextCorpus(**pairs).to_json()}
+    # The preset's own batches are for many more updates.
+    shared |= {"batch.tokens": 2048, "optim.anneal": 1 / 3}
     return translation.EXPERIMENT.override({"name": task, **shared, **corpus})
 
 

@@ -37,18 +37,29 @@ EXPERIMENT = Experiment(
     task=TASK,
     model=TransformerConfig(tie="all"),
     objective=Objective(label_smoothing=0.1),
-    optim=Optim(lr=1.2e-3, warmup_steps=150),
-    batch=Batching(tokens=2048),
+    optim=Optim(lr=1.5e-3, warmup_steps=300, anneal=0.5),
+    # So early, many small updates do more than few large ones, though a token costs a quarter more.
+    batch=Batching(tokens=1024),
     evaluation=Evaluation(times=4, sentences=500),
-    # Of 29,000 sentence pairs (Multi30k De-En) four epochs, BLEU 34.9 greedy on test_2016_flickr;
-    # 600 updates reach 30.1 in 206 s on two cores.
-    steps=900,
+    # Of 29,000 sentence pairs (Multi30k De-En) six epochs: BLEU 38.8
+    # greedy and 39.8 with beam 4 on test_2016_flickr (one seed).
+    steps=2900,
     compute=Compute(threads=2),
 )
 
 STUDY = Study(
     name="translation-sampling",
-    base=EXPERIMENT.override({"compute.threads": 1, "steps": 500}),
+    # A trial and what follows it (pipelines.translation) are shorter and on one core each.
+    base=EXPERIMENT.override(
+        {
+            "compute.threads": 1,
+            "steps": 500,
+            "batch.tokens": 2048,
+            "optim.lr": 1.2e-3,
+            "optim.warmup_steps": 150,
+            "optim.anneal": 1 / 3,
+        }
+    ),
     space={
         "objective.sampling.probability": FloatDistribution(0.0, 0.4),
         "optim.clip_norm": FloatDistribution(0.1, 10.0, log=True),
