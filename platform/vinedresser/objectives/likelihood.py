@@ -75,7 +75,7 @@ class _SmoothedNats(torch.autograd.Function):
     softmax(z) - s / V - (1 - s) onehot(gold). Blocks of rows that fit into the cache go through all
     of it in fp32 and leave the gradient where the logits were. So of N x V numbers only one
     matrix exists, in the precision of the products. Over 4,095 tokens and 8,000 words in bf16 that
-    takes 35 ms where a log-softmax with its backward pass took 140 ms.
+    takes 41 ms where a log-softmax with its backward pass took 138 ms.
     """
 
     @staticmethod
