@@ -13,6 +13,7 @@ import ray.train
 import ray.tune
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -49,6 +50,16 @@ class _Listening(WorkerGroupCallback):
         worker_group.execute(listen)
 
 
+class _OneMachine(FixedScalingPolicy):
+    """Asks no autoscaler for what is here: workers would wait for its actor, 1.1 s of processor."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Asks for nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
 class _Trainer(_BASE):  # type: ignore[misc]
     """Ray's, with our own judgement of failures and without its idle actors."""
 
@@ -63,9 +74,15 @@ class _Trainer(_BASE):  # type: ignore[misc]
         return [*made, _Listening()]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        return super()._initialize_and_run_controller(
-            **{**settings, "failure_policy": self._policy}
-        )
+        own: dict[str, Any] = {"failure_policy": self._policy}
+        if not self._in_trial and _is_one_machine():
+            own["scaling_policy"] = _OneMachine(self.scaling_config)
+        return super()._initialize_and_run_controller(**{**settings, **own})
+
+
+def _is_one_machine() -> bool:
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return len([node for node in nodes if node["Alive"]]) == 1
 
 
 def train_in_group(
@@ -148,8 +165,8 @@ def _train(experiment: Experiment, site: Site, folder: Path, tell: Tell) -> None
 @contextlib.contextmanager
 def _lean() -> Iterator[None]:
     """Without the watcher of preempted nodes on a cluster that is one machine, unless told so."""
-    name, nodes = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", ray.nodes()  # type: ignore[no-untyped-call]
-    if name in os.environ or len(nodes) > 1:
+    name = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    if name in os.environ or not _is_one_machine():
         yield
         return
     os.environ[name] = "0"
