@@ -24,11 +24,12 @@ from vinedresser.config import Experiment, Tokenizer
 from vinedresser.data.batches.stream import Batches, load_split
 from vinedresser.data.shards.shard_set import ShardSet, prepare, tokenizers
 from vinedresser.decode import length_limits
-from vinedresser.distributed import Site, train
+from vinedresser.distributed import Site, execute, train
 from vinedresser.errors import BusyError, DivergedError, MachineError, TrainingError
 from vinedresser.evaluate import evaluate
 from vinedresser.run import Outcome, Run, clear, finished, run_folder, tell_changes
 from vinedresser.tracking import MemoryTracker, NullTracker, store_for
+from vinedresser.tracking.store import initialise
 from vinedresser.train import Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +41,7 @@ TESTS = {
     "T03": ["test_t03_memory_that_runs_out_once", "test_batches_go_in_parts_with_the_same"],
     "T04": ["test_t04_a_limit_on_memory"],
     "T05": ["test_a_run_that_is_killed_here", "test_t05_a_killed_worker"],
-    "T06": ["test_t06_a_killed_driver_takes_its_children_along"],
+    "T06": ["test_t06_a_killed_driver", "test_t06_a_kill_while", "test_t06_a_finished_run"],
     "T07": ["test_t07_a_lost_node_leaves_the_run"],
     "T08": ["test_t08_an_overtaken_attempt", "test_t08_a_stopped_command", "test_t08_a_frozen"],
     "T09": ["test_t09_the_command_exits_with_75", "test_t09_sigterm_stops_all_ranks"],
@@ -277,6 +278,7 @@ from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.errors import VinedresserError
 from vinedresser.run import Run, run_folder
 from vinedresser.tracking import NullTracker
+from vinedresser.tracking.store import initialise
 from vinedresser.train import Place
 torch.set_num_threads(1)
 config, shards = Experiment.from_json(json.loads(sys.argv[1])), open_shards(Path(sys.argv[2]))
@@ -323,6 +325,40 @@ def test_t04_a_limit_on_memory(reversal, tmp_path, room, ends):
     assert "out of memory at 400 x 7 source" in done.stderr
     if ends != "value":
         assert re.search(r"peak \d\.\d GiB of memory", done.stdout)
+
+
+def test_t06_a_kill_while_the_tracking_database_is_made(tmp_path, monkeypatch):
+    """A half-made one would keep every later command of the workspace from its tracking."""
+    store, real = store_for(tmp_path, "faults"), Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if ".new-" in path.name:
+            raise StopError
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(StopError):
+        initialise(store)
+    monkeypatch.undo()
+    (left,) = tmp_path.glob(".*.new-*")
+    left.write_bytes(left.read_bytes()[:5000])
+    assert not Path(store.uri.removeprefix("sqlite:///")).exists()
+    initialise(store)
+    assert not list(tmp_path.glob(".*.new-*"))
+
+
+def test_t06_a_finished_run_is_not_begun_again(reversal, tmp_path, monkeypatch):
+    """Its last worker died after the outcome was written, and its group is started again."""
+    config = experiment(reversal)
+    outcome, told = command(config, reversal, tmp_path, monkeypatch), list[Mapping[str, Any]]()
+    site = Site(str(reversal.folder), str(tmp_path), store_for(tmp_path, "faults"))
+    folder = run_folder(config, reversal, tmp_path)
+    before = sorted(folder.rglob("*"))
+    for rank in (0, 1):
+        again = execute(config, site, folder=folder, rank=rank, report=told.append)
+        assert again == (outcome if rank == 0 else None)
+    assert told == [outcome.final_report, {}]
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_t08_an_overtaken_attempt_writes_no_more(reversal, tmp_path):

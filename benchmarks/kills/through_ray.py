@@ -23,7 +23,8 @@ from vinedresser.tracking import store_for
 # Of each run, who dies in turn: a worker, or the driver, which is then started again.
 PATTERNS = ("WWD", "WDW", "DWW", "W")
 _FORMS = ("transformer, gated, sampled", "attention_rnn, bf16", "conv, sampled")
-_STEPS = 150
+# Enough for a kill in the first 150 to come long before the end.
+_STEPS = 400
 # Seconds that any one wait may take; a group starts in 10 on two idle cores.
 _PATIENCE = 240.0
 # Exit code of a command that another process keeps from its folder.
@@ -42,12 +43,14 @@ def kill(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         if name not in wholes:
             wholes[name] = _whole(folder / f"whole-{len(wholes)}", name)
         driven = _Driven(folder / f"run-{figures['runs']}", name)
-        steps = sorted(draw.sample(range(5, _STEPS - 50), len(pattern)))
+        steps = sorted(draw.sample(range(5, 150), len(pattern)))
+        reached = list[int]()
         for who, step in zip(pattern, steps, strict=True):
             driven.wait_for(step)
             time.sleep(draw.uniform(0, 0.1))
             key, seconds = driven.kill_worker() if who == "W" else driven.kill_driver()
             found[key].append(seconds)
+            reached.append(driven.reached)
         found["gone_seconds"] += driven.gone_seconds
         traces = driven.finish()
         differing = [
@@ -59,7 +62,7 @@ def kill(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         again = lines - sum(len(t.lines) for t in traces)
         verdict = "differs: " + differing[0] if differing else "identical"
         print(
-            f"through Ray, {name}: {pattern} killed at {steps}; {lines} losses of 2 workers, "
+            f"through Ray, {name}: {pattern} killed after {reached}; {lines} losses of 2 workers, "
             f"{again} re-run; {verdict}",
             flush=True,
         )
@@ -91,7 +94,7 @@ class _Driven:
 
     def __init__(self, folder: Path, form: str) -> None:
         job = _job(folder, form)
-        self.folder, self.gone_seconds = folder, list[float]()
+        self.folder, self.gone_seconds, self.reached = folder, list[float](), 0
         self._plan = folder / "plan.json"
         words = {"experiment": job.experiment, "shards": str(job.shards), "folder": str(folder)}
         self._plan.write_text(json.dumps(words))
@@ -126,13 +129,15 @@ class _Driven:
     def _next_line(self, since: float) -> float:
         """Seconds from a kill until another update of rank 0 was written down."""
         path = self.folder / "trace-0"
-        size = path.stat().st_size
+        size, self.reached = path.stat().st_size, self._trace(0).last
+        if self.reached == _STEPS:
+            raise RuntimeError("the run had ended before the kill; make it longer")
         self._wait(lambda: path.stat().st_size > size, "the next step")
         return time.monotonic() - since
 
     def kill_worker(self) -> tuple[str, float]:
         """SIGKILL to one of the two; seconds until the next update."""
-        workers = [p for p in _below(self._driver.pid) if _is_worker(p)]
+        workers = [p for p in _below(self._driver.pid) if "RayTrainWorker" in _name(p)]
         killed = workers[-1]
         began = time.monotonic()
         killed.kill()
@@ -143,7 +148,8 @@ class _Driven:
 
     def kill_driver(self) -> tuple[str, float]:
         """SIGKILL to the driver; the same command again, at once; seconds until its next update."""
-        children = _below(self._driver.pid)
+        # Ray's own two agents try for a minute to report the loss to a service that is gone, too.
+        children = [p for p in _below(self._driver.pid) if "Agent" not in _name(p)]
         began = time.monotonic()
         os.kill(self._driver.pid, signal.SIGKILL)
         self._driver.wait()
@@ -169,11 +175,11 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def _is_worker(process: psutil.Process) -> bool:
+def _name(process: psutil.Process) -> str:
     try:
-        return "RayTrainWorker" in " ".join(process.cmdline())
+        return " ".join(process.cmdline())
     except psutil.Error:
-        return False
+        return ""
 
 
 class _TracedSite(Site):

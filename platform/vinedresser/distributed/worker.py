@@ -9,7 +9,7 @@ from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.diagnostics.corpus import picture
 from vinedresser.distributed.site import Site
 from vinedresser.errors import DivergedError, MachineError
-from vinedresser.run import Outcome, Report, RolledBackError, Run
+from vinedresser.run import Outcome, Report, RolledBackError, Run, finished
 from vinedresser.tracking import LaterTracker, NullTracker, Tracker, ending, open_run, reap
 from vinedresser.train import Tell, place, untold
 
@@ -26,6 +26,9 @@ def execute(
     tell: Tell = untold,
 ) -> Outcome | None:
     """Trains as one of the experiment's workers; rank 0 alone tracks, and has an outcome."""
+    if (done := finished(folder)) is not None:  # a group that is started again after its end
+        report(done.final_report if rank == 0 else {})
+        return done if rank == 0 else None
     shards = open_shards(Path(site.shards), task=experiment.task)
     where = place(experiment.compute, rank=rank)
     # MLflow is imported while the first updates are made, and not before.

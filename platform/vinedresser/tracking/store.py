@@ -1,6 +1,7 @@
 """Store: which tracking database or server, which experiment; and how to reach it safely."""
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
@@ -8,8 +9,9 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ logger = logging.getLogger("vinedresser")
 # Seconds that one question to a server may take; with the single retry 10 s at the very worst,
 # where MLflow's defaults (120 s, 7 retries) blocked 249.6 s on a closed port.
 TIMEOUT = 5
+_SQLITE = "sqlite:///"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 # Nothing is reported home, no pickled model is ever opened, no request hangs.
@@ -199,8 +202,10 @@ def initialise(store: Store) -> str:
 
 def _initialise(store: Store) -> str:
     with locked(store, f"creation of {store.shown}", seconds=60):
-        client = connect(store)
+        _environment()
         with server_errors(store):
+            _create_database(store)
+            client = connect(store)
             found = client.get_experiment_by_name(store.experiment)
             if found is None:
                 return _create(client, store)
@@ -210,6 +215,25 @@ def _initialise(store: Store) -> str:
             f"`mlflow experiments restore -x {found.experiment_id}` or name another"
         )
     return str(found.experiment_id)
+
+
+def _create_database(store: Store) -> None:
+    """Makes a new SQLite database beside its place, and moves it there whole.
+
+    A process that is killed between two of MLflow's migrations leaves a database that no later
+    one can open: `table trace_info already exists`.
+    """
+    path = Path(store.uri.removeprefix(_SQLITE))
+    if not store.uri.startswith(_SQLITE) or "?" in store.uri or path.exists():
+        return
+    for left in path.parent.glob(f".{glob.escape(path.name)}.new-*"):
+        left.unlink(missing_ok=True)
+    # Another name each time: MLflow keeps what it has opened, by URI.
+    partial = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    uri = f"{_SQLITE}{partial}"
+    connect(replace(store, uri=uri)).search_experiments(max_results=1)
+    partial.replace(path)
 
 
 def _create(client: "MlflowClient", store: Store) -> str:
