@@ -24,7 +24,8 @@ from vinedresser.checkpoint import (
 from vinedresser.config import Experiment
 from vinedresser.data.shards.shard_set import ShardSet, open_shards
 from vinedresser.errors import DamagedError
-from vinedresser.run import Outcome, Run, finished, run_folder, run_key
+from vinedresser.evaluate import Evaluated
+from vinedresser.run import Outcome, Run, finished, judge, run_folder, run_key
 from vinedresser.tracking import MemoryTracker
 from vinedresser.train import Place
 
@@ -205,14 +206,14 @@ def test_the_best_by_the_inferred_metric_ships(reversal, tmp_path, monkeypatch):
     values = iter([50.0, 20.0, 30.0])
     kept: dict[int, dict[str, torch.Tensor]] = {}
     run = a_run(experiment(reversal), reversal, tmp_path)
-    judge = run._judge
+    evaluate = judge.evaluate
 
-    def judged():
-        evaluated = judge()
+    def evaluated_so(*arguments: Any, **settings: Any) -> Evaluated:
+        evaluated = evaluate(*arguments, **settings)
         kept[len(kept)] = {name: t.clone() for name, t in run.averaged.tensors.items()}
         return replace(evaluated, scores=replace(evaluated.scores, value=next(values)))
 
-    monkeypatch.setattr(run, "_judge", judged)
+    monkeypatch.setattr(judge, "evaluate", evaluated_so)
     outcome = run.execute()
     assert (outcome.best_step, outcome.value) == (16, 20.0)
     shipped = load_file(Path(outcome.bundle) / "weights.safetensors")

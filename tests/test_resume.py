@@ -26,7 +26,7 @@ from vinedresser.data.batches.stream import Batches
 from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.errors import DamagedError
 from vinedresser.evaluate import Evaluated
-from vinedresser.run import Outcome, Run, clear, run_folder
+from vinedresser.run import Outcome, Run, clear, judge, run_folder
 from vinedresser.tracking import NullTracker
 from vinedresser.train import Place
 
@@ -303,21 +303,24 @@ def test_an_undamaged_checkpoint_is_taken(reversal, killed, whole, tmp_path, cap
 
 def test_the_best_so_far_is_among_what_is_stored(reversal, tmp_path, monkeypatch):
     """It was best at step 8, the kill comes at 16, and nothing after it is better."""
-    values, judge = {8: 20.0, 16: 50.0, 24: 60.0}, Run._judge
+    values, evaluate = {8: 20.0, 16: 50.0, 24: 60.0}, judge.evaluate
 
-    def judged(run: Run) -> Evaluated:
-        found = judge(run)
-        return replace(found, scores=replace(found.scores, value=values[run.step]))
+    def evaluated_so(*arguments: Any, **settings: Any) -> Evaluated:
+        found, step = evaluate(*arguments, **settings), at[0].step
+        return replace(found, scores=replace(found.scores, value=values[step]))
 
-    monkeypatch.setattr(Run, "_judge", judged)
+    monkeypatch.setattr(judge, "evaluate", evaluated_so)
     changes = {"objective.l0": 0.0, "model.concrete_heads": []}
     runs = [
         a_run(reversal, tmp_path / place, kill_at=kill_at, **changes)
         for place, kill_at in (("whole", 0), ("killed", 16), ("killed", 0))
     ]
+    at = [runs[0]]
     expected = ending(runs[0], runs[0].execute())
+    at[0] = runs[1]
     with pytest.raises(KilledError):
         runs[1].execute()
+    at[0] = runs[2]
     outcome = runs[2].execute()
     assert outcome is not None
     assert (outcome.best_step, outcome.value) == (8, 20.0)

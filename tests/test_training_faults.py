@@ -161,7 +161,7 @@ def test_t01_a_gradient_that_is_not_a_number_stops_the_run(reversal, whole, tmp_
     assert checkpoint is not None
     assert checkpoint.step == 5
     assert all(t.isfinite().all() for group in checkpoint.tensors.values() for t in group.values())
-    assert run.history == []
+    assert run.judge.history == []
     again = a_run(config, reversal, tmp_path)
     again.execute()
     assert weights(again) == weights(whole[0])
@@ -214,14 +214,14 @@ def test_t02_a_rollback_goes_on_at_half_the_rate(reversal, tmp_path, monkeypatch
 
     monkeypatch.setattr(Run, "execute", watched)
     rates: dict[int, list[float]] = {}
-    steps = sys.modules["vinedresser.run"].training_steps
+    steps = sys.modules["vinedresser.run.run"].training_steps
 
     def told(*words: Any, **more: Any) -> Iterator[Any]:
         for step in steps(*words, **more):
             rates.setdefault(step.index, []).append(step.learning_rate)
             yield step
 
-    monkeypatch.setattr("vinedresser.run.training_steps", told)
+    monkeypatch.setattr("vinedresser.run.run.training_steps", told)
     outcome = command(config, reversal, tmp_path, monkeypatch)
     assert len(runs) == 2
     assert [len(rates[step]) for step in (10, 11, 12, 13)] == [1, 2, 2, 2] or len(rates[12]) == 2
@@ -439,7 +439,7 @@ def test_t09_the_command_exits_with_75(reversal, tmp_path):
 # Two ranks of gloo, or one, train until they have made an update; then they die. Next attempt.
 RANKS = """
 import torch.distributed as dist
-from vinedresser import run as runner
+from vinedresser.run import run as runner
 real = runner.training_steps
 
 def train(rank, workers, until, workspace, store):
@@ -618,7 +618,7 @@ def test_t19_the_reader_fails(reversal, whole, tmp_path, monkeypatch):
 def test_t20_a_model_that_never_ends(reversal, beam):
     config = experiment(reversal, **{"evaluation.beam": beam, "evaluation.sentences": 0})
     run = a_run(config, reversal, Path("nowhere"))
-    model, split = run.judged, load_split(reversal, "dev")
+    model, split = run.judge.model, load_split(reversal, "dev")
     logits, cap = model.logits, config.task.max_target_length
 
     def endless(states: torch.Tensor) -> torch.Tensor:

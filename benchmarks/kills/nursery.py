@@ -31,14 +31,15 @@ from torch.optim.optimizer import (
 
 from vinedresser import attempt as attempts
 from vinedresser import evaluate as evaluation
-from vinedresser import run as runner
 from vinedresser.checkpoint import optimizer_tensors
 from vinedresser.config import Experiment
 from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.distributed import Site, worker
 from vinedresser.distributed import train as command
 from vinedresser.errors import InterruptedRunError
-from vinedresser.run import Outcome, Run
+from vinedresser.run import Outcome, Run, run_folder
+from vinedresser.run import judge as judging
+from vinedresser.run import run as runner
 from vinedresser.tracking import NullTracker, store_for
 from vinedresser.train import Step, place
 
@@ -130,7 +131,7 @@ def watch(points: Points, trace: Path) -> None:
     """Puts the points into this process, which is thrown away afterwards."""
     sys.addaudithook(points.audit)
     now = trace_steps(lambda _: trace, points)
-    evaluate, decode = runner.evaluate, evaluation._decode
+    evaluate, decode = judging.evaluate, evaluation._decode
 
     def evaluated(*words: Any, **more: Any) -> Any:
         points("evaluate")
@@ -143,7 +144,7 @@ def watch(points: Points, trace: Path) -> None:
         points(f"decode@{points.counts['evaluate']}")
         return decode(*words, **more)
 
-    runner.evaluate, evaluation._decode = evaluated, decoded
+    judging.evaluate, evaluation._decode = evaluated, decoded
     register_optimizer_step_pre_hook(lambda *_: points(f"gradient@{now['step'] + 1}"))
     register_optimizer_step_post_hook(lambda *_: points(f"updated@{now['step'] + 1}"))
 
@@ -240,7 +241,7 @@ def _be(rank: int, job: Job) -> None:
     run = Run(
         config,
         shards,
-        runner.run_folder(config, shards, job.workspace),
+        run_folder(config, shards, job.workspace),
         place=place(config.compute, rank=rank),
         tracker=NullTracker(),
         report=lambda _: None,

@@ -79,7 +79,7 @@ def _one(config: Experiment, folder: Path, count: int) -> dict[str, float]:
     batches.close()
     run.attempt = Attempt(run.folder)
     # As after an evaluation: the best weights so far are stored, too.
-    run.best = {name: tensor.clone() for name, tensor in run.averaged.tensors.items()}
+    run.judge.best = {name: tensor.clone() for name, tensor in run.averaged.tensors.items()}
     saves, syncs = [], []
     for number in range(1, _SAVES + 1):
         with _timed_fsync() as spent:

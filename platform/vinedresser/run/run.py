@@ -1,17 +1,13 @@
-"""run(): one experiment in this process, from shards to a bundle; resumable, recognised when done.
-
-A run is named by its content: the same experiment on the same shards is the same run.
-"""
+"""Run: one worker of one experiment, from shards to a bundle; resumable at any step."""
 
 import contextlib
-import glob
 import json
 import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +30,23 @@ from vinedresser.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from vinedresser.commit import digest_of, is_committed, verify, write_file
+from vinedresser.commit import write_file
 from vinedresser.config import Experiment
 from vinedresser.data.batches.prefetch import prefetched
-from vinedresser.data.batches.stream import Batches, in_order, load_split
+from vinedresser.data.batches.stream import Batches
 from vinedresser.data.shards.shard_set import ShardSet, tokenizers
-from vinedresser.diagnostics.attention import AttentionWatch
-from vinedresser.diagnostics.conditioning import conditioning_gap
 from vinedresser.diagnostics.diagnosis import Diagnosis
 from vinedresser.diagnostics.log import Facts
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
-from vinedresser.evaluate import Evaluated, evaluate
-from vinedresser.metrics import is_better, is_lower_better, worst
-from vinedresser.nn.gates import head_gates
+from vinedresser.metrics import is_lower_better
 from vinedresser.optim import build_optimizer, freeze
-from vinedresser.tracking import NullTracker, Tracker
+from vinedresser.run.judge import Judge
+from vinedresser.run.outcome import Outcome, run_key
+from vinedresser.tracking import Tracker
 from vinedresser.train import (
     JUDGING,
     STORING,
     AveragedWeights,
-    Best,
     Clock,
     Effects,
     Pace,
@@ -73,124 +66,6 @@ _log = logging.getLogger("vinedresser")
 
 # Log lines in a run: enough for a smooth curve, few enough for one batch of a tracking server.
 _LOG_LINES = 50
-# Dev sentences whose sources are exchanged at each evaluation: the standard error of the gap is
-# below 0.2 nats a token from 64 sentences on.
-_EXCHANGED = 128
-_EXPERIMENT = "experiment.json"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run.
-
-    Attributes:
-        key: content digest of experiment and data.
-        folder: of the run.
-        bundle: folder of the model that ships.
-        scores: dev Scores of that model as plain JSON.
-        best_step: the update after which it was taken.
-        history: one entry an evaluation: step, value, teacher_forced_nats, and heads where gated.
-        seconds: wall time of training and evaluation, over all resumptions.
-        last_report: what was reported at the end.
-    """
-
-    key: str
-    folder: str
-    bundle: str
-    scores: Mapping[str, Any]
-    best_step: int
-    history: list[dict[str, float]]
-    seconds: float
-    last_report: Mapping[str, float]
-
-    @property
-    def final_report(self) -> dict[str, Any]:
-        """What a scheduler is told at the end, also by a run that was recognised as done."""
-        return {**self.last_report, "is_last": 1.0, "run/bundle": self.bundle}
-
-    @property
-    def value(self) -> float:
-        """The inferred metric on dev."""
-        return float(self.scores[self.scores["metric"]])
-
-    @property
-    def selection_regret(self) -> float:
-        """What selecting on the teacher-forced loss would have lost, metric units, >= 0."""
-        by_loss = min(self.history, key=lambda entry: entry["teacher_forced_nats"])
-        return abs(by_loss["value"] - self.value)
-
-
-def run_key(experiment: Experiment, shards: ShardSet) -> str:
-    """Content digest of a run, with data and initial weights by hash.
-
-    Name, workers, threads, devices and checkpoints are left out: they change nothing of what is
-    trained beyond rounding, so that a run may go on with others (fault T14).
-    """
-    content = {**experiment.to_json(), "task": shards.digest}
-    for key in ("name", "checkpoint_every", "keep_checkpoints"):
-        del content[key]
-    content["compute"] = {"precision": experiment.compute.precision}
-    content["batch"] = {**content["batch"], "per_update": experiment.batches_an_update}
-    if experiment.init is not None:
-        content["init"] = verify(Path(experiment.init)).digest
-    return digest_of(content)
-
-
-def run_folder(experiment: Experiment, shards: ShardSet, workspace: Path) -> Path:
-    """Where a run lives: workspace/runs/name-digest."""
-    return workspace / "runs" / f"{experiment.name}-{run_key(experiment, shards)[:12]}"
-
-
-def finished(folder: Path) -> Outcome | None:
-    """The outcome of a run that ended well, else None."""
-    try:
-        outcome = Outcome(**json.loads((folder / "outcome.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-    return outcome if is_committed(Path(outcome.bundle)) else None
-
-
-def clear(folder: Path) -> None:
-    """Empties a run's folder; the lock on it stays."""
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def tell_changes(experiment: Experiment, folder: Path) -> None:
-    """Says in what a new run differs from an unfinished one of its name (fault T16).
-
-    Another experiment is another run with a folder of its own, so nothing can be mixed up; but
-    whoever meant to resume should hear why it starts anew.
-    """
-    path = folder / _EXPERIMENT
-    if path.is_file():
-        return
-    for other in sorted(folder.parent.glob(f"{glob.escape(experiment.name)}-{'?' * 12}")):
-        if other == folder or (other / "outcome.json").is_file():
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            before = _flat(json.loads((other / _EXPERIMENT).read_text()))
-            now = _flat(experiment.to_json())
-            keys = sorted(k for k in before | now if before.get(k) != now.get(k))
-            said = [f"{k} {before.get(k)} -> {now.get(k)}" for k in keys[:5]]
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            what = ", ".join(said) + more if said else "other data"
-            _log.info("a new run; the unfinished %s differs: %s", other.name, what)
-    write_file(path, json.dumps(experiment.to_json(), indent=1) + "\n")
-
-
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
-    """Dotted key -> leaf."""
-    if not isinstance(value, Mapping):
-        return {at: value}
-    prefix = f"{at}." if at else ""
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}").items()}
-
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -256,19 +131,10 @@ class Run:
             tracker,
             every=self.log_every,
         )
-        self.best: dict[str, Tensor] = {}
-        self.best_step = self.step = 0
-        self.best_scores: dict[str, Any] = {}
-        self.history: list[dict[str, float]] = []
+        self.judge = Judge(experiment, shards, self.tokenizers, place=place, tracker=tracker)
+        self.step = 0
         self.last_report: dict[str, float] = {}
         self.seconds_before, self.started = 0.0, time.perf_counter()
-        self.dev = load_split(shards, "dev") if place.rank == 0 else None
-        self.watch: AttentionWatch | None = None
-        if self.dev is not None and not isinstance(tracker, NullTracker):
-            self.watch = AttentionWatch(self.dev, self.tokenizers)
-        # A second copy of the model holds the averaged weights while they are judged.
-        self.judged = experiment.model.build(vocabulary_of(*self.tokenizers, joint=joint))
-        self.judged.place(encoder=place.of_encoder, decoder=place.device).eval()
 
     def execute(self) -> Outcome | None:
         """Trains to the end; the outcome on rank 0, None on the others.
@@ -330,7 +196,7 @@ class Run:
         # However training ends, the thread that reads ahead ends with it.
         with contextlib.closing(batches), self.clock:
             # A run that was stopped at an evaluation makes up for it first.
-            if start in effects.evaluate_at and self._judged_at < start:
+            if start in effects.evaluate_at and self.judge.step < start:
                 effects.evaluate(start)
             self.window.restart()
             self.teller(start, {})
@@ -356,10 +222,6 @@ class Run:
         if self.place.rank == 0:
             self.diagnosis.note(metrics, step)
 
-    @property
-    def _judged_at(self) -> int:
-        return int(self.history[-1]["step"]) if self.history else 0
-
     def _tell_bad(self, step: Step) -> None:
         """Leaves the batches of an update that was left out where they can be looked at (T01)."""
         rows = [
@@ -382,45 +244,19 @@ class Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _evaluate(self, step: int) -> None:
-        """Judges the averaged weights, keeps them if they ship, and reports the best so far."""
+        """Judges the averaged weights, and reports the best so far."""
         self.teller.judging(step)
+        # Other ranks wait for the end of an evaluation; alone, a run may stop in it.
+        should_stop = self.should_stop if self.place.workers == 1 else None
         try:
-            evaluated = self._judge()
+            logged = self.judge.judge(self.averaged.tensors, step, should_stop)
         except InterruptedRunError:
             self._checkpoint(step)
             raise
-        scores, metric = evaluated.scores, self.experiment.task.metric
-        entry = {
-            "step": float(step),
-            "value": scores.value,
-            "teacher_forced_nats": scores.teacher_forced_nats,
-        }
-        gates = head_gates(self.judged)
-        if gates:
-            entry["heads"] = float(sum(int((g.deterministic() > 0).sum()) for g in gates))
-        self.history.append(entry)
-        so_far = float(self.best_scores.get(metric, worst(metric)))
-        # Gates are still closing while the metric is at its best: with gates the last weights
-        # ship, without them the best by the inferred metric (methods.md 13).
-        if gates or is_better(metric, scores.value, so_far) or not self.best:
-            self.best = {name: t.clone() for name, t in self.averaged.tensors.items()}
-            self.best_step, self.best_scores = step, scores.to_json()
-        self.teller.best = self._best
-        logged = {
-            f"dev/{metric}": scores.value,
-            f"best/{metric}": float(self.best_scores[metric]),
-            "dev/teacher_forced_nats": scores.teacher_forced_nats,
-            "dev/teacher_forced_error": scores.teacher_forced_error,
-            **_gap(evaluated),
-            **self._conditioning(),
-            **self._attention(step),
-            **({"dev/heads": entry["heads"]} if gates else {}),
-        }
+        self.teller.best = self.judge.standing
         self.diagnosis.note(logged, step)
-        rows = ["source\treference\thypothesis", *("\t".join(r) for r in evaluated.samples())]
-        self.tracker.text("\n".join(rows) + "\n", f"samples/step-{step:08d}.tsv")
         # A resumed or recognised run is compared at the evaluation where it is, not at its first.
-        where = {"step": float(step), "evaluation": float(len(self.history))}
+        where = {"step": float(step), "evaluation": float(len(self.judge.history))}
         self.last_report = {**logged, **where, "is_last": 0.0}
         # The last report is left to the host, after the outcome is written: a scheduler that stops
         # a trial at a report must find it finished.
@@ -428,49 +264,10 @@ class Run:
             self.report(self.last_report)
         self.teller(step, {})
 
-    @property
-    def _best(self) -> Best | None:
-        metric = self.experiment.task.metric
-        if not self.best_scores:
-            return None
-        return Best(metric, float(self.best_scores[metric]), self.best_step)
-
-    def _attention(self, step: int) -> Mapping[str, float]:
-        """Pictures and diagonality of the attention to the source, where they are due."""
-        every = self.experiment.evaluation.attention_every
-        if self.watch is None or not every or len(self.history) % every:
-            return {}
-        return self.watch.look(self.judged, self.tracker, step)
-
-    def _conditioning(self) -> dict[str, float]:
-        """What sources of other sentences cost on a slice of dev, nats a token (methods.md 2)."""
-        assert self.dev is not None
-        tokens = self.experiment.evaluation.tokens
-        with contextlib.suppress(ValueError):  # no batch of two sentences
-            batches = in_order(self.dev, tokens=tokens, sentences=_EXCHANGED)
-            found = conditioning_gap(self.judged, batches)
-            return {"dev/conditioning_gap": found.gap, "dev/conditioning_error": found.error}
-        return {}
-
     def _follow(self, step: int) -> None:
         """What ranks other than 0 do meanwhile: each rank reports equally often."""
         if step < self.experiment.steps:
             self.report({})
-
-    def _judge(self) -> Evaluated:
-        assert self.dev is not None
-        task = self.experiment.task
-        self.judged.load_state_dict(self.averaged.tensors)
-        return evaluate(
-            self.judged,
-            self.dev,
-            self.tokenizers[1],
-            metric=task.metric,
-            config=self.experiment.evaluation,
-            cap=task.max_target_length,
-            # Other ranks wait for the end of an evaluation; alone, a run may stop in it.
-            should_stop=self.should_stop if self.place.workers == 1 else None,
-        )
 
     def _checkpoint(self, step: int) -> None:
         assert self.attempt is not None
@@ -481,12 +278,12 @@ class Run:
                 "model": self.model.state_dict(),
                 "average": self.averaged.tensors,
                 "optimizer": optimizer_tensors(self.optimizer),
-                "best": self.best,
+                "best": self.judge.best,
             },
             {
-                "best_step": self.best_step,
-                "best_scores": self.best_scores,
-                "history": self.history,
+                "best_step": self.judge.best_step,
+                "best_scores": self.judge.best_scores,
+                "history": self.judge.history,
                 "seconds": self._seconds,
                 "last_report": self.last_report,
                 "skipped": self.window.skipped,
@@ -522,12 +319,12 @@ class Run:
         with torch.no_grad():
             for name, tensor in checkpoint.tensors["average"].items():
                 self.averaged.tensors[name].copy_(tensor)
-        self.best = {n: t.to(self.place.device) for n, t in checkpoint.tensors["best"].items()}
-        scalars = checkpoint.scalars
-        self.best_step, self.best_scores = scalars["best_step"], scalars["best_scores"]
-        self.history, self.seconds_before = scalars["history"], scalars["seconds"]
+        scalars, judge = checkpoint.scalars, self.judge
+        judge.best = {n: t.to(self.place.device) for n, t in checkpoint.tensors["best"].items()}
+        judge.best_step, judge.best_scores = scalars["best_step"], scalars["best_scores"]
+        judge.history, self.seconds_before = scalars["history"], scalars["seconds"]
         self.last_report = scalars["last_report"]
-        self.teller.best = self._best
+        self.teller.best = judge.standing
         self.window.skipped, self.window.lowest = scalars["skipped"], scalars["lowest"]
         self.diagnosis.restore(scalars["diagnosis"])
         self.step = checkpoint.step
@@ -550,13 +347,13 @@ class Run:
         scores = {
             "metric": metric,
             "lower_is_better": is_lower_better(metric),
-            "dev": self.best_scores,
-            "step": self.best_step,
+            "dev": self.judge.best_scores,
+            "step": self.judge.best_step,
         }
         bundle = save_bundle(
             self.folder / "bundle",
             experiment=self.experiment,
-            weights=self.best,
+            weights=self.judge.best,
             tokenizers=self.tokenizers,
             scores=scores,
         )
@@ -565,9 +362,9 @@ class Run:
             key,
             str(self.folder),
             str(bundle),
-            self.best_scores,
-            self.best_step,
-            self.history,
+            self.judge.best_scores,
+            self.judge.best_step,
+            self.judge.history,
             self._seconds,
             self.last_report,
         )
@@ -576,14 +373,6 @@ class Run:
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         self.tracker.tag({"vinedresser.bundle": str(bundle)})
         return outcome
-
-
-def _gap(evaluated: Evaluated) -> dict[str, float]:
-    """Inferred minus teacher-forced error in percent points, for error metrics (methods.md 4)."""
-    scores = evaluated.scores
-    if not is_lower_better(scores.metric):
-        return {}
-    return {"dev/exposure_gap": scores.value - scores.teacher_forced_error}
 
 
 def _ids(ids: Tensor) -> list[int]:
