@@ -2,10 +2,10 @@
 
 `make bench NAME=quality`. Every system gets the same pieces, the same shape of model (the small
 Transformer, layer norm first, embeddings tied three ways, the same variances at the start), the
-same optimizer, batch size and dropout, and the learning rate of every update from our schedule,
-stretched over as many updates as it can do within the budget: CPU seconds of one thread,
-evaluation and reading of the corpus excluded. That number comes from a short run before. All
-decode greedily, and one sacreBLEU scores the same detokenised text.
+same optimizer and dropout, as many real target tokens an update, and the learning rate of every
+update from our schedule, stretched over as many updates as it can do within the budget: CPU seconds
+of one thread, evaluation and reading of the corpus excluded. That number comes from a short run
+before. All decode greedily, and one sacreBLEU scores the same detokenised text.
 
 What stays each system's own: which rows share a batch (JoeyNMT random, transformers grouped by
 length, in sentences instead of tokens), precision (JoeyNMT knows no bf16 on CPUs) and the averaging
@@ -169,7 +169,8 @@ def joeynmt_config(job: Job) -> str:
         "adam_betas": list(EXPERIMENT.optim.betas),
         "weight_decay": EXPERIMENT.optim.weight_decay,
         "clip_grad_norm": EXPERIMENT.optim.clip_norm,
-        "batch_size": job.batch,
+        # Its batches are random, half of them is padding: as many real tokens as ours have.
+        "batch_size": 2 * job.batch,
     }
     plain["testing"] |= {"beam_size": 1, "max_output_length": job.cap}
     path = Path(job.folder) / f"quality-{job.seed}.yaml"
@@ -185,8 +186,8 @@ def run(job: Job) -> dict[str, Any]:
         plain["config"] = joeynmt_config(job)
         command = [str(environment()), str(ROOT / "benchmarks/peers/joeynmt_quality.py")]
     elif job.system.startswith("transformers"):
-        # 128 sentences fill 4,096 tokens of this corpus.
-        plain |= {"sentences": job.batch // 32, "bf16": "bf16" in job.system}
+        # 60 sentences have as many real target tokens as our batches of 1,024: 930.
+        plain |= {"sentences": job.batch // 17, "bf16": "bf16" in job.system}
         command = [str(environment("hf")), str(ROOT / "benchmarks/peers/hf_quality.py")]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
