@@ -64,17 +64,25 @@ class Diagnosis:
             self.tell(found)
 
     def diverged(self, reason: str, step: int, *, is_finite: bool) -> None:
-        """Takes in that training has stopped because it diverged; what follows a `;` is advice."""
+        """Annotates the run that diverged; the error that ends it says so on the terminal.
+
+        Args:
+            reason: the error's line, `step 80: what was seen; what to do`.
+            step: of the reason.
+            is_finite: whether the numbers still were.
+        """
         rule = "exploding_gradients" if is_finite else "non_finite"
         advice = "Lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps."
-        self.tell(Finding(rule, reason.split(";")[0], advice, step))
+        seen = reason.split(";")[0].partition(": ")[2]
+        self.tell(Finding(rule, seen, advice, step), is_aloud=False)
 
-    def tell(self, found: Finding) -> None:
-        """Warns and annotates the run, unless the rule has spoken before."""
+    def tell(self, found: Finding, *, is_aloud: bool = True) -> None:
+        """Annotates the run and warns, unless the rule has spoken before."""
         if found.rule in self.findings:
             return
         self.findings[found.rule] = found
-        _log.warning("%s", found)
+        if is_aloud:
+            _log.warning("%s", found)
         told = self.findings.values()
         self._tracker.tag({"vinedresser.symptoms": ", ".join(self.findings)})
         lines = [f"- **{f.rule}** at step {f.step}: {f.text}. {f.advice}\n" for f in told]
