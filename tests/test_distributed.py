@@ -357,9 +357,9 @@ def hanging(marker: Path, times: int) -> Callable[[Mapping[str, Any]], None]:
 
         import ray.train
 
-        import vinedresser.run
+        from vinedresser.run import run
 
-        rank, read = ray.train.get_context().get_world_rank(), vinedresser.run.prefetched
+        rank, read = ray.train.get_context().get_world_rank(), run.prefetched
 
         def prefetched(steps: Any) -> Any:
             for number, batch in enumerate(read(steps), 1):
@@ -369,7 +369,7 @@ def hanging(marker: Path, times: int) -> Callable[[Mapping[str, Any]], None]:
                     time.sleep(3600)
                 yield batch
 
-        vinedresser.run.prefetched = prefetched
+        run.prefetched = prefetched
         work(config)
 
     return hangs
