@@ -141,7 +141,8 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     # In evaluation mode they keep every row of the suite; nn/norms.py tells which fail in training.
     "batch_norm": {**_SMALL, "norm_kind": "batch"},
     "power_norm": {**_SMALL, "norm_kind": "power"},
-    "low_rank": {**_SMALL, "values": "low_rank", "value_rank": 4},
+    # At rank 4 of 8, three seeds left 1, 2 and 0 of 60 reversals wrong; at 6 none.
+    "low_rank": {**_SMALL, "values": "low_rank", "value_rank": 6},
     "low_rank_pruned": {
         **_SMALL,
         "values": "low_rank",

@@ -62,10 +62,10 @@ def test_flops_are_those_of_the_matrix_products():
     # One LSTM layer a side: 8 h^2 weights a step, and the output layer; 2 FLOPs a weight.
     found = summary_of("rnn", width=64, encoder_units=64)
     assert found.flops == pytest.approx(2 * (2 * 8 * 64 * 64 + 64 * 100))
-    # Attention adds QK and AV of 20 x 20 positions to the weights of each layer.
+    # Attention adds QK and AV of 20 x 32 positions to the weights of each layer: keys come in 16s.
     found = summary_of("transformer-tiny")
     weights = 2 * (4 * 128**2 + 2 * 128 * 512) + 2 * (8 * 128**2 + 2 * 128 * 512) + 128 * 100
-    attention = 6 * 2 * 20 * 128
+    attention = 6 * 2 * 32 * 128
     assert found.flops == pytest.approx(2 * (weights + attention))
 
 
