@@ -31,10 +31,11 @@ from typing import Any
 
 import yaml
 
+from benchmarks.corpora.multi30k import multi30k
 from benchmarks.train import JOEY, JOEY_MODELS, ROOT, environment, write_pieces
 from search_spaces.translation import EXPERIMENT
 from vinedresser.commit import digest_of
-from vinedresser.config import Evaluation, Experiment, Pair, TextCorpus
+from vinedresser.config import Evaluation, Experiment
 from vinedresser.data import load_split, open_shards, prepare, stream
 from vinedresser.data.shards.shard_set import tokenizers
 from vinedresser.evaluate import evaluate
@@ -83,16 +84,7 @@ class Job:
 
 def corpus(folder: Path) -> Path:
     """Prepares Multi30k, its dev split being test_2016_flickr; answers the shards' folder."""
-    data = Path(os.environ.get("MULTI30K", ROOT.parent / "shared/data/multi30k"))
-    if not data.is_dir():
-        sys.exit(f"{data}: Multi30k is not here. Fix: set MULTI30K to its folder")
-    train, test = (
-        Pair(source=str(data / f"{name}.de"), target=str(data / f"{name}.en"))
-        for name in ("train", "test_2016_flickr")
-    )
-    task = EXPERIMENT.task.model_copy(
-        update={"name": "multi30k", "corpus": TextCorpus(train=train, dev=test)}
-    )
+    task = multi30k(dev="test_2016_flickr")
     return prepare(task, folder, executor="in_process").folder
 
 

@@ -45,21 +45,12 @@ def corpus(folder: Path) -> Path:
 
 
 def _experiment(workers: int = 1) -> Any:
+    from benchmarks.corpora.multi30k import multi30k
     from vinedresser.config import Experiment
 
-    data = Path(os.environ.get("MULTI30K", ROOT.parent / "shared/data/multi30k"))
-    if not data.is_dir():
-        sys.exit(f"{data}: Multi30k is not here. Fix: set MULTI30K to its folder")
-    pairs = {
-        split: {"source": str(data / f"{name}.de"), "target": str(data / f"{name}.en")}
-        for split, name in (("train", "train"), ("dev", "val"))
-    }
-    task = {
-        "name": "multi30k", "corpus": {"kind": "text", **pairs}, "metric": "bleu",
-        "tokenizer": {"kind": "bpe", "vocab_size": 8000},
-    }  # fmt: skip
     return Experiment.from_json({
-        "name": "startup", "task": task, "model": {"kind": "transformer-small", "tie": "all"},
+        "name": "startup", "task": multi30k().to_json(),
+        "model": {"kind": "transformer-small", "tie": "all"},
         "objective": {"label_smoothing": 0.1}, "batch": {"tokens": 4096},
         "compute": {"workers": workers, "threads": 1, "device": "cpu"}, "steps": 100000,
     })  # fmt: skip

@@ -87,23 +87,10 @@ model:
 
 def corpus(folder: Path) -> Path:
     """Prepares Multi30k; answers the shards' folder."""
-    from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
+    from benchmarks.corpora.multi30k import multi30k
     from vinedresser.data import prepare
 
-    data = Path(os.environ.get("MULTI30K", ROOT.parent / "shared/data/multi30k"))
-    if not data.is_dir():
-        sys.exit(f"{data}: Multi30k is not here. Fix: set MULTI30K to its folder")
-    train, dev = (
-        Pair(source=str(data / f"{name}.de"), target=str(data / f"{name}.en"))
-        for name in ("train", "val")
-    )
-    task = Task(
-        name="multi30k",
-        corpus=TextCorpus(train=train, dev=dev),
-        tokenizer=Tokenizer(kind="bpe", vocab_size=8000),
-        metric="bleu",
-    )
-    return prepare(task, folder, executor="in_process").folder
+    return prepare(multi30k(), folder, executor="in_process").folder
 
 
 def write_pieces(shards: Path, folder: Path) -> None:

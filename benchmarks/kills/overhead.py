@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.corpora.multi30k import multi30k
 from search_spaces.demo import EXPERIMENT as DEMO
 from vinedresser.attempt import Attempt
-from vinedresser.config import Experiment, Pair, Task, TextCorpus, Tokenizer
+from vinedresser.config import Experiment
 from vinedresser.data import prepare
 from vinedresser.data.batches.stream import stream
 from vinedresser.run import Run, run_folder
@@ -37,21 +38,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 def _experiments() -> Iterator[tuple[str, Experiment, int]]:
     """Name, experiment, steps that are timed."""
     yield "the demo's model", DEMO, DEMO.checkpoint_every
-    data = Path(os.environ.get("MULTI30K", _ROOT.parent / "shared/data/multi30k"))
-    if not data.is_dir():
-        print(f"{data}: Multi30k is not here, transformer-small is left out; set MULTI30K")
-        return
-    train, dev = (
-        Pair(source=str(data / f"{name}.de"), target=str(data / f"{name}.en"))
-        for name in ("train", "val")
-    )
-    task = Task(
-        name="multi30k",
-        corpus=TextCorpus(train=train, dev=dev),
-        tokenizer=Tokenizer(kind="bpe", vocab_size=8000),
-        metric="bleu",
-    )
-    plain: dict[str, Any] = {"task": task.to_json(), "model": {"kind": "transformer-small"}}
+    plain: dict[str, Any] = {"task": multi30k().to_json(), "model": {"kind": "transformer-small"}}
     # 500 steps would take minutes: steps between two checkpoints are alike.
     yield "transformer-small", Experiment.from_json(plain), 40
 
