@@ -591,6 +591,7 @@ def work_in_a_pair(rank: int, meeting: Path) -> None:
             break
     if rank == 0:
         meeting.with_suffix(".json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
