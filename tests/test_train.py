@@ -204,6 +204,17 @@ class TestWindow:
             }
         )
 
+    def test_loss_and_speed_are_those_of_all_ranks(self):
+        alone = Window(clip_norm=1.0)
+        window = Window(clip_norm=1.0, total=lambda sums: sums + torch.tensor([30.0, 10.0]))
+        for each in (alone, window):
+            each.add(self.step(1, 6.0, 2, 0.5))
+        assert alone.close()["train/nats_per_token"] == 3
+        logged = window.close()
+        assert logged["train/nats_per_token"] == 3  # (6 + 30) / (2 + 10)
+        made = logged["train/tokens_per_second"] * logged["train/seconds_per_step"]
+        assert made == pytest.approx(12)
+
     def test_a_closed_window_is_empty(self):
         window = Window(clip_norm=1.0)
         window.add(self.step(1, 100.0, 1, 1.0))

@@ -436,10 +436,13 @@ def test_t09_the_command_exits_with_75(reversal, tmp_path):
     assert 0 < step < 2000
 
 
-# Two ranks of gloo, or one, train until they have made an update; then they die. Next attempt.
+# Two ranks of gloo, or one, train until they have made an update and die, or until rank 0 evaluates
+# and they are told to stop. Next attempt.
 RANKS = """
 import torch.distributed as dist
-from vinedresser.run import run as runner
+from vinedresser.attempt import ask
+from vinedresser.errors import InterruptedRunError
+from vinedresser.run import judge, run as runner
 real = runner.training_steps
 
 def train(rank, workers, until, workspace, store):
@@ -457,7 +460,26 @@ def train(rank, workers, until, workspace, store):
                 os.kill(os.getpid(), signal.SIGKILL)
     runner.training_steps = steps
     folder = run_folder(config, shards, workspace)
-    a_run(folder, Place(torch.device("cpu"), None, rank, workers)).execute()
+    evaluate = judge.evaluate
+    def told_to_stop(*words, **more):
+        ask(folder)
+        time.sleep(0.3)  # a run looks for that five times a second
+        return evaluate(*words, **more)
+    note = runner.Run._note
+    def noted(run, metrics, step):
+        with (workspace / f"losses-{rank}").open("a") as losses:
+            print(step, metrics["train/nats_per_token"], file=losses)
+        note(run, metrics, step)
+    runner.Run._note = noted
+    if until == "judged":
+        judge.evaluate = told_to_stop
+    try:
+        a_run(folder, Place(torch.device("cpu"), None, rank, workers)).execute()
+    except InterruptedRunError as error:
+        with (workspace / f"stopped-{rank}").open("a") as stopped:
+            print(error.args[0], file=stopped)
+        (folder / "stop").unlink(missing_ok=True)
+        os._exit(75)
 
 whole = config
 for name, parts in json.loads(sys.argv[4]).items():
@@ -472,7 +494,7 @@ for name, parts in json.loads(sys.argv[4]).items():
                 train(rank, workers, until, workspace, workspace / f"store-{number}")
                 os._exit(0)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        assert codes == workers * [-9 if until else 0], codes
+        assert codes == workers * [{0: 0, "judged": 75}.get(until, -9)], codes
 """
 
 
@@ -493,16 +515,38 @@ def nats_of(workspace: Path) -> dict[int, tuple[float, int]]:
 def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
     """Two batches an update, whoever reads them; dropout draws by batch, not by rank."""
     config = experiment(reversal, **{"batch.per_update": 2, "batch.tokens": 80})
-    parts = {"one": [(1, 0)], "two": [(2, 0)], "both": [(2, 10), (1, 20), (2, 0)]}
+    parts = {
+        "one": [(1, 0)],
+        "two": [(2, 0)],
+        "both": [(2, 10), (1, 20), (2, 0)],
+        "told": [(2, "judged"), (2, "judged"), (2, 0)],
+    }
     words = script(RANKS, config, reversal, tmp_path, json.dumps(parts))
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two, both = (nats_of(tmp_path / name) for name in parts)
+    one, two, both, told = (nats_of(tmp_path / name) for name in parts)
     assert sorted(one) == sorted(two) == sorted(both) == list(range(1, 25))
     for index in one:
         assert one[index][1] == two[index][1] == both[index][1]
         assert two[index][0] == pytest.approx(one[index][0], rel=1e-6)
         assert both[index][0] == pytest.approx(one[index][0], rel=1e-6)
+    # What is logged is of all ranks.
+    logged = [tmp_path / name for name in ("one/losses-0", "two/losses-0", "two/losses-1")]
+    by_one, by_first, by_second = (
+        dict(map(str.split, path.read_text().splitlines())) for path in logged
+    )
+    assert by_first == by_second
+    assert {step: float(loss) for step, loss in by_first.items()} == pytest.approx(
+        {step: float(loss) for step, loss in by_one.items()}, rel=1e-6
+    )
+    # Told to stop while rank 0 evaluates, all ranks do at once; nothing is taken twice or left out.
+    assert told == two
+    for rank, said in ((0, "while evaluating"), (1, "while rank 0 evaluated")):
+        stops = (tmp_path / f"told/stopped-{rank}").read_text().splitlines()
+        assert [said in stop for stop in stops] == [True, True]
+    ends = [json.loads(path.read_text()) for path in tmp_path.glob("t*/runs/*/outcome.json")]
+    assert len(ends) == 2
+    assert ends[0]["history"] == ends[1]["history"]
 
 
 def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):

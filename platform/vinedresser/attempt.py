@@ -24,6 +24,8 @@ from vinedresser.errors import BusyError, TrainingError
 
 _log = logging.getLogger("vinedresser")
 
+# What a scheduler sends, and what a user's Ctrl-C does.
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 # The same failure at the same step so many times in a row is no accident (fault T22).
 _POISON = 3
 _STOP = "stop"
@@ -62,27 +64,35 @@ def held(folder: Path, *, wait: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping_politely(folder: Path) -> Iterator[None]:
-    """While inside, SIGTERM asks the run in the folder to stop after its step; a second one ends.
+    """While inside, SIGTERM or Ctrl-C asks the run in the folder to stop after its step.
 
-    Elsewhere than in the main thread, signals are left alone.
+    A second one ends at once. Elsewhere than in the main thread, signals are left alone.
     """
     stop = folder / _STOP
     stop.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in STOPPING}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def politely(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        signal.signal(signal.SIGTERM, before)
+        del frame
+        restore()
         ask(folder)
+        if number == signal.SIGINT:
+            # Not through a stream, which the interrupted code may be writing to.
+            os.write(2, b"\nstopping after this update; Ctrl-C again ends at once\n")
 
-    signal.signal(signal.SIGTERM, politely)
+    for number in STOPPING:
+        signal.signal(number, politely)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()
         stop.unlink(missing_ok=True)
 
 

@@ -155,3 +155,15 @@ def test_statistics_stay_in_fp32_under_autocast(x_BTD, kind):
     with torch.autocast("cpu", torch.bfloat16):
         found = norm(x_BTD.bfloat16(), REAL)
     assert found.dtype == norm.mean_square.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["batch", "power"])
+def test_frozen_they_do_in_training_what_they_do_in_evaluation(kind, x_BTD):
+    norm = build_norm(kind, D)
+    for shift in range(5):
+        norm(x_BTD + shift, REAL)
+    norm.weight.requires_grad_(requires_grad=False)
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    found = norm(x_BTD + 9, REAL)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
+    assert torch.equal(found, norm.eval()(x_BTD + 9, REAL))

@@ -53,6 +53,11 @@ class _Running(nn.Module):
         # A float, so that averaged weights average it too.
         self.register_buffer("updates", torch.zeros(()))
 
+    @property
+    def _learns(self) -> bool:
+        """Frozen, it stays what it is in evaluation, its running values too (methods.md 77)."""
+        return self.training and self.weight.requires_grad
+
     def _next_rate(self) -> Tensor:
         self.updates += 1
         return (1 / self.updates).clamp(min=self.rate)
@@ -82,7 +87,7 @@ class BatchNorm(_Running):
         """
         x_BTD = x_BTD.float()
         mean_D, variance_D = self.mean, self.mean_square
-        if self.training:
+        if self._learns:
             if len(x_BTD) < 2:
                 raise TrainingError(
                     "batch normalisation got a batch of one sentence, at least 2 are wanted; "
@@ -117,7 +122,7 @@ class PowerNorm(_Running):
             real_BT: bool, positions that count; None counts all.
         """
         x_BTD, scale_D = x_BTD.float(), (self.mean_square + self.eps).rsqrt()
-        if not self.training:
+        if not self._learns:
             return x_BTD * scale_D * self.weight + self.bias
         real_BT1 = _weights(x_BTD, real_BT)
         with torch.no_grad():

@@ -123,6 +123,7 @@ class Run:
             experiment.optim.clip_norm,
             max_skipped=experiment.optim.max_skipped,
             uniform=math.log(self.tokenizers[1].size),
+            total=place.total,
         )
         self.log_every = max(1, experiment.steps // _LOG_LINES)
         self.diagnosis = Diagnosis(
@@ -246,13 +247,13 @@ class Run:
     def _evaluate(self, step: int) -> None:
         """Judges the averaged weights, and reports the best so far."""
         self.teller.judging(step)
-        # Other ranks wait for the end of an evaluation; alone, a run may stop in it.
-        should_stop = self.should_stop if self.place.workers == 1 else None
         try:
-            logged = self.judge.judge(self.averaged.tensors, step, should_stop)
+            logged = self.judge.judge(self.averaged.tensors, step, self.should_stop)
         except InterruptedRunError:
             self._checkpoint(step)
+            self._agree_to_stop(here=True)
             raise
+        self._agree_to_stop(here=False)
         self.teller.best = self.judge.standing
         self.diagnosis.note(logged, step)
         # A resumed or recognised run is compared at the evaluation where it is, not at its first.
@@ -264,8 +265,14 @@ class Run:
             self.report(self.last_report)
         self.teller(step, {})
 
+    def _agree_to_stop(self, *, here: bool) -> bool:
+        """Whether rank 0 was told to stop while it evaluated; the others wait for it here."""
+        return bool(self.place.total(torch.tensor(float(here))) > 0)
+
     def _follow(self, step: int) -> None:
         """What ranks other than 0 do meanwhile: each rank reports equally often."""
+        if self._agree_to_stop(here=False):
+            raise InterruptedRunError("told to stop while rank 0 evaluated")
         if step < self.experiment.steps:
             self.report({})
 

@@ -17,7 +17,7 @@ from optuna.storages import JournalStorage
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from vinedresser.attempt import ask_to_stop, has_stopped
+from vinedresser.attempt import STOPPING, ask_to_stop, has_stopped
 from vinedresser.config import Experiment
 from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.distributed import TRIAL_CPUS, Site, num_groups, release_group, require, train
@@ -169,25 +169,31 @@ class Running(tune.Callback):
 
 @contextlib.contextmanager
 def _checkpointing_first(running: Running, study: Study, site: Site) -> Iterator[None]:
-    """SIGTERM lets trials in work write their checkpoints before it does what it did before."""
+    """SIGTERM and Ctrl-C let trials write their checkpoints before they do what they did before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in STOPPING}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)
+        restore()
         base = study.base.to_json()
         folders = [_folder(config, base, site) for config in running.configs.values()]
         ask_to_stop(folders, grace=GRACE_SECONDS)
-        if callable(before):
-            before(number, frame)
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
 
-    signal.signal(signal.SIGTERM, ask)
+    for number in STOPPING:
+        signal.signal(number, ask)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()
 
 
 class Halving(ASHAScheduler):

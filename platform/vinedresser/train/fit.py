@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vinedresser.config import Experiment
 from vinedresser.errors import DivergedError, InterruptedRunError
@@ -51,10 +51,16 @@ class Window:
     """
 
     def __init__(
-        self, clip_norm: float, *, max_skipped: int = 0, uniform: float = math.inf
+        self,
+        clip_norm: float,
+        *,
+        max_skipped: int = 0,
+        uniform: float = math.inf,
+        total: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
-        """Args: clipping norm, updates that may be left out, ln |V| in nats a token."""
+        """Args: clipping norm, updates that may be left out, ln |V| in nats, sum over ranks."""
         self._clip_norm, self._max_skipped, self._uniform = clip_norm, max_skipped, uniform
+        self._total = total
         self.skipped, self.lowest = 0, math.inf
         self.bad: list[Step] = []
         self._steps: list[Step] = []
@@ -88,9 +94,11 @@ class Window:
                 f"gradient norm {float(worst.gradient_norm):.3g}; lower optim.lr or "
                 "optim.clip_norm, lengthen optim.warmup_steps, or allow optim.max_skipped"
             )
-        counts = torch.stack([step.tokens for step in self._steps])
-        tokens = int(counts[is_sound.to(counts.device)].sum())
-        loss = float(nats[is_sound].double().sum()) / tokens if tokens else math.nan
+        counts = torch.stack([step.tokens for step in self._steps]).to(nats.device)
+        # float64: exact for tokens, and 1e-16 of nats whatever the number of ranks.
+        sums = torch.stack([nats[is_sound].double().sum(), counts[is_sound].double().sum()])
+        all_nats, tokens = self._total(sums).tolist()
+        loss = all_nats / tokens if tokens else math.nan
         if loss > _DIVERGED * max(self.lowest, self._uniform):
             raise DivergedError(
                 f"step {last.index}: loss {loss:.3g} nats a token, it was {self.lowest:.3g}, and "

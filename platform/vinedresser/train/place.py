@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from vinedresser.config import Compute
 from vinedresser.errors import MachineError
@@ -47,6 +49,14 @@ class Place:
         for name in sorted({self.device.type, self.of_encoder.type}):
             stack.enter_context(torch.autocast(name, self.autocast_dtype))
         return stack
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on all of them; each waits for the last."""
+        if self.workers == 1:
+            return values
+        summed = values.to(self.device, copy=True)
+        dist.all_reduce(summed)
+        return summed
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -179,8 +178,7 @@ def _agree(
     tokens = torch.stack([batch.tokens for batch in hosted]).sum()
     if place.workers == 1:
         return tokens.to(place.device), wants_stop
-    both = torch.stack([tokens, torch.tensor(int(wants_stop))]).to(place.device)
-    dist.all_reduce(both)
+    both = place.total(torch.stack([tokens, torch.tensor(int(wants_stop))]))
     is_asked = place.device.type == "cpu" or index % _ASK_EVERY_ON_GPU == 0
     return both[0] / place.workers, is_asked and bool(both[1] > 0)
 
