@@ -541,10 +541,10 @@ def test_train_on_a_terminal_has_a_bar_and_gives_the_cursor_back(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stopped_training_goes_on_with_the_same_command(
     cli: Cli, files: Any, environment: Mapping[str, str], tmp_path: Path,
-    tiny_study: dict[str, Any], number: signal.Signals,
+    tiny_study: dict[str, Any], number: signal.Signals, code: int,
 ) -> None:  # fmt: skip
     slow = {"steps": 1200, "checkpoint_every": 100, "evaluation": {"times": 2}}
     words = ("train", files("experiment.json", {**tiny_study["base"], **slow}))
@@ -557,7 +557,8 @@ def test_a_stopped_training_goes_on_with_the_same_command(
         time.sleep(0.02)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 75, err
+    assert process.returncode == code, err
+    assert "checkpoint at step" in err
     assert ("Ctrl-C again" in err) == (number == signal.SIGINT)
     assert out == ""
     assert "the same command goes on" in err.splitlines()[-1]

@@ -20,7 +20,7 @@ from types import FrameType
 from filelock import FileLock, Timeout
 
 from vinedresser.commit import make_folder, this_process, write_file
-from vinedresser.errors import BusyError, TrainingError
+from vinedresser.errors import BusyError, InterruptedRunError, TrainingError
 
 _log = logging.getLogger("vinedresser")
 
@@ -67,6 +67,9 @@ def stopping_politely(folder: Path) -> Iterator[None]:
     """While inside, SIGTERM or Ctrl-C asks the run in the folder to stop after its step.
 
     A second one ends at once. Elsewhere than in the main thread, signals are left alone.
+
+    Raises:
+        KeyboardInterrupt: the run has stopped because of Ctrl-C.
     """
     stop = folder / _STOP
     stop.unlink(missing_ok=True)
@@ -74,6 +77,7 @@ def stopping_politely(folder: Path) -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in STOPPING}
+    told: list[int] = []
 
     def restore() -> None:
         for number, handler in before.items():
@@ -82,6 +86,7 @@ def stopping_politely(folder: Path) -> Iterator[None]:
     def politely(number: int, frame: FrameType | None) -> None:
         del frame
         restore()
+        told.append(number)
         ask(folder)
         if number == signal.SIGINT:
             # Not through a stream, which the interrupted code may be writing to.
@@ -91,6 +96,11 @@ def stopping_politely(folder: Path) -> Iterator[None]:
         signal.signal(number, politely)
     try:
         yield
+    except InterruptedRunError as error:
+        if told != [signal.SIGINT]:
+            raise
+        _log.info("%s", error.args[0])
+        raise KeyboardInterrupt from error
     finally:
         restore()
         stop.unlink(missing_ok=True)

@@ -80,7 +80,7 @@ def connect(*, cpus: int | None = None, dashboard: bool = False) -> Iterator[Non
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address = os.environ.get("RAY_ADDRESS") or "local"
     with _own_sigterm():
         folder = _start(address, cpus, dashboard)
     try:

@@ -73,6 +73,9 @@ class _Trainer(_BASE):  # type: ignore[misc]
             made = [one for one in made if type(one).__name__ not in _IDLE]
         return [*made, _Listening()]
 
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leaves Ctrl-C to the command, which stops politely; Ray's handler aborts and exits 1."""
+
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         own: dict[str, Any] = {"failure_policy": self._policy}
         if not self._in_trial and _is_one_machine():
