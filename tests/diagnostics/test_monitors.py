@@ -28,6 +28,7 @@ MODELS = {
     "all_tied": {"kind": "transformer", **SMALL, "tie": "all"},
     "gated": {"kind": "transformer", **SMALL, "concrete_heads": ["enc_self"]},
     "lstm": RNN,
+    "feeding": {**RNN, "input_feeding": True},
     "gru_feeding": {**RNN, "cell": "gru", "input_feeding": True},
     "conv": {"kind": "conv", "d_model": 16, "encoder_layers": 2, "decoder_layers": 2},
     "rnn": {"kind": "rnn", "width": 16, "encoder_units": 16},
@@ -189,6 +190,20 @@ def test_layers_go_from_source_to_output_and_are_few():
     assert layers[0] == "source_embedding"
     assert layers[-1] == "output"
     assert len(layers) == 17
+
+
+def test_gradients_decay_from_block_to_block_and_not_to_a_norm():
+    deep = {**RNN, "encoder_layers": 2, "decoder_layers": 2, "layer_norm": True}
+    model = built(experiment(deep))
+    monitor = Monitor(model, every=1)
+    assert "norms.1" in monitor.layers
+    for name, p in model.named_parameters():
+        # Root mean squares: 0.5 below, 2 on top, and what a gain may have.
+        p.grad = torch.full_like(
+            p, {"encoder.layers.0": 0.5, "decoder.1": 2.0}.get(layer_of(name), 99)
+        )
+    monitor.gradients(1)
+    assert monitor.take()["monitor/gradient_decay"] == pytest.approx(0.25)
 
 
 class TestSource:
@@ -362,7 +377,7 @@ def test_head_gates_may_be_closed():
 
 def test_places_of_the_zoo():
     found = {}
-    for name in ("transformer", "lstm", "gru_feeding", "conv", "rnn"):
+    for name in ("transformer", "lstm", "feeding", "gru_feeding", "conv", "rnn"):
         model = built(experiment(MODELS[name])).train()
         monitor = Monitor(model, every=1)
         with monitor.watching(1):
@@ -370,12 +385,14 @@ def test_places_of_the_zoo():
         monitor.take()
         found[name] = set(monitor.history[0].places)
     blocks = [f"{side}.{i}" for side in ("encoder", "decoder") for i in range(2)]
+    two_way = {f"encoder.layers.0.{way}.rnn gates" for way in ("ahead", "back")}
     assert found == {
         "transformer": {f"{block}.feed_forward relu" for block in blocks},
-        "lstm": {"model tanh"},
-        "gru_feeding": {"model tanh", "model sigmoid"},
+        "lstm": {"model tanh", *two_way, "decoder.0.rnn gates"},
+        "feeding": {"model tanh", *two_way, "model gates"},
+        "gru_feeding": {"model tanh", *two_way, "model sigmoid"},
         "conv": {f"{block} gate" for block in blocks},
-        "rnn": set(),
+        "rnn": {"encoder.0.ahead.rnn gates", "decoder.0.rnn gates"},
     }
 
 
@@ -401,7 +418,7 @@ def test_broken_gradients_are_told_as_they_are():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", ["transformer", "gru_feeding", "conv"])
+@pytest.mark.parametrize("name", ["transformer", "lstm", "feeding", "gru_feeding", "conv"])
 def test_nothing_waits_for_the_gpu_but_take(name):
     device = torch.device("cuda")
     config = experiment(MODELS[name])

@@ -3,7 +3,6 @@
 B sentences, T positions, F units.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +16,14 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
+from vinedresser.diagnostics.recurrence import (
+    SATURATED,
+    SIGMOID_END,
+    fused_at_ends,
+    lstm_at_ends,
+)
 from vinedresser.nn.gates import HeadGates
-
-# A tanh beyond this, or a sigmoid as near to its end (within 0.01 of 0 or 1), is saturated: the
-# gradient that is left is 2% (4%) of the largest.
-SATURATED = 0.99
-# The gate of a GLU is sigmoid(x): saturated beyond logit(0.99) = 4.595.
-_LOGIT = math.log(SATURATED / (1 - SATURATED))
+from vinedresser.nn.recurrent import lstm_gates
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 _SATURATING: Mapping[Any, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -85,9 +85,10 @@ def watching(model: nn.Module, layers: frozenset[str], found: Activations) -> It
     """Fills `found` from what `model` computes while the block runs.
 
     Every call of relu, tanh, sigmoid and GLU is seen, as a module or as a function, whoever wrote
-    the model; what fused kernels do inside (an LSTM's gates) and passes without gradients are not.
-    Head gates are left out: they are to be 0 or 1. A position is real where the call, or a module
-    around it, was given a mask (B, T) that says so; else all are taken as real.
+    the model; so are the gates of LSTMs and GRUs, those of the fused kernels in 8 sentences. Passes
+    without gradients are not, nor other fused kernels. Head gates are left out: they are to be 0
+    or 1. A position is real where the call, or a module around it, was given a mask (B, T) that
+    says so; else all are taken as real.
 
     Args:
         model: its modules give the places their names.
@@ -120,10 +121,17 @@ class _Watcher(TorchFunctionMode):
     def enter(self, module: nn.Module, args: Any) -> None:
         self.inside.append((module, args))
 
-    def leave(self, module: nn.Module, args: Any, out: Any) -> None:  # noqa: ARG002
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         self.inside.pop()
         name = self.names.get(id(module))
-        if name not in self.layers or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return
+        if isinstance(module, nn.RNNBase):
+            with torch.no_grad():
+                found = fused_at_ends(module, args, out)
+            if found is not None:
+                self.found.add_saturated(f"{name or 'model'} gates", *found)
+        if name not in self.layers:
             return
         y = out[0] if isinstance(out, tuple) else out
         if isinstance(y, Tensor) and y.is_floating_point() and y.numel():
@@ -132,17 +140,20 @@ class _Watcher(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         is_relu, saturating = func in _RELUS, _SATURATING.get(func)
-        if not (is_relu or saturating or func is F.glu) or not torch.is_grad_enabled():
+        is_gate = func is F.glu or func is lstm_gates
+        if not (is_relu or saturating or is_gate) or not torch.is_grad_enabled():
             return out
         with torch.no_grad():
             if is_relu:
                 self._see("relu", out, None)
             elif saturating:
                 self._see(saturating[0], out, saturating[1](out))
+            elif func is lstm_gates:
+                self._see("gates", args[0], lstm_at_ends(args[0]))
             else:
                 dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else -1)
                 gate = args[0].chunk(2, dim)[1]
-                self._see("gate", gate, gate.abs() > _LOGIT)
+                self._see("gate", gate, gate.abs() > SIGMOID_END)
         return out
 
     def _see(self, kind: str, y: Tensor, is_saturated: Tensor | None) -> None:

@@ -31,7 +31,8 @@ class Reading:
             biases start at 0; absent where there is none), and for layers that are called as
             modules `activation_min` and `activation_max`.
         places: where an activation function is called, `encoder.0.feed_forward relu` -> `dead` and
-            `units` for a ReLU; `saturated` (a share) for tanh, sigmoid and the gates of a GLU.
+            `units` for a ReLU; `saturated` (a share) for tanh, sigmoid, the gates of a GLU, and
+            those of a recurrent layer, `decoder.0.rnn gates`.
     """
 
     step: int
@@ -81,8 +82,16 @@ class Monitor:
         self._is_source_P = self._is_source_P.to(self._device)
         self._has_source = bool(of_source)
         self._sizes = [0] * len(self.layers)
+        deep = set()
         for owner, parameter in zip(owners, self._parameters, strict=True):
             self._sizes[places[owner]] += parameter.numel()
+            if parameter.dim() > 1:
+                deep.add(owner)
+        # Blocks: the gains of a numbered norm have other gradients than matrices.
+        self._blocks = [
+            i for i, layer in enumerate(self.layers)
+            if layer in deep and layer.rpartition(".")[2].isdigit()
+        ]  # fmt: skip
         self._before: list[Tensor] = []
         self._open: dict[int, _Due] = {}
 
@@ -195,12 +204,11 @@ class Monitor:
 
     def _decay(self, layers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         """Root mean square gradient of the first block over the last block's."""
-        blocks = [i for i, name in enumerate(self.layers) if name[-1].isdigit()]
-        if len(blocks) < 2 or "gradient_norm" not in layers[self.layers[0]]:
+        if len(self._blocks) < 2 or "gradient_norm" not in layers[self.layers[0]]:
             return {}
         first, last = (
             layers[self.layers[i]]["gradient_norm"] / math.sqrt(self._sizes[i])
-            for i in (blocks[0], blocks[-1])
+            for i in (self._blocks[0], self._blocks[-1])
         )
         return {"gradient_decay": first / last} if last > 0 else {}
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from vinedresser.batch import is_real
 from vinedresser.nn.dropout import Dropout
@@ -48,6 +49,19 @@ class _LstmGates(torch.autograd.Function):
         gates_grad = torch.ops.aten.sigmoid_backward(inner, open_BG)
         gates_grad[:, 2 * D : 3 * D] = torch.ops.aten.tanh_backward(c_grad * i, g)
         return gates_grad.to(ctx.dtype), c_grad * f
+
+
+def lstm_gates(gates_BG: Tensor, c_BD: Tensor) -> State:
+    """What enters the gates (B, 4 D) and the cell state (B, D) -> the new (h, c).
+
+    Function modes see it as they see torch's own operations: what watches a model looks here.
+    """
+    if has_torch_function_unary(gates_BG):
+        seen: State = handle_torch_function(lstm_gates, (gates_BG,), gates_BG, c_BD)
+        return seen
+    # torch gives `apply` no type.
+    new: State = _LstmGates.apply(gates_BG, c_BD)  # type: ignore[no-untyped-call]
+    return new
 
 
 class Cell:
@@ -102,9 +116,7 @@ class Cell:
             gates_BG = self._of_state(outer_BG, joined)
             # The cell state adds up over steps: never in bf16.
             c_BD = state[1].to(torch.promote_types(state[1].dtype, torch.float32))
-            # torch gives `apply` no type.
-            new: State = _LstmGates.apply(gates_BG, c_BD)  # type: ignore[no-untyped-call]
-            return new
+            return lstm_gates(gates_BG, c_BD)
         if fed_BF is not None:
             outer_BG = self._of_fed(outer_BG, fed_BF)
         return (_gru(outer_BG, self._of_state(inner_BG, h_BD), h_BD.to(outer_BG.dtype)),)
