@@ -1,5 +1,6 @@
 """`check` as a user meets it: the table, the exit code, and what is left behind."""
 
+import importlib
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -81,3 +82,21 @@ def test_a_misspelt_key_is_no_check(main: Main, file: Path, tmp_path: Path) -> N
     assert (code, out) == (2, "")
     assert "did you mean lr?" in err
     assert not (tmp_path / "space").exists()
+
+
+def test_what_was_found_before_a_crash_is_shown(
+    main: Main, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vinedresser.errors import MachineError
+
+    def fails(*_args: object, **_options: object) -> None:
+        raise MachineError("out of memory at 8 x 8 tokens")
+
+    module = importlib.import_module("vinedresser.check.checks")
+    monkeypatch.setattr(module, "memory_slope", fails)
+    code, out, err = main("check", file)
+    assert code == 3
+    assert "out of memory" in err
+    assert "batch invariance" in out
+    assert "data: " in out  # its pointer
+    assert "failed in" not in out

@@ -29,20 +29,30 @@ def check(
     """
     since = time.perf_counter()
     shards = prepare(experiment.task, workspace / "shards", say=say)
-    # A line that spins, on a terminal only.
-    with Console(stderr=True).status("") as status:
-        begin: Callable[[str], None] = lambda what: status.update(f"{what} ...")  # noqa: E731
-        found = list(checks(experiment, shards, price=price, begin=begin))
+    found: list[Check] = []
+    is_whole = False
+    try:
+        # A line that spins, on a terminal only.
+        with Console(stderr=True).status("") as status:
+            begin: Callable[[str], None] = lambda what: status.update(f"{what} ...")  # noqa: E731
+            for each in checks(experiment, shards, price=price, begin=begin):
+                found.append(each)  # noqa: PERF402 - kept also where the next one crashes
+        is_whole = True
+    finally:
+        # What a model fails in that cannot even be run to the end may tell why.
+        if found and not is_whole and not as_json:
+            _show(experiment, found)
     seconds = time.perf_counter() - since
     passed = all(each.passed is not False for each in found)
     if as_json:
         print_json({"passed": passed, "seconds": seconds, "checks": [asdict(c) for c in found]})
     else:
-        _show(experiment, found, seconds)
+        _show(experiment, found)
+        _sum_up(found, seconds)
     return passed
 
 
-def _show(experiment: Experiment, found: list[Check], seconds: float) -> None:
+def _show(experiment: Experiment, found: list[Check]) -> None:
     console = Console(highlight=False)
     kind = type(experiment.model).__module__.rpartition(".")[2]
     console.print(f"[bold]{experiment.name}[/bold]: {kind} on {experiment.task.name}\n")
@@ -58,8 +68,11 @@ def _show(experiment: Experiment, found: list[Check], seconds: float) -> None:
         if each.pointer:
             style = "dim" if each.passed else _WORDS[each.passed][1]
             console.print(f"[{style}]{each.name}[/]: {escape(each.pointer)}", soft_wrap=True)
+
+
+def _sum_up(found: list[Check], seconds: float) -> None:
     failed = sum(each.passed is False for each in found)
     word = f"[bold red]{failed} of {len(found)} failed[/]" if failed else "[green]all passed[/]"
     if not failed and any(each.passed is None for each in found):
         word = "[yellow]none failed, some are open[/]"
-    console.print(f"{word} in {seconds:.0f} s")
+    Console(highlight=False).print(f"{word} in {seconds:.0f} s")
