@@ -159,6 +159,35 @@ class TestPlanted:
             run.diagnosis.findings["dead_units"]
         )
 
+    def test_a_recurrent_layer_at_its_ends(self, reversal, tmp_path):
+        run = run_of(reversal, tmp_path, model={**LSTM, "encoder_layers": 2})
+        layer = run.model.encoder.layers[1].ahead
+        with torch.no_grad():
+            layer.rnn.bias_hh_l0.fill_(50.0)
+        run.execute()
+        assert told(run) == {"saturated_units"}
+        text = run.diagnosis.findings["saturated_units"].text
+        assert "100% of the outputs of encoder.layers.1.ahead.rnn gates" in text
+
+    @pytest.mark.parametrize("metric", ["per", "bleu"])
+    def test_a_model_that_trips_over_its_own_words(self, metric, reversal, tmp_path):
+        """Under teacher forcing it gets better; of its own words it misreads more and more."""
+        task = reversal.task.override({"metric": metric})
+        shards = prepare(task, tmp_path / "shards", executor="in_process")
+        run = run_of(shards, tmp_path, evaluation={"times": 4}, steps=200)
+        judge, advance = run.judge, run.judge.model.advance
+
+        def tripping(state: object, tokens_B: Tensor) -> tuple[Tensor, object]:
+            count = len(judge.history) * len(tokens_B) // 4
+            return advance(state, torch.cat([tokens_B[:count] * 0 + 5, tokens_B[count:]]))
+
+        judge.model.advance = tripping
+        run.execute()
+        assert told(run) == {"exposure_gap"}
+        assert "decoded minus teacher-forced error" in run.diagnosis.findings["exposure_gap"].text
+        forced = [v for _, v in run.diagnosis.log.of("dev/teacher_forced_error")]
+        assert forced == sorted(forced, reverse=True)
+
     @pytest.mark.parametrize("model", [TRANSFORMER, LSTM], ids=["transformer", "lstm"])
     def test_a_learning_rate_of_1000(self, model, reversal, tmp_path):
         optim = {"lr": 1e3, "warmup_steps": 0}

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vinedresser.batch import EOS
 from vinedresser.bundle import vocabulary_of
 from vinedresser.config import Experiment
 from vinedresser.data.batches.stream import in_order, load_split
@@ -13,7 +14,7 @@ from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.diagnostics.attention import AttentionWatch, Tokenizers
 from vinedresser.diagnostics.conditioning import conditioning_gap
 from vinedresser.evaluate import Evaluated, evaluate
-from vinedresser.metrics import is_better, is_lower_better, worst
+from vinedresser.metrics import is_better, is_lower_better, measure, worst
 from vinedresser.nn.gates import head_gates
 from vinedresser.tracking import NullTracker, Tracker
 from vinedresser.train import Best, Place
@@ -98,7 +99,7 @@ class Judge:
             f"best/{task.metric}": float(self.best_scores[task.metric]),
             "dev/teacher_forced_nats": scores.teacher_forced_nats,
             "dev/teacher_forced_error": scores.teacher_forced_error,
-            **_gap(evaluated),
+            "dev/exposure_gap": self._gap(evaluated),
             **self._conditioning(),
             **self._attention(step),
             **heads,
@@ -142,10 +143,18 @@ class Judge:
             return {"dev/conditioning_gap": found.gap, "dev/conditioning_error": found.error}
         return {}
 
+    def _gap(self, evaluated: Evaluated) -> float:
+        """Decoded minus teacher-forced error in percent points (methods.md 4).
 
-def _gap(evaluated: Evaluated) -> dict[str, float]:
-    """Inferred minus teacher-forced error in percent points, for error metrics (methods.md 4)."""
-    scores = evaluated.scores
-    if not is_lower_better(scores.metric):
-        return {}
-    return {"dev/exposure_gap": scores.value - scores.teacher_forced_error}
+        Where the metric is no error, the decoded one is edits per 100 reference tokens, EOS
+        included: of the tokens that the teacher-forced error counts.
+        """
+        scores, tokenizer = evaluated.scores, self._tokenizers[1]
+        error = scores.value
+        if not is_lower_better(scores.metric):
+            said, meant = (
+                [" ".join(map(str, [*ids, EOS])) for ids in tokenizer.encode_many(texts)]
+                for texts in (evaluated.hypotheses, evaluated.references)
+            )
+            error = measure("wer", said, meant).value
+        return error - scores.teacher_forced_error
