@@ -1,14 +1,11 @@
 """Padding on Multi30k German-English: real / padded tokens of this order and of peers' samplers.
 
-`make bench NAME=padding`, half a minute, no timing in it: the figures are exact. The corpus is
-looked for in `../shared/data/multi30k`; `ARGS=FOLDER` names another place. Peers' samplers are
-written anew here from their published rules; each gets the lengths as ours does, end of sentence
-counted on both sides, and the budget counts sentences x longest side.
+`make bench NAME=padding`, half a minute, no timing in it: the figures are exact. Peers' samplers
+are written anew here from their published rules; each gets the lengths as ours does, end of
+sentence counted on both sides, and the budget counts sentences x longest side.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -16,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
+from benchmarks.corpora.multi30k import multi30k
 from vinedresser.data import load_split, padding, plan, prepare
 from vinedresser.data.order import Ints
 
@@ -124,33 +121,16 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def lengths(folder: Path) -> tuple[Ints, Ints]:
+def lengths() -> tuple[Ints, Ints]:
     """Source and target lengths of Multi30k's train split, as training reads them."""
-    pairs = {
-        split: Pair(source=str(folder / f"{name}.de"), target=str(folder / f"{name}.en"))
-        for split, name in (("train", "train"), ("dev", "val"))
-    }
-    task = Task(
-        name="multi30k",
-        corpus=TextCorpus(**pairs),
-        tokenizer=Tokenizer(kind="bpe", vocab_size=8000),
-        metric="bleu",
-    )
     with tempfile.TemporaryDirectory() as root:
-        split = load_split(prepare(task, Path(root), executor="in_process"), "train")
+        split = load_split(prepare(multi30k(), Path(root), executor="in_process"), "train")
         return split.source_lengths, split.target_lengths
 
 
 def main() -> None:
     """Prints a table a budget, and the figures as JSON."""
-    default = Path(__file__).parents[2] / "shared/data/multi30k"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=default)
-    folder = parser.parse_args().folder
-    if not (folder / "train.de").is_file():
-        print(f"{folder}: no Multi30k here. Fix: name its folder, ARGS=FOLDER", file=sys.stderr)
-        sys.exit(3)
-    source, target = lengths(folder)
+    source, target = lengths()
     longest = np.maximum(source, target)
     figures: dict[str, float] = {"over_budget": 0}
     for budget in BUDGETS:

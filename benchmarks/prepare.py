@@ -27,26 +27,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
 TRAINING_ROWS = 100_000
 BLOCK = 20_000
 
 
-def multi30k() -> Path:
-    """The corpus's folder."""
-    data = Path(os.environ.get("MULTI30K", ROOT.parent / "shared/data/multi30k"))
-    if not data.is_dir():
-        print(f"{data}: Multi30k is not here. Fix: set MULTI30K to its folder", file=sys.stderr)
-        raise SystemExit(3)
-    return data
-
-
 def tile(folder: Path, pairs: int) -> None:
-    """Writes PAIRS.de and PAIRS.en: train again and again."""
-    for side in ("de", "en"):
-        lines = (multi30k() / f"train.{side}").read_text().split("\n")[:-1]
-        with (folder / f"{pairs}.{side}").open("w") as out:
-            out.writelines(line + "\n" for line in itertools.islice(itertools.cycle(lines), pairs))
+    """Writes a corpus of so many pairs: PAIRS.de and .en, and its task as PAIRS.json."""
+    from benchmarks.corpora.multi30k import multi30k, tiled
+
+    task = tiled(multi30k(test="test_2016_flickr"), folder, pairs)
+    settings = {"kind": os.environ.get("KIND", "bpe"), "training_rows": TRAINING_ROWS}
+    task = task.override({f"tokenizer.{name}": value for name, value in settings.items()})
+    (folder / f"{pairs}.json").write_text(json.dumps(task.to_json()))
 
 
 class Meter:
@@ -143,21 +135,10 @@ def plain(folder: Path, pairs: int, out: Path, *, memory: bool) -> dict[str, flo
 
 def ours(folder: Path, pairs: int, out: Path, mode: str, *, memory: bool) -> dict[str, float]:
     """`prepare`, in process or through a Ray of its own."""
-    from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
+    from vinedresser.config import Task
     from vinedresser.data import prepare
 
-    def pair(name: str) -> Pair:
-        return Pair(source=str(multi30k() / f"{name}.de"), target=str(multi30k() / f"{name}.en"))
-
-    train = Pair(source=str(folder / f"{pairs}.de"), target=str(folder / f"{pairs}.en"))
-    task = Task(
-        name="m",
-        corpus=TextCorpus(train=train, dev=pair("val"), test=pair("test_2016_flickr")),
-        tokenizer=Tokenizer(
-            kind=os.environ.get("KIND", "bpe"), vocab_size=8000, training_rows=TRAINING_ROWS
-        ),
-        metric="bleu",
-    )
+    task = Task.from_json(json.loads((folder / f"{pairs}.json").read_text()))
     if mode == "in_process":
         meter = Meter(memory=memory)
         prepare(task, out, executor="in_process")

@@ -1,7 +1,6 @@
 """Reading shards: how fast batches arrive, how soon the first one does, what planning costs.
 
-`make bench NAME=read`. Multi30k German-English is looked for in `../shared/data/multi30k`;
-`ARGS=FOLDER` names another place. Three parts:
+`make bench NAME=read`, on Multi30k German-English. Three parts:
 
 1. Batches of Multi30k from its shards, an epoch from open files to tensors each time, against the
    updates of the small Transformer (3 + 3 layers, d 256, 4 heads, ff 1024, dropout 0.1, label
@@ -25,36 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SPLITS = {"train": "train", "dev": "val"}
 TOKENS = 4096
 WARM_UP_STEPS, STEPS = 3, 8
-
-
-def task_of(name: str, folder: Path) -> Any:
-    """Both sides of train and dev under a joint vocabulary of 8,000."""
-    from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
-
-    pairs = {
-        split: Pair(source=str(folder / f"{file}.de"), target=str(folder / f"{file}.en"))
-        for split, file in SPLITS.items()
-    }
-    tokenizer = Tokenizer(kind="bpe", vocab_size=8000)
-    return Task(name=name, corpus=TextCorpus(**pairs), tokenizer=tokenizer, metric="bleu")
-
-
-def tiled(folder: Path, target: Path, pairs: int) -> Path:
-    """Writes the corpus with its train lines repeated up to so many."""
-    target.mkdir()
-    for file in SPLITS.values():
-        for side in ("de", "en"):
-            lines = (folder / f"{file}.{side}").read_bytes().splitlines(keepends=True)
-            times, rest = divmod(pairs, len(lines)) if file == "train" else (1, 0)
-            with (target / f"{file}.{side}").open("wb") as stream:
-                whole = b"".join(lines)
-                for _ in range(times):
-                    stream.write(whole)
-                stream.writelines(lines[:rest])
-    return target
 
 
 class Trainer:
@@ -259,9 +230,7 @@ def plan_longer(folder: Path, rows: int) -> None:
 
 def main() -> None:
     """Prints the three parts, and the figures as JSON."""
-    default = Path(__file__).parents[2] / "shared/data/multi30k"
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=default)
     parser.add_argument("--pairs", type=int, default=5_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--root", type=Path)
@@ -273,24 +242,23 @@ def main() -> None:
         print(json.dumps(first_batch(given.first)))
     elif given.plan:
         print(json.dumps(planned_alone(given.plan, given.longer, given.rows)))
-    elif not (given.folder / "train.de").is_file():
-        print(f"{given.folder}: no Multi30k here. Fix: name its folder", file=sys.stderr)
-        sys.exit(3)
     else:
         measure(given)
 
 
 def measure(given: argparse.Namespace) -> None:
     """All three parts."""
+    from benchmarks.corpora.multi30k import multi30k, tiled
     from vinedresser.data.shards.shard_set import prepare
 
+    task = multi30k()
     with tempfile.TemporaryDirectory() as scratch:
         root = given.root or Path(scratch)
-        shards = prepare(task_of("multi30k", given.folder), root, executor="in_process")
+        shards = prepare(task, root, executor="in_process")
         ratio = compare(shards, given.rounds)
         started = time.perf_counter()
-        corpus = tiled(given.folder, Path(scratch) / "tiled", given.pairs)
-        large = prepare(task_of("tiled", corpus), root, executor="in_process")
+        many = tiled(task, Path(scratch) / "tiled", given.pairs)
+        large = prepare(many, root, executor="in_process")
         seconds = time.perf_counter() - started
         print(f"\nprepared {large.counts['train']:,} of {given.pairs:,} pairs in {seconds:.0f} s")
         first = open_large(large.folder, large.counts["train"], given.rounds)

@@ -33,9 +33,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.corpora.multi30k import multi30k
 from search_spaces import demo, digits, translation
 from vinedresser.bundle import Bundle, load_bundle, vocabulary_of
-from vinedresser.config import Evaluation, Experiment, Pair, TextCorpus
+from vinedresser.config import Evaluation, Experiment
 from vinedresser.data.batches.stream import Batches, load_split, stream
 from vinedresser.data.shards.shard_set import ShardSet, prepare, tokenizers
 from vinedresser.evaluate import Scores, evaluate
@@ -109,13 +110,10 @@ def base_of(task: str, data: Path) -> Experiment:
         shared |= {"evaluation.tokens": 8192, "evaluation.times": 2}
         corpus = {"task.corpus.path": str(data / "fsdd/recordings")}
         return digits.EXPERIMENT.override({"name": task, **shared, **corpus})
-    folder = data / "multi30k"
-    names = {"train": "train", "dev": "val", "test": "test_2016_flickr"}
-    pairs = {
-        split: Pair(source=str(folder / f"{name}.de"), target=str(folder / f"{name}.en"))
-        for split, name in names.items()
+    corpus = {
+        "task.name": task,
+        "task.corpus": multi30k(test="test_2016_flickr").corpus.to_json(),
     }
-    corpus = {"task.name": task, "task.corpus": TextCorpus(**pairs).to_json()}
     # The preset's own batches are for many more updates.
     shared |= {"batch.tokens": 2048, "optim.anneal": 1 / 3}
     return translation.EXPERIMENT.override({"name": task, **shared, **corpus})
@@ -320,7 +318,7 @@ def arguments() -> argparse.Namespace:
     add("--seeds", default="1,2,3", help="comma-separated")
     add("--lr-factor", type=float, default=1.0, help="on the learning rates, to probe them")
     add("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    add("--data", default=str(Path(__file__).parents[2] / "shared/data"))
+    add("--data", default=str(Path(__file__).parents[2] / "shared/data"), help="FSDD's parent")
     add("--workspace", default="workspace/zoo", help="shards and temporary files")
     add("--results", default="", help="one JSON line a run; WORKSPACE/results.jsonl by default")
     return parser.parse_args()

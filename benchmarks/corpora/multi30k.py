@@ -1,5 +1,6 @@
 """Multi30k German-English as the benchmarks use it: a joint BPE of 8,000 pieces, BLEU."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -33,3 +34,16 @@ def multi30k(*, dev: str = "val", test: str | None = None) -> Task:
         tokenizer=Tokenizer(kind="bpe", vocab_size=8000),
         metric="bleu",
     )
+
+
+def tiled(task: Task, folder: Path, pairs: int) -> Task:
+    """The task with so many train pairs: its own, again and again, as PAIRS.de and .en."""
+    folder.mkdir(parents=True, exist_ok=True)
+    changes = {"name": f"{task.name}-tiled"}
+    for side, ending in (("source", "de"), ("target", "en")):
+        lines = Path(getattr(task.corpus.train, side)).read_bytes().splitlines(keepends=True)
+        path = folder / f"{pairs}.{ending}"
+        with path.open("wb") as stream:
+            stream.writelines(itertools.islice(itertools.cycle(lines), pairs))
+        changes[f"corpus.train.{side}"] = str(path)
+    return task.override(changes)
