@@ -1,10 +1,7 @@
 """A run that was killed and started again is the run that was not."""
 
-import json
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.short_run import GATED, a_run, ending, experiment, killed_run, script
 from vinedresser.checkpoint import (
     Checkpoint,
     newest_checkpoint,
@@ -22,104 +20,26 @@ from vinedresser.checkpoint import (
     save_checkpoint,
 )
 from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import ShardSet, open_shards
+from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.errors import DamagedError
 from vinedresser.evaluate import Evaluated
-from vinedresser.run import Outcome, Run, finished, judge, run_folder, run_key
-from vinedresser.tracking import MemoryTracker
-from vinedresser.train import Place
+from vinedresser.run import finished, judge, run_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = {"d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
-
 FORMS = {
-    "plain": {},
-    "sampled_and_gated": {
-        "objective.sampling": {"probability": 0.5, "decay_steps": 10},
-        "model.concrete_heads": ["enc_self", "dec_enc"],
-        "objective.l0": 0.5,
-        "optim.decay": "inverse_sqrt",
-    },
+    "plain, pictured": {"evaluation.attention_every": 2},
+    "sampled and gated": {**GATED, "optim.decay": "inverse_sqrt"},
 }
 
 
-def experiment(shards: ShardSet, **changes: Any) -> Experiment:
-    """24 updates, judged after 8, 16 and 24, stored every 5."""
-    base = Experiment.from_json(
-        {"task": shards.task.to_json(), "model": {"kind": "transformer", **TINY}}
-    )
-    settled = {
-        "steps": 24,
-        "checkpoint_every": 5,
-        "batch.tokens": 64,
-        "optim.warmup_steps": 4,
-        "evaluation.times": 3,
-        "evaluation.sentences": 10,
-        "evaluation.tokens": 256,
-    }
-    return base.override({**settled, **changes})
-
-
-class KilledError(Exception):
-    """Stands for whatever may end a process."""
-
-
-def a_run(
-    config: Experiment,
-    shards: ShardSet,
-    workspace: Path,
-    report: Callable[[Mapping[str, Any]], None] = lambda _: None,
-) -> Run:
-    folder = run_folder(config, shards, workspace)
-    place = Place(torch.device("cpu"), None)
-    return Run(config, shards, folder, place=place, tracker=MemoryTracker(), report=report)
-
-
-def killed_run(config: Experiment, shards: ShardSet, workspace: Path, at: float) -> Path:
-    def report(values: Mapping[str, Any]) -> None:
-        if values["step"] == at:
-            raise KilledError
-
-    run = a_run(config, shards, workspace, report)
-    with pytest.raises(KilledError):
-        run.execute()
-    assert finished(run.folder) is None
-    return run.folder
-
-
-def everything(run: Run, outcome: Outcome) -> dict[str, torch.Tensor]:
-    return {
-        **{f"model.{name}": t for name, t in run.model.state_dict().items()},
-        **{f"average.{name}": t for name, t in run.averaged.tensors.items()},
-        **{f"optimizer.{name}": t for name, t in optimizer_tensors(run.optimizer).items()},
-        **load_file(Path(outcome.bundle) / "weights.safetensors"),
-    }
-
-
 @pytest.fixture(scope="module", params=FORMS)
-def whole(
-    request, reversal, tmp_path_factory
-) -> tuple[Experiment, dict[str, torch.Tensor], Outcome]:
+def whole(request, reversal, tmp_path_factory) -> tuple[Experiment, dict[str, Any]]:
     """A configuration and what its uninterrupted run ends in."""
     torch.set_num_threads(1)
     config = experiment(reversal, **FORMS[request.param])
     run = a_run(config, reversal, tmp_path_factory.mktemp("whole"))
-    outcome = run.execute()
-    assert outcome is not None
-    return config, everything(run, outcome), outcome
-
-
-def assert_same(run: Run, outcome: Outcome | None, whole: tuple[Any, Any, Outcome]) -> None:
-    assert outcome is not None
-    _, wanted, wanted_outcome = whole
-    found = everything(run, outcome)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-    assert outcome.history == wanted_outcome.history
-    assert outcome.scores == wanted_outcome.scores
-    assert outcome.best_step == wanted_outcome.best_step
-    assert outcome.last_report == wanted_outcome.last_report
+    return config, ending(run, run.execute())
 
 
 @pytest.mark.parametrize("at", [8, 16])
@@ -127,7 +47,7 @@ def test_a_resumed_run_is_bit_identical(whole, reversal, tmp_path, at):
     folder = killed_run(whole[0], reversal, tmp_path, at)
     assert len(list((folder / "checkpoints").iterdir())) == (1 if at == 8 else 2)
     run = a_run(whole[0], reversal, tmp_path)
-    assert_same(run, run.execute(), whole)
+    assert ending(run, run.execute()) == whole[1]
     assert not (folder / "checkpoints").exists()
 
 
@@ -135,7 +55,7 @@ def test_a_run_killed_twice(whole, reversal, tmp_path):
     killed_run(whole[0], reversal, tmp_path, 8)
     killed_run(whole[0], reversal, tmp_path, 16)
     run = a_run(whole[0], reversal, tmp_path)
-    assert_same(run, run.execute(), whole)
+    assert ending(run, run.execute()) == whole[1]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, reversal, tmp_path):
@@ -143,48 +63,24 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(whole, reversal, t
     folder = killed_run(config, reversal, tmp_path, 8)
     assert not (folder / "checkpoints").exists()
     run = a_run(config, reversal, tmp_path)
-    assert_same(run, run.execute(), whole)  # storing less often changes nothing
-
-
-def test_a_damaged_checkpoint_is_passed_over(whole, reversal, tmp_path, caplog):
-    folder = killed_run(whole[0], reversal, tmp_path, 16)
-    newest = folder / "checkpoints" / "step-00000015" / "optimizer.safetensors"
-    content = bytearray(newest.read_bytes())
-    content[-3] ^= 1
-    newest.write_bytes(content)
-    run = a_run(whole[0], reversal, tmp_path)
-    outcome = run.execute()
-    assert "using step 10, 5 updates earlier" in caplog.text
-    assert_same(run, outcome, whole)
+    assert ending(run, run.execute()) == whole[1]  # storing less often changes nothing
 
 
 KILL = """
-import os, signal, sys, torch
-from pathlib import Path
-from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import open_shards
-from vinedresser.run import Run, run_folder
-from vinedresser.tracking import NullTracker
-from vinedresser.train import Place
-import json
-torch.set_num_threads(1)
-config, shards = Experiment.from_json(json.loads(sys.argv[1])), open_shards(Path(sys.argv[2]))
 def report(values):
     if values["step"] == 16:
         os.kill(os.getpid(), signal.SIGKILL)
-place = Place(torch.device("cpu"), None)
-folder = run_folder(config, shards, Path(sys.argv[3]))
-Run(config, shards, folder, place=place, tracker=NullTracker(), report=report).execute()
+a_run(run_folder(config, shards, Path(sys.argv[3])), report=report).execute()
 """
 
 
 def test_a_killed_process_is_resumed_by_another(whole, reversal, tmp_path):
-    words = [json.dumps(whole[0].to_json()), str(reversal.folder), str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", KILL, *words], check=False, timeout=60)
+    words = script(KILL, whole[0], reversal, tmp_path)
+    done = subprocess.run(words, check=False, timeout=60)
     assert done.returncode == -signal.SIGKILL
     run = a_run(whole[0], reversal, tmp_path)
     assert (run.folder / "checkpoints" / "step-00000015").is_dir()
-    assert_same(run, run.execute(), whole)
+    assert ending(run, run.execute()) == whole[1]
 
 
 def test_a_finished_run_is_recognised(whole, reversal, tmp_path):

@@ -18,44 +18,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from vinedresser.checkpoint import optimizer_tensors
+from tests.short_run import GATED, a_run, ending, experiment, killed_run
 from vinedresser.config import Experiment
 from vinedresser.data.batches.stream import Batches
 from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.errors import DamagedError
 from vinedresser.evaluate import Evaluated
-from vinedresser.run import Outcome, Run, clear, judge, run_folder
-from vinedresser.tracking import NullTracker
-from vinedresser.train import Place
+from vinedresser.run import clear, judge
 
 TERM = int(signal.SIGTERM)
-TRANSFORMER = {
-    "kind": "transformer", "d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1,
-    "decoder_layers": 1, "concrete_heads": ["enc_self", "dec_enc"],
-}  # fmt: skip
-SAMPLED = {"objective.sampling": {"probability": 0.5, "decay_steps": 10}, "objective.l0": 0.5}
-ATTENTION = {"kind": "attention_rnn", "width": 16, "encoder_units": 16, "input_feeding": True}
-
-
-def experiment(
-    shards: ShardSet, model: Mapping[str, Any] = TRANSFORMER, **changes: Any
-) -> Experiment:
-    """24 updates, judged after 8, 16 and 24, stored after 5, 10, 15 and 20."""
-    plain = {"task": shards.task.to_json(), "model": dict(model)}
-    settled = {
-        "steps": 24,
-        "checkpoint_every": 5,
-        "batch.tokens": 160,
-        "optim.warmup_steps": 4,
-        "evaluation.times": 3,
-        "evaluation.sentences": 10,
-        "evaluation.tokens": 24,
-        "compute.device": "cpu",
-        "compute.precision": "fp32",
-    }
-    return Experiment.from_json(plain).override({**settled, **changes})
+# Dev takes several batches, so that a kill can come in between.
+TRANSFORMER = {**GATED, "evaluation.tokens": 24}
+RECURRENT = {
+    "model": {"kind": "attention_rnn", "width": 16, "encoder_units": 16, "input_feeding": True},
+    "compute.precision": "bf16",
+    "evaluation.tokens": 24,
+}
 
 
 @dataclass(frozen=True)
@@ -144,8 +123,8 @@ def answers(
         case.moments[0][0] else case for name, case in CASES.items()
     }  # fmt: skip
     configs = {
-        "transformer": experiment(reversal, **SAMPLED),
-        "recurrent": experiment(reversal, ATTENTION, **{"compute.precision": "bf16"}),
+        "transformer": experiment(reversal, **TRANSFORMER),
+        "recurrent": experiment(reversal, **RECURRENT),
     }
     plan = folder / "plan.json"
     listed = [
@@ -176,52 +155,31 @@ def test_a_run_that_is_killed_here_ends_in_the_same_bits(answers, name):
     assert not [left for left in found["left"] if ".tmp-" in left]
 
 
-class KilledError(Exception):
-    """Stands for whatever may end a process."""
-
-
-def a_run(shards: ShardSet, workspace: Path, *, kill_at: float = 0, **changes: Any) -> Run:
-    def report(values: Mapping[str, Any]) -> None:
-        if values["step"] == kill_at:
-            raise KilledError
-
-    config = experiment(shards, **{**SAMPLED, **changes})
-    folder = run_folder(config, shards, workspace)
-    here = Place(torch.device("cpu"), None)
-    return Run(config, shards, folder, place=here, tracker=NullTracker(), report=report)
+@pytest.fixture(scope="module")
+def config(reversal: ShardSet) -> Experiment:
+    return experiment(reversal, **TRANSFORMER)
 
 
 @pytest.fixture(scope="module")
-def killed(reversal: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(
+    config: Experiment, reversal: ShardSet, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The workspace of a run that died at step 16, with checkpoints of steps 10 and 15."""
     torch.set_num_threads(1)
     workspace = tmp_path_factory.mktemp("killed")
-    run = a_run(reversal, workspace, kill_at=16)
-    with pytest.raises(KilledError):
-        run.execute()
-    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    folder = killed_run(config, reversal, workspace, 16)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["step-00000010", "step-00000015"]
     return workspace
 
 
-def ending(run: Run, outcome: Outcome | None) -> dict[str, Any]:
-    """All that training changes, and all that it says."""
-    assert outcome is not None
-    tensors = {
-        **{f"model.{name}": t for name, t in run.model.state_dict().items()},
-        **{f"average.{name}": t for name, t in run.averaged.tensors.items()},
-        **{f"optimizer.{name}": t for name, t in optimizer_tensors(run.optimizer).items()},
-        **load_file(Path(outcome.bundle) / "weights.safetensors"),
-    }
-    said = (outcome.history, outcome.scores, outcome.best_step, outcome.last_report)
-    return {"tensors": {name: t.numpy().tobytes() for name, t in tensors.items()}, "said": said}
-
-
 @pytest.fixture(scope="module")
-def whole(reversal: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(
+    config: Experiment, reversal: ShardSet, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What the run that nobody killed ends in."""
     torch.set_num_threads(1)
-    run = a_run(reversal, tmp_path_factory.mktemp("whole"))
+    run = a_run(config, reversal, tmp_path_factory.mktemp("whole"))
     return ending(run, run.execute())
 
 
@@ -277,10 +235,12 @@ DAMAGES: Mapping[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(reversal, killed, whole, tmp_path, caplog, damage):
+def test_a_damaged_checkpoint_is_passed_over(
+    config, reversal, killed, whole, tmp_path, caplog, damage
+):
     """Fault T12: the one before is taken, it is said so, and the bits are those of a whole run."""
     shutil.copytree(killed, tmp_path / "workspace")
-    run = a_run(reversal, tmp_path / "workspace")
+    run = a_run(config, reversal, tmp_path / "workspace")
     newest = run.folder / "checkpoints" / "step-00000015"
     DAMAGES[damage](newest)
     with caplog.at_level(logging.INFO, "vinedresser"):
@@ -291,9 +251,9 @@ def test_a_damaged_checkpoint_is_passed_over(reversal, killed, whole, tmp_path, 
     assert ending(run, outcome) == whole
 
 
-def test_an_undamaged_checkpoint_is_taken(reversal, killed, whole, tmp_path, caplog):
+def test_an_undamaged_checkpoint_is_taken(config, reversal, killed, whole, tmp_path, caplog):
     shutil.copytree(killed, tmp_path / "workspace")
-    run = a_run(reversal, tmp_path / "workspace")
+    run = a_run(config, reversal, tmp_path / "workspace")
     with caplog.at_level(logging.INFO, "vinedresser"):
         outcome = run.execute()
     assert "at step 15" in caplog.text
@@ -301,46 +261,42 @@ def test_an_undamaged_checkpoint_is_taken(reversal, killed, whole, tmp_path, cap
     assert ending(run, outcome) == whole
 
 
-def test_the_best_so_far_is_among_what_is_stored(reversal, tmp_path, monkeypatch):
+def test_the_best_so_far_is_among_what_is_stored(config, reversal, tmp_path, monkeypatch):
     """It was best at step 8, the kill comes at 16, and nothing after it is better."""
-    values, evaluate = {8: 20.0, 16: 50.0, 24: 60.0}, judge.evaluate
+    whole, until_killed, resumed = (20.0, 50.0, 60.0), (20.0, 50.0), (50.0, 60.0)
+    values, evaluate = iter([*whole, *until_killed, *resumed]), judge.evaluate
 
     def evaluated_so(*arguments: Any, **settings: Any) -> Evaluated:
-        found, step = evaluate(*arguments, **settings), at[0].step
-        return replace(found, scores=replace(found.scores, value=values[step]))
+        found = evaluate(*arguments, **settings)
+        return replace(found, scores=replace(found.scores, value=next(values)))
 
     monkeypatch.setattr(judge, "evaluate", evaluated_so)
-    changes = {"objective.l0": 0.0, "model.concrete_heads": []}
-    runs = [
-        a_run(reversal, tmp_path / place, kill_at=kill_at, **changes)
-        for place, kill_at in (("whole", 0), ("killed", 16), ("killed", 0))
-    ]
-    at = [runs[0]]
-    expected = ending(runs[0], runs[0].execute())
-    at[0] = runs[1]
-    with pytest.raises(KilledError):
-        runs[1].execute()
-    at[0] = runs[2]
-    outcome = runs[2].execute()
+    config = config.override({"objective.l0": 0.0, "model.concrete_heads": []})
+    run = a_run(config, reversal, tmp_path / "whole")
+    expected = ending(run, run.execute())
+    killed_run(config, reversal, tmp_path / "killed", 16)
+    run = a_run(config, reversal, tmp_path / "killed")
+    outcome = run.execute()
     assert outcome is not None
     assert (outcome.best_step, outcome.value) == (8, 20.0)
-    assert ending(runs[2], outcome) == expected
+    assert ending(run, outcome) == expected
+    assert not list(values)
 
 
-def test_all_damaged_is_refused_with_the_reasons(reversal, killed, whole, tmp_path):
+def test_all_damaged_is_refused_with_the_reasons(config, reversal, killed, whole, tmp_path):
     """Fault T13: starting over is for the user to say."""
     shutil.copytree(killed, tmp_path / "workspace")
-    run = a_run(reversal, tmp_path / "workspace")
+    run = a_run(config, reversal, tmp_path / "workspace")
     folders = [run.folder / "checkpoints" / f"step-{step:08d}" for step in (10, 15)]
     flip(folders[0] / "model.safetensors")
     (folders[1] / "state.json").unlink()
     for _ in range(2):  # nothing is moved aside: a second look finds the same
         with pytest.raises(DamagedError) as caught:
-            a_run(reversal, tmp_path / "workspace").execute()
+            a_run(config, reversal, tmp_path / "workspace").execute()
         assert f"{folders[0] / 'model.safetensors'}: content differs" in str(caught.value)
         assert f"{folders[1]}: missing state.json" in str(caught.value)
         assert "--from-scratch" in str(caught.value)
         assert caught.value.exit_code == 2
     clear(run.folder)
-    run = a_run(reversal, tmp_path / "workspace")
+    run = a_run(config, reversal, tmp_path / "workspace")
     assert ending(run, run.execute()) == whole

@@ -5,47 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from vinedresser.config import Experiment
+from tests.short_run import a_run, experiment, killed_run
 from vinedresser.data.batches.stream import Batches
 from vinedresser.data.shards.shard_set import ShardSet
-from vinedresser.run import Run, run_folder
-from vinedresser.tracking import MemoryTracker, NullTracker, Tracker
-from vinedresser.train import Best, Place, Progress
+from vinedresser.tracking import MemoryTracker, NullTracker
+from vinedresser.train import Best, Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = {"d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
-
-
-def experiment(shards: ShardSet, **changes: Any) -> Experiment:
-    """24 updates, judged after 8, 16 and 24, stored every 5."""
-    model = {"kind": "transformer", **TINY}
-    base = Experiment.from_json({"task": shards.task.to_json(), "model": model})
-    settled = {
-        "steps": 24, "checkpoint_every": 5, "batch.tokens": 64, "optim.warmup_steps": 4,
-        "evaluation.times": 3, "evaluation.sentences": 10,
-    }  # fmt: skip
-    return base.override({**settled, **changes})
-
-
-def run_of(
-    config: Experiment, shards: ShardSet, workspace: Path, tracker: Tracker, **more: Any
-) -> Run:
-    folder, here = run_folder(config, shards, workspace), Place(torch.device("cpu"), None)
-    given = {"report": lambda _: None, **more}
-    return Run(config, shards, folder, place=here, tracker=tracker, **given)
-
-
-class StopError(Exception):
-    """Stands for whatever may end a process."""
 
 
 def test_progress_from_the_first_update_to_the_last(reversal: ShardSet, tmp_path: Path):
     config = experiment(reversal, **{"batch.per_update": 2})
     tracker, told = MemoryTracker(), list[Progress]()
-    outcome = run_of(config, reversal, tmp_path, tracker, tell=told.append).execute()
+    outcome = a_run(config, reversal, tmp_path, tracker=tracker, tell=told.append).execute()
     assert outcome is not None
     per_epoch = Batches(reversal, config.batch, seed=1).per_epoch
     assert [p.step for p in told if p.phase == "training" and p.step % 8] == [
@@ -73,15 +46,9 @@ def test_progress_from_the_first_update_to_the_last(reversal: ShardSet, tmp_path
 
 def test_a_resumed_run_stands_where_it_was(reversal: ShardSet, tmp_path: Path):
     config = experiment(reversal)
-
-    def stop(values: Any) -> None:
-        if values["step"] == 16:
-            raise StopError
-
-    with pytest.raises(StopError):
-        run_of(config, reversal, tmp_path, MemoryTracker(), report=stop).execute()
+    killed_run(config, reversal, tmp_path, 16)
     told = list[Progress]()
-    run = run_of(config, reversal, tmp_path, MemoryTracker(), tell=told.append)
+    run = a_run(config, reversal, tmp_path, tell=told.append)
     assert run.execute() is not None
     first = told[0]
     assert (first.step, first.evaluations_left) == (15, 2)
@@ -96,7 +63,7 @@ def test_attention_is_pictured_at_every_so_many_evaluations(
 ):
     config = experiment(reversal, **{"evaluation.attention_every": every})
     tracker = MemoryTracker()
-    assert run_of(config, reversal, tmp_path, tracker).execute() is not None
+    assert a_run(config, reversal, tmp_path, tracker=tracker).execute() is not None
     found = [(value, step) for key, value, step in tracker.metrics if key == "dev/diagonality"]
     assert [step for _, step in found] == steps
     assert all(-1 <= value <= 1 for value, _ in found)
@@ -111,4 +78,5 @@ def test_nothing_is_drawn_for_nobody(
         raise AssertionError
 
     monkeypatch.setattr("vinedresser.diagnostics.attention.figure", refuse)
-    assert run_of(experiment(reversal), reversal, tmp_path, NullTracker()).execute() is not None
+    config = experiment(reversal, **{"evaluation.attention_every": 1})
+    assert a_run(config, reversal, tmp_path, tracker=NullTracker()).execute() is not None

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.short_run import KilledError, a_run, experiment, killed_run, script
 from vinedresser.attempt import Attempt
 from vinedresser.batch import BOS, EOS, PAD, UNK
 from vinedresser.checkpoint import newest_checkpoint
@@ -28,9 +29,8 @@ from vinedresser.distributed import Site, execute, train
 from vinedresser.errors import BusyError, DivergedError, MachineError, TrainingError
 from vinedresser.evaluate import evaluate
 from vinedresser.run import Outcome, Run, clear, finished, run_folder, tell_changes
-from vinedresser.tracking import MemoryTracker, NullTracker, store_for
+from vinedresser.tracking import NullTracker, store_for
 from vinedresser.tracking.store import initialise
-from vinedresser.train import Place
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,42 +75,6 @@ def test_every_fault_of_training_has_its_tests():
     for names in [*TESTS.values(), *(names for _, names in REASONS.values())]:
         for name in names:
             assert any(found.startswith(name) for found in defined), name
-
-
-TRANSFORMER = {
-    "kind": "transformer", "d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1,
-    "decoder_layers": 1,
-}  # fmt: skip
-
-
-def experiment(shards: ShardSet, **changes: Any) -> Experiment:
-    """24 updates, judged after 8, 16 and 24, stored after 5, 10, 15 and 20."""
-    base = Experiment.from_json({"task": shards.task.to_json(), "model": TRANSFORMER})
-    settled = {
-        "steps": 24,
-        "checkpoint_every": 5,
-        "batch.tokens": 160,
-        "optim.warmup_steps": 4,
-        "evaluation.times": 3,
-        "evaluation.sentences": 10,
-        "evaluation.attention_every": 0,
-        "compute.device": "cpu",
-        "compute.precision": "fp32",
-    }
-    return base.override({**settled, **changes})
-
-
-HERE = Place(torch.device("cpu"), None)
-
-
-def a_run(
-    config: Experiment,
-    shards: ShardSet,
-    workspace: Path,
-    report: Callable[[Mapping[str, Any]], None] = lambda _: None,
-) -> Run:
-    folder, tracker = run_folder(config, shards, workspace), MemoryTracker()
-    return Run(config, shards, folder, place=HERE, tracker=tracker, report=report)
 
 
 def command(
@@ -267,28 +231,6 @@ def test_t03_memory_that_is_not_there(reversal, tmp_path):
     assert e.value.exit_code == 3
 
 
-def script(code: str, config: Experiment, shards: ShardSet, *words: object) -> list[str]:
-    """A process of its own that trains; `config`, `shards`, `folder` and `sys.argv[3:]` are set."""
-    begin = """
-import json, os, signal, sys, threading, time, torch
-from pathlib import Path
-from vinedresser.attempt import held
-from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import open_shards
-from vinedresser.errors import VinedresserError
-from vinedresser.run import Run, run_folder
-from vinedresser.tracking import NullTracker
-from vinedresser.tracking.store import initialise
-from vinedresser.train import Place
-torch.set_num_threads(1)
-config, shards = Experiment.from_json(json.loads(sys.argv[1])), open_shards(Path(sys.argv[2]))
-def a_run(folder, place=Place(torch.device("cpu"), None), report=lambda _: None):
-    return Run(config, shards, folder, place=place, tracker=NullTracker(), report=report)
-"""
-    plain = json.dumps(config.to_json())
-    return [sys.executable, "-c", begin + code, plain, str(shards.folder), *map(str, words)]
-
-
 # The limit is what is in use before the first update, and so many MiB more.
 LIMITED = """
 import resource
@@ -333,11 +275,11 @@ def test_t06_a_kill_while_the_tracking_database_is_made(tmp_path, monkeypatch):
 
     def killed(path: Path, target: Path) -> Path:
         if ".new-" in path.name:
-            raise StopError
+            raise KilledError
         return real(path, target)
 
     monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(StopError):
+    with pytest.raises(KilledError):
         initialise(store)
     monkeypatch.undo()
     (left,) = tmp_path.glob(".*.new-*")
@@ -551,10 +493,8 @@ def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
 
 def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):
     config = experiment(reversal)
-    with pytest.raises(StopError):
-        a_run(config, reversal, tmp_path, stop_at(16)).execute()
-    same = a_run(config, reversal, tmp_path, stop_at(24))
-    assert same._resume() == 15
+    killed_run(config, reversal, tmp_path, 16)
+    assert a_run(config, reversal, tmp_path)._resume() == 15
     assert "bit-exact" not in caplog.text
     torch.set_num_threads(2)
     try:
@@ -562,18 +502,6 @@ def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):
     finally:
         torch.set_num_threads(1)
     assert "not bit-exact from here on: threads 1 -> 2" in caplog.text
-
-
-class StopError(Exception):
-    """Stands for whatever may end a process."""
-
-
-def stop_at(step: int) -> Callable[[Mapping[str, Any]], None]:
-    def report(values: Mapping[str, Any]) -> None:
-        if values["step"] == step:
-            raise StopError
-
-    return report
 
 
 @pytest.mark.parametrize(
