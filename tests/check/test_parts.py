@@ -12,6 +12,7 @@ from trainables.transformer import Transformer, TransformerConfig
 from vinedresser.batch import EOS, PAD
 from vinedresser.check.checks import dry
 from vinedresser.check.cost import Pace, cost
+from vinedresser.check.independence import batch_invariance
 from vinedresser.check.learning import MAX_FIRST_EXCESS, first_loss
 from vinedresser.check.lint import data
 from vinedresser.check.memory import slope
@@ -170,3 +171,23 @@ def test_data_counts(reversal):
     assert found.figures["unknown_share"] == pytest.approx(0.1, abs=0.01)
     assert "source tokens are unknown" in found.pointer
     assert "shifted" in found.pointer
+
+
+class _Loud(_Uniform):
+    """Sure of what it says beyond all measure, as a model that has diverged."""
+
+    def logits(self, states):
+        return self.sure * Transformer.logits(self, states)
+
+
+@pytest.mark.parametrize(
+    ("sure", "is_passed"), [(1.0, True), (1e7, True), (math.nan, None)], ids=str
+)
+def test_large_losses_round_more_and_are_not_blamed_on_the_batch(sure, is_passed):
+    rows = [sentence([4 + i % 5] * (i + 1), [9 - i % 5] * (i + 1)) for i in range(6)]
+    torch.manual_seed(0)
+    loud, quiet = (kind(dry(CONFIG), Vocabulary(10, 10)) for kind in (_Loud, Transformer))
+    loud.sure = sure
+    found = batch_invariance(loud, quiet, rows, vocabulary=10, cap=8)
+    assert found.passed is is_passed
+    assert bool(found.pointer) is not bool(is_passed)

@@ -1,5 +1,6 @@
 """A sentence's loss and output must not depend on its batch mates or on padding."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,8 @@ from vinedresser.model import Seq2Seq
 from vinedresser.nn.gates import head_gates
 from vinedresser.nn.norms import BatchNorm
 
-# Nats per token that fp32 may differ by when matrices have another shape: the zoo stays below
-# 1e-5; one position of a neighbour's is 1e-2 and more.
+# Nats per token that fp32 may differ by when matrices have another shape, or that share of losses
+# over 1: the zoo stays below 1e-5; one position of a neighbour's is 1e-2 and more.
 MAX_DRIFT = 1e-3
 # Two next tokens whose log-probabilities are so near may swap places by rounding.
 _TIE = 1e-3
@@ -45,6 +46,11 @@ def batch_invariance(
     is_meant = any(isinstance(module, BatchNorm) for module in dry.modules())
     passed = drift <= MAX_DRIFT and not turned and (drift_in_training <= MAX_DRIFT or is_meant)
     figures = {"drift": drift, "drift_in_training": drift_in_training, "outputs": float(turned)}
+    if not math.isfinite(drift):
+        return Check(
+            "batch invariance", None, "losses are not finite", f"≤ {MAX_DRIFT:g}, 0",
+            "nothing can be compared before `conditioning` passes", {"outputs": float(turned)},
+        )  # fmt: skip
     found = f"{max(drift, 0 if is_meant else drift_in_training):.1e} nats/token, {turned} outputs"
     pointer = ""
     if drift > MAX_DRIFT or turned:
@@ -68,11 +74,11 @@ def batch_invariance(
 def _in_evaluation(
     model: Seq2Seq, sentences: Sequence[Sentence], vocabulary: int, cap: int
 ) -> tuple[float, int]:
-    """Largest change of a loss in nats per token, and how many greedy outputs changed."""
+    """Largest change of a loss, see `_drift`, and how many greedy outputs changed."""
     whole, alone = together(sentences), [together([s]) for s in sentences]
     own_B = torch.cat([_nats(model, batch) for batch in alone])
     filled = with_filled_padding(whole, vocabulary)
-    drift = max(float((_nats(model, b) - own_B).abs().max()) for b in (whole, filled))
+    drift = max(_drift(_nats(model, batch), own_B) for batch in (whole, filled))
     outputs = [_greedy(model, batch, cap)[0] for batch in alone]
     turned = sum(
         own != other and not _is_tie(model, batch, own, other)
@@ -94,7 +100,12 @@ def _in_training(dry: Seq2Seq, sentences: Sequence[Sentence]) -> float:
         for name, tensor in dry.named_buffers():
             tensor.copy_(held[name])
         found.append(_nats(dry, together(part)))
-    return float((torch.cat(found[:2]) - found[2]).abs().max())
+    return _drift(torch.cat(found[:2]), found[2])
+
+
+def _drift(nats_B: Tensor, own_B: Tensor) -> float:
+    """Largest change in nats per token; of losses over 1, which round as much more, their share."""
+    return float(((nats_B - own_B).abs() / own_B.abs().clamp(min=1)).max())
 
 
 def _nats(model: Seq2Seq, batch: Batch) -> Tensor:
