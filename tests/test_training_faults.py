@@ -26,9 +26,9 @@ from vinedresser.data.batches.stream import Batches, load_split
 from vinedresser.data.shards.shard_set import ShardSet, prepare, tokenizers
 from vinedresser.decode import length_limits
 from vinedresser.distributed import Site, execute, train
-from vinedresser.errors import BusyError, DivergedError, MachineError, TrainingError
+from vinedresser.errors import BusyError, DivergedError, MachineError
 from vinedresser.evaluate import evaluate
-from vinedresser.run import Outcome, Run, clear, finished, run_folder, tell_changes
+from vinedresser.run import Outcome, Run, finished, run_folder, tell_changes
 from vinedresser.tracking import NullTracker, store_for
 from vinedresser.tracking.store import initialise
 
@@ -626,35 +626,3 @@ def test_t21_the_clock_jumps(reversal, whole, tmp_path, monkeypatch):
     speeds = [v for key, v, _ in run.tracker.metrics if key == "train/seconds_per_step"]
     assert speeds
     assert all(0 < value < 60 for value in speeds)
-
-
-def test_t22_the_same_failure_three_times(reversal, whole, tmp_path):
-    """Counted in the run's folder: each attempt is a new process as far as it can tell."""
-    config = experiment(reversal)
-
-    def failing(step: int, reason: str) -> Run:
-        run = a_run(config, reversal, tmp_path)
-
-        def spoil(gradient: torch.Tensor) -> torch.Tensor:
-            if run.step + 1 == step:
-                raise ValueError(reason)
-            return gradient
-
-        next(iter(run.model.parameters())).register_hook(spoil)
-        return run
-
-    # Another step or another reason is no poison.
-    for step, reason in ((3, "no"), (3, "no"), (4, "no"), (3, "yes"), (3, "no"), (3, "no")):
-        with pytest.raises(ValueError, match=reason):
-            failing(step, reason).execute()
-    with pytest.raises(ValueError, match="no"):
-        failing(3, "no").execute()
-    folder = run_folder(config, reversal, tmp_path)
-    before = sorted(p.name for p in folder.rglob("*"))
-    with pytest.raises(TrainingError, match=r"failed 3 times after step 2 with: ValueError: no"):
-        a_run(config, reversal, tmp_path).execute()
-    assert sorted(p.name for p in folder.rglob("*")) == before
-    clear(folder)  # --from-scratch
-    again = a_run(config, reversal, tmp_path)
-    assert again.execute() is not None
-    assert weights(again) == weights(whole[0])

@@ -20,7 +20,14 @@ from types import FrameType
 from filelock import FileLock, Timeout
 
 from vinedresser.commit import make_folder, this_process, write_file
-from vinedresser.errors import BusyError, InterruptedRunError, TrainingError
+from vinedresser.errors import (
+    BusyError,
+    DataError,
+    InterruptedRunError,
+    MachineError,
+    TrainingError,
+    VinedresserError,
+)
 
 _log = logging.getLogger("vinedresser")
 
@@ -28,6 +35,8 @@ _log = logging.getLogger("vinedresser")
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 # The same failure at the same step so many times in a row is no accident (fault T22).
 _POISON = 3
+# Passes, or is mended, outside of the run: a mount that is away, a checkpoint to be brought back.
+_OUTSIDE = (OSError, DataError, MachineError)
 _STOP = "stop"
 _ROLLBACKS = "rollbacks.json"
 # How often a run looks whether it shall stop: a look costs some microseconds, on NFS more.
@@ -169,22 +178,32 @@ class StopRequest:
 
 
 class Attempt:
-    """One attempt at a run. Beginning it ends the right of earlier ones to write."""
+    """One attempt at a run. Beginning it ends the right of earlier ones to write.
+
+    A failure that comes back is refused before it costs anything, and once: being told resets the
+    count, because what was mended may be code, which no run is named by. A supervisor that starts
+    the same command for ever trains in three of four, from the last checkpoint to the same step;
+    the fourth ends at once. The exit code of the refusal, 4, is for it to end on.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Begins.
 
         Raises:
-            TrainingError: the attempts before failed in the same way at the same step.
+            TrainingError: the three attempts before failed in the same way at the same step; the
+                next one may begin.
             MachineError: the folder cannot be written.
         """
         self._path, self._failures = folder / "attempt.json", folder / "failures.json"
         last = _read(self._failures)[-_POISON:]
         if len(last) == _POISON and all(entry == last[0] for entry in last):
             step, reason = last[0]
+            with contextlib.suppress(OSError):  # then it is told again
+                self._failures.unlink()
             raise TrainingError(
-                f"{folder.name} failed {_POISON} times after step {step} with: {reason}; change "
-                "the experiment, or train --from-scratch"
+                f"{folder.name} failed {_POISON} times after step {step} with: {reason}. Fix: mend "
+                "that, or change the experiment; the next command tries again from the last "
+                "checkpoint"
             )
         self._token = uuid.uuid4().hex
         content = {"token": self._token, "process": this_process(), "pid": os.getpid()}
@@ -206,9 +225,15 @@ class Attempt:
             )
 
     def failed(self, step: int, error: Exception) -> None:
-        """Notes how this attempt ended; the same again and again is refused by the next."""
-        reason = (str(error.args[0]) if error.args else type(error).__name__).splitlines()[0]
-        entries = [*_read(self._failures), [step, f"{type(error).__name__}: {reason}"]]
+        """Notes how this attempt ended; the same again and again is refused by the next.
+
+        What data, disk or machine brought about is not noted: whoever mends it goes on at once.
+        """
+        if isinstance(error, _OUTSIDE):
+            return
+        said = error.args[0] if isinstance(error, VinedresserError) else str(error)
+        reason = ": ".join([type(error).__name__, *said.strip().splitlines()[:1]])
+        entries = [*_read(self._failures), [step, reason]]
         with contextlib.suppress(Exception):  # the error itself matters more
             write_file(self._failures, json.dumps(entries) + "\n")
 
