@@ -54,18 +54,19 @@ def _reading(name: str) -> Iterator[None]:
     except PermissionError:
         raise DataError(f"{name}: permission denied") from None
     except pa.ArrowInvalid as error:
-        raise DataError(f"{name}: {_words(error)}") from None
+        raise DataError(f"{name}: {words(error)}") from None
     except OSError as error:
         if is_remote(name):
             raise MachineError(
-                f"{name}: the object storage does not answer ({_words(error)}). Fix: see the "
+                f"{name}: the object storage does not answer ({words(error)}). Fix: see the "
                 "endpoint, the region and the AWS_* variables of the environment"
             ) from None
         reason = (error.strerror or "cannot be read").lower()
         raise DataError(f"{name}: {reason}") from None
 
 
-def _words(error: Exception) -> str:
+def words(error: Exception) -> str:
+    """What a library says, as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
@@ -214,7 +215,7 @@ def pieces_of(raw: RawFile, codec: Codec | None) -> Iterator[bytes]:
         except (OSError, pa.ArrowException) as error:
             raise DataError(
                 f"{raw.name}: {codec} stream damaged or cut off at or before byte {raw.tell():,}, "
-                f"after {done:,} bytes of content ({_words(error)}). Fix: copy the file again"
+                f"after {done:,} bytes of content ({words(error)}). Fix: copy the file again"
             ) from None
         if not piece:
             return

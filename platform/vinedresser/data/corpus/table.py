@@ -1,28 +1,16 @@
 """Tables as a corpus: both sides of a pair in one row of TSV, JSON lines or Parquet."""
 
-import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from vinedresser.config.corpus import TableCorpus, names_of
 from vinedresser.config.task import Task
-from vinedresser.data.corpus import row
+from vinedresser.data.corpus import parquet
 from vinedresser.data.corpus.corpus import Places, together
-from vinedresser.data.corpus.inputs import (
-    expand,
-    head_of,
-    is_remote,
-    open_raw,
-    open_seekable,
-    stamp,
-)
+from vinedresser.data.corpus.inputs import expand, head_of, is_remote, stamp
 from vinedresser.data.corpus.row import Account, Block, Row
 from vinedresser.data.corpus.textfile import (
     Check,
@@ -31,16 +19,14 @@ from vinedresser.data.corpus.textfile import (
     changed,
     inspect,
     lines_of,
+    listed,
     refuse_changed,
     unpacked,
 )
-from vinedresser.errors import DataError, MachineError
-
-Columns = tuple[int | str, int | str]
+from vinedresser.errors import DataError
 
 _JSON_NAMES = (".jsonl", ".ndjson", ".json")
 _PACKED_NAMES = (".gz", ".gzip", ".zst", ".zstd")
-_TEXT = frozenset({pa.string(), pa.large_string(), pa.string_view()})
 
 
 @dataclass(frozen=True)
@@ -55,7 +41,7 @@ class Form:
     """
 
     kind: str
-    columns: Columns
+    columns: tuple[int | str, int | str]
     width: int = 0
     header: int = 0
 
@@ -105,10 +91,7 @@ class TableBlock(Block):
 def _cells(part: Part) -> Iterator[tuple[str | None, str | None]]:
     source, target = part.form.columns
     if part.form.kind == "parquet":
-        with _reading(part.span.name):
-            file = pq.ParquetFile(part.span.path, page_checksum_verification=True)
-            table = file.read_row_group(part.span.start, columns=[source, target])
-        yield from zip(table[source].to_pylist(), table[target].to_pylist(), strict=True)
+        yield from parquet.rows(part.span, str(source), str(target))
         return
     for line in part.span.lines()[part.skip :]:
         if part.form.kind == "tsv":
@@ -159,7 +142,7 @@ class Table:
             kind = _kind_of(name)
         if kind == "parquet":
             form = Form("parquet", (corpus.source, corpus.target))
-            self._facts[name] = _inspect_parquet(name, form)
+            self._facts[name] = parquet.inspect(name, form.columns)
         elif kind == "tsv":
             form = _form_of_tsv(name, corpus)
             self._facts[name] = inspect(name, _check_tsv(form, corpus))
@@ -201,7 +184,8 @@ class Table:
         """Unpacks archives, and cuts Parquet into row groups of one block each."""
         for name, facts in self._facts.items():
             if self._forms[name].kind == "parquet":
-                self._facts[name] = _regrouped(facts, self._forms[name], folder)
+                columns = self._forms[name].columns
+                self._facts[name] = parquet.regrouped(facts, columns, folder)
             else:
                 self._facts[name] = unpacked(facts, folder)
 
@@ -247,13 +231,9 @@ def _form_of_tsv(name: str, corpus: TableCorpus) -> Form:
         else:
             raise DataError(
                 f"{name}:1:1: no column {column!r}; expected a header line with it, found "
-                f"{_short(fields)}. Fix: name one of these, or number the columns from 1"
+                f"{listed(fields)}. Fix: name one of these, or number the columns from 1"
             )
     return Form("tsv", (places[0], places[1]), len(fields), header=1)
-
-
-def _short(names: Sequence[str]) -> str:
-    return ", ".join(repr(name[:30]) for name in names[:8])
 
 
 def _check_tsv(form: Form, corpus: TableCorpus) -> Check:
@@ -301,7 +281,7 @@ def _problem_of_json(raw: bytes, form: Form) -> str:
     for key in form.columns:
         value = found.get(str(key), ...)
         if value is ...:
-            return f"1: no key {key!r}, found {_short(list(found))}; {wanted}"
+            return f"1: no key {key!r}, found {listed(found)}; {wanted}"
         if value is not None and not isinstance(value, str):
             return f"1: {key!r} is {type(value).__name__}; expected text"
         try:
@@ -316,101 +296,3 @@ def _problem_of_json(raw: bytes, form: Form) -> str:
         if "\0" in (value or ""):
             return f"1: {key!r} holds NUL; expected text"
     return ""
-
-
-def _inspect_parquet(name: str, form: Form) -> Facts:
-    """Reads a Parquet file's schema and hashes it; its rows are read when it is regrouped."""
-    before = stamp(name)
-    with open_raw(name) as raw:
-        while raw.read():
-            pass
-    with _reading(name), open_seekable(name) as path:
-        file = pq.ParquetFile(path)
-        schema, rows = file.schema_arrow, file.metadata.num_rows
-    for column in form.columns:
-        if column not in schema.names:
-            raise DataError(
-                f"{name}: no column {column!r}; expected it beside {_short(schema.names)}. Fix: "
-                "name one of these as `source` and `target`"
-            )
-        if schema.names.count(column) > 1:
-            raise DataError(f"{name}: several columns {column!r}; expected one. Fix: rename them")
-        kind = schema.field(column).type
-        if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in _TEXT:
-            raise DataError(f"{name}: column {column!r} is {kind}; expected text")
-    if not rows:
-        raise DataError(f"{name}: 0 rows; expected one pair a row")
-    facts = Facts(name, rows, raw.digest.hexdigest(), before)
-    refuse_changed([facts])
-    return facts
-
-
-def _regrouped(facts: Facts, form: Form, folder: Path) -> Facts:
-    """The two columns again, as text, `BLOCK_ROWS` rows a row group."""
-    path = folder / f"{facts.digest[:16]}.{len(list(folder.iterdir()))}.parquet"
-    names = list(dict.fromkeys(map(str, form.columns)))  # one column may be both sides
-    schema = pa.schema({name: pa.large_string() for name in names})
-    with (
-        _reading(facts.name),
-        open_seekable(facts.name) as source,
-        pq.ParquetWriter(path, schema, compression="zstd") as writer,
-    ):
-        held, size, done = list[pa.Table](), 0, 0
-        file = pq.ParquetFile(source, page_checksum_verification=True)
-        for batch in file.iter_batches(row.BLOCK_ROWS, columns=names):
-            columns = [batch[name].cast(pa.large_string()) for name in names]
-            for name, column in zip(names, columns, strict=True):
-                _refuse_no_text(facts.name, name, column, done)
-            held.append(pa.table(columns, schema=schema))
-            size, done = size + len(batch), done + len(batch)
-            while size >= row.BLOCK_ROWS:
-                whole = pa.concat_tables(held)
-                writer.write_table(whole.slice(0, row.BLOCK_ROWS))
-                held = [whole.slice(row.BLOCK_ROWS)]
-                size -= row.BLOCK_ROWS
-        if size:
-            writer.write_table(pa.concat_tables(held))
-    return replace(facts, copy=str(path))
-
-
-def _refuse_no_text(name: str, column: str, cells: pa.Array, before: int) -> None:
-    """Refuses what Parquet calls text and is none: nothing that wrote the file had to look."""
-    try:
-        cells.validate(full=True)
-        has_nul = pc.any(pc.match_substring(cells, "\0")).as_py()
-    except pa.ArrowInvalid:
-        has_nul = True
-    if not has_nul:
-        return
-    for number, cell in enumerate(cells.cast(pa.large_binary()).to_pylist(), before + 1):
-        place = f"{name}: row {number}, column {column!r}"
-        try:
-            is_bad = "\0" in (cell or b"").decode()
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{place}, byte {error.start + 1}: invalid UTF-8 byte 0x{cell[error.start]:02x}; "
-                "expected UTF-8. Fix: write the file anew from text"
-            ) from None
-        if is_bad:
-            raise DataError(f"{place}: holds NUL; expected text")
-
-
-@contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: not a whole Parquet file ({_words(error)})") from None
-    except OSError as error:
-        if error.errno is not None:  # a disk's own, also that of the copy
-            raise
-        if is_remote(name):
-            raise MachineError(
-                f"{name}: the object storage does not answer ({_words(error)})"
-            ) from None
-        # pyarrow's word for a page that cannot be unpacked.
-        raise DataError(f"{name}: not a whole Parquet file ({_words(error)})") from None
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -4,6 +4,7 @@ Only "\n" ends a line. Python's `splitlines` also breaks at U+2028, \x0b, \x85 a
 shifts one side of a parallel corpus against the other without an error.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -223,6 +224,11 @@ def refuse_changed(facts: Iterable[Facts]) -> None:
 def changed(name: str) -> DataError:
     """A file that was touched between inspection and reading."""
     return DataError(f"{name}: changed while it was being read; run again when it is complete")
+
+
+def listed(names: Iterable[object]) -> str:
+    """The first eight names of what was found, for an error."""
+    return ", ".join(repr(str(name)[:30]) for name in itertools.islice(names, 8)) or "none"
 
 
 def parting(source: Facts, target: Facts) -> int:

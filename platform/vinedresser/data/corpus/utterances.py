@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from vinedresser.data.corpus.textfile import MAX_PROBLEMS, lines_of
+from vinedresser.data.corpus.textfile import MAX_PROBLEMS, lines_of, listed
 from vinedresser.errors import DataError
 
 
@@ -90,7 +90,7 @@ def _json_rows(path: str, audio: str, transcript: str) -> Iterator[tuple[int, _R
             raise ValueError(f"expected an object with {audio!r} and {transcript!r}")  # noqa: TRY004
         for key in (audio, transcript):
             if key not in value:
-                raise ValueError(f"no key {key!r}; it has {_listed(value)}")
+                raise ValueError(f"no key {key!r}; it has {listed(value)}")
         paths, text = value[audio], value[transcript]
         paths = [paths] if isinstance(paths, str) else paths
         if not isinstance(paths, list) or not all(isinstance(each, str) for each in paths):
@@ -109,7 +109,7 @@ def _table_rows(path: str, audio: str, transcript: str) -> Iterator[tuple[int, _
     for key, name in (("audio", audio), ("transcript", transcript)):
         if name not in header:
             raise DataError(
-                f"{path}:1: no column {name!r}; the header has {_listed(header)}. "
+                f"{path}:1: no column {name!r}; the header has {listed(header)}. "
                 f"Fix: set corpus.{key}"
             )
     places = [header.index(name) for name in (audio, transcript)]
@@ -122,8 +122,3 @@ def _table_rows(path: str, audio: str, transcript: str) -> Iterator[tuple[int, _
 
     for number, line in lines:
         yield number, lambda line=line: read(line)  # type: ignore[misc]
-
-
-def _listed(names: object) -> str:
-    shown = [repr(name) for name in list(names)[:8]]  # type: ignore[call-overload]
-    return ", ".join(shown) or "none"
