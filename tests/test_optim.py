@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vinedresser.config import Optim
+from vinedresser.errors import ConfigError
 from vinedresser.nn.gates import HeadGates
-from vinedresser.optim import build_optimizer, learning_rate, set_learning_rate
+from vinedresser.optim import build_optimizer, freeze, learning_rate, set_learning_rate
 
 NOAM = Optim(lr=512**-0.5 * 4000**-0.5, warmup_steps=4000, decay="inverse_sqrt", anneal=0.0)
 
@@ -104,3 +105,50 @@ def test_the_first_adam_step_is_the_rate_times_the_sign():
     optimizer.step()
     assert model.weight.item() == pytest.approx(0.25, rel=1e-4)
     assert math.isclose(optimizer.param_groups[0]["lr"], 0.25)
+
+
+class Tied(nn.Module):
+    """One table under three names, the last of them in a layer that has a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source_embedding, self.target_embedding = nn.Embedding(5, 3), nn.Embedding(5, 3)
+        self.between, self.output = nn.Linear(3, 3), nn.Linear(3, 5)
+        self.source_embedding.weight = self.target_embedding.weight = self.output.weight
+
+
+TABLE = "source_embedding.weight = target_embedding.weight = output.weight"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "wanted"),
+    [
+        (["output*"], [TABLE, "output.bias"]),
+        (["output.weight"], [TABLE]),
+        (["target_embedding*", "source_embedding*"], [TABLE]),
+        (["between.*"], ["between.weight", "between.bias"]),
+        (["between.*", "*embedding*"], [TABLE, "between.weight", "between.bias"]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_a_shared_weight_is_frozen_by_any_of_its_names(patterns, wanted):
+    model = Tied()
+    assert freeze(model, patterns) == wanted
+    trained = [
+        name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad
+    ]
+    assert not set(trained) & set(" = ".join(wanted).split(" = "))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, CONFIG, gate_lr_factor=1)
+    model.output(model.between(model.source_embedding(torch.arange(5)))).exp().sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
+
+
+def test_everything_is_not_frozen_and_unknown_names_are_told():
+    with pytest.raises(ConfigError, match="covers every parameter"):
+        freeze(Tied(), ["output*", "between*"])
+    with pytest.raises(ConfigError, match=r"called output\.wieght; did you mean output\.weight\?"):
+        freeze(Tied(), ["output.wieght"])

@@ -32,26 +32,35 @@ def learning_rate(config: Optim, *, step: int, steps: int) -> float:
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Takes parameters out of training by patterns over their names (methods.md 77).
 
+    A tensor that parts of the model share is frozen for all of them by any of its names.
+
     Returns:
-        The names of what is frozen.
+        One entry a frozen tensor: its name, or all of them joined by ` = `; shared ones first.
 
     Raises:
         ConfigError: a pattern that names no parameter, or nothing is left to train.
     """
-    names = [name for name, _ in model.named_parameters()]
+    shared: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(parameter, []).append(name)
+    names = [name for of_one in shared.values() for name in of_one]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
                 f"optim.freeze: no parameter is called {pattern}{did_you_mean(pattern, names)}; "
                 f"names look like {names[0]} and {names[-1]}"
             )
-    frozen = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-    if len(frozen) == len(names):
+    frozen = [
+        parameter
+        for parameter, of_one in shared.items()
+        if any(fnmatchcase(name, pattern) for name in of_one for pattern in patterns)
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    if len(frozen) == len(shared):
         raise ConfigError("optim.freeze covers every parameter; leave some to train")
-    return frozen
+    found = sorted((shared[parameter] for parameter in frozen), key=len, reverse=True)
+    return [" = ".join(of_one) for of_one in found]
 
 
 def build_optimizer(model: nn.Module, config: Optim, *, gate_lr_factor: float) -> torch.optim.Adam:
