@@ -167,3 +167,39 @@ def test_frozen_they_do_in_training_what_they_do_in_evaluation(kind, x_BTD):
     found = norm(x_BTD + 9, REAL)
     assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
     assert torch.equal(found, norm.eval()(x_BTD + 9, REAL))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["batch", "power"])
+def test_a_pass_that_is_not_finite_leaves_no_trace(kind, bad, x_BTD):
+    """methods.md 101: its update is left out, and so are its statistics."""
+    norm, plain = build_norm(kind, D), build_norm(kind, D)
+
+    def update(norm, x):
+        x = x.clone().requires_grad_()
+        norm(x, REAL).square().sum().backward()
+        return x.grad
+
+    spoilt = x_BTD.clone()
+    spoilt[0, 1, 2] = bad
+    for shift in range(4):
+        update(norm, x_BTD + shift)
+        update(plain, x_BTD + shift)
+        before = {name: tensor.clone() for name, tensor in norm.named_buffers()}
+        assert not update(norm, spoilt).isfinite().all()
+        for name, tensor in norm.named_buffers():
+            assert torch.equal(tensor, before[name]), name
+    near(update(norm, x_BTD), update(plain, x_BTD), 0)
+    for (name, tensor), wanted in zip(norm.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(tensor, wanted), name
+    assert float(norm.updates) == 5
+
+
+def test_an_infinite_gradient_leaves_power_norm_its_own(x_BTD):
+    norm = PowerNorm(D)
+    norm(x_BTD.requires_grad_(), REAL).sum().backward()
+    before = norm.nu.clone()
+    (norm(x_BTD, REAL) * torch.inf).sum().backward()
+    assert before.any()
+    assert torch.equal(norm.nu, before)
+    assert (norm.updates, bool(norm.mean_square.isfinite().all())) == (2, True)

@@ -12,9 +12,11 @@ power: the forward pass uses statistics of earlier updates only, so all of that 
     too, and one sentence is fine. Its backward pass is an approximation, not the gradient.
 
 Both count real positions only. Scheduled sampling's first pass updates the running statistics as
-well; workers of a group keep those of the first one.
+well; workers of a group keep those of the first one. Values that are not finite leave no trace in
+them, because the update that they were seen in is left out too (methods.md 101).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -58,9 +60,15 @@ class _Running(nn.Module):
         """Frozen, it stays what it is in evaluation, its running values too (methods.md 77)."""
         return self.training and self.weight.requires_grad
 
-    def _next_rate(self) -> Tensor:
-        self.updates += 1
-        return (1 / self.updates).clamp(min=self.rate)
+    @torch.no_grad()
+    def _follow(self, running: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+        """Moves running values, (D,) each, towards a batch's: all of them, or none."""
+        # A lerp by rate 0 would not do, for 0 times NaN is NaN; and the device is not waited for.
+        is_finite = torch.stack([*found]).isfinite().all()
+        self.updates += is_finite
+        rate = (1 / self.updates).clamp(min=self.rate)
+        for running_D, found_D in zip(running, found, strict=True):
+            running_D.copy_(torch.where(is_finite, running_D.lerp(found_D, rate), running_D))
 
 
 class BatchNorm(_Running):
@@ -97,10 +105,8 @@ class BatchNorm(_Running):
             count = real_BT1.sum()
             mean_D = (x_BTD * real_BT1).sum((0, 1)) / count
             variance_D = ((x_BTD - mean_D).square() * real_BT1).sum((0, 1)) / count
-            with torch.no_grad():
-                rate = self._next_rate()
-                self.mean.lerp_(mean_D, rate)
-                self.mean_square.lerp_(variance_D * (count / (count - 1)), rate)
+            unbiased_D = variance_D * (count / (count - 1))
+            self._follow([self.mean, self.mean_square], [mean_D, unbiased_D])
         normed = (x_BTD - mean_D) * (variance_D + self.eps).rsqrt()
         return normed * self.weight + self.bias
 
@@ -127,7 +133,7 @@ class PowerNorm(_Running):
         real_BT1 = _weights(x_BTD, real_BT)
         with torch.no_grad():
             mean_square_D = (x_BTD.square() * real_BT1).sum((0, 1)) / real_BT1.sum()
-            self.mean_square.lerp_(mean_square_D, self._next_rate())
+        self._follow([self.mean_square], [mean_square_D])
         # torch gives `apply` no type.
         scaled: Tensor = _PowerScale.apply(x_BTD, scale_D, real_BT1, self.nu, self.rate)  # type: ignore[no-untyped-call]
         return scaled * self.weight + self.bias
@@ -153,7 +159,8 @@ class _PowerScale(torch.autograd.Function):
         count, real_y_BTD = real_BT1.sum(), y_BTD * real_BT1
         square_D = real_y_BTD.square().sum((0, 1)) / count
         product_D = (grad_BTD * real_y_BTD).sum((0, 1)) / count
-        ctx.nu_D.mul_(1 - ctx.rate * square_D).add_(product_D, alpha=ctx.rate)
+        next_D = (ctx.nu_D * (1 - ctx.rate * square_D)).add(product_D, alpha=ctx.rate)
+        ctx.nu_D.copy_(torch.where(next_D.isfinite().all(), next_D, ctx.nu_D))
         return out_BTD, None, None, None, None
 
 
