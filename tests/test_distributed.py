@@ -455,3 +455,14 @@ def test_what_the_cluster_can_never_give_is_refused_at_once() -> None:
     require(Compute(workers=2), "a trial")
     assert num_groups(Compute(workers=2)) == 1
     assert num_groups(Compute()) == 2
+
+
+def test_fewer_gpus_than_workers_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker takes a GPU where there is any; Ray would wait for the second."""
+    have = {"CPU": 8.0, "GPU": 1.0}
+    monkeypatch.setattr("vinedresser.distributed.resources.of_cluster", lambda: have)
+    with pytest.raises(MachineError, match=r"wants 2 GPU, the cluster has 1 .* compute.device=cpu"):
+        require(Compute(workers=2), "a run")
+    assert num_groups(Compute(workers=2)) == 0
+    require(Compute(workers=2, device="cpu"), "a run")
+    assert num_groups(Compute(workers=2, device="cpu")) == 4

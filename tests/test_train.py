@@ -525,6 +525,13 @@ class TestFreezing:
 
 
 class TestPlace:
+    def test_a_worker_computes_on_the_gpu_that_it_was_given(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        assert place(Compute(workers=4), rank=1).device == torch.device("cuda", 3)
+        assert place(Compute(workers=4, device="cpu"), rank=1).device == torch.device("cpu")
+
     def test_resolves_what_is_here(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         found = place(Compute(threads=1, precision="fp32", workers=2), rank=1)

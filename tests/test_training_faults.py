@@ -26,11 +26,17 @@ from vinedresser.data.batches.stream import Batches, load_split
 from vinedresser.data.shards.shard_set import ShardSet, prepare, tokenizers
 from vinedresser.decode import length_limits
 from vinedresser.distributed import Site, execute, train
-from vinedresser.errors import BusyError, DivergedError, MachineError
+from vinedresser.errors import (
+    BusyError,
+    DivergedError,
+    InterruptedRunError,
+    MachineError,
+)
 from vinedresser.evaluate import evaluate
 from vinedresser.run import Outcome, Run, finished, run_folder, tell_changes
 from vinedresser.tracking import NullTracker, store_for
 from vinedresser.tracking.store import initialise
+from vinedresser.train import JUDGING, STORING, Clock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -464,7 +470,7 @@ def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
         "told": [(2, "judged"), (2, "judged"), (2, 0)],
     }
     words = script(RANKS, config, reversal, tmp_path, json.dumps(parts))
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=280)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=580)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two, both, told = (nats_of(tmp_path / name) for name in parts)
     assert sorted(one) == sorted(two) == sorted(both) == list(range(1, 25))
@@ -489,6 +495,36 @@ def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
     ends = [json.loads(path.read_text()) for path in tmp_path.glob("t*/runs/*/outcome.json")]
     assert len(ends) == 2
     assert ends[0]["history"] == ends[1]["history"]
+
+
+@pytest.mark.slow
+def test_t14_three_workers_go_on_with_the_same_bits(reversal, tmp_path):
+    """Sums of three addends depend on their order, which DDP must not change on its way."""
+    config = experiment(reversal, **{"batch.per_update": 3, "batch.tokens": 80})
+    parts = {"whole": [(3, 0)], "killed": [(3, 12), (3, 0)]}
+    words = script(RANKS, config, reversal, tmp_path, json.dumps(parts))
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=580)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, killed = (nats_of(tmp_path / name) for name in parts)
+    assert sorted(whole) == list(range(1, 25))
+    assert killed == whole
+    ends = [json.loads(path.read_text()) for path in tmp_path.glob("*/runs/*/outcome.json")]
+    assert ends[0]["history"] == ends[1]["history"]
+
+
+def test_t10_an_evaluation_that_is_made_up_for_has_its_time(reversal, tmp_path, monkeypatch):
+    config = experiment(reversal)
+    told = a_run(config, reversal, tmp_path)
+    told.judge.judge = lambda *_: (_ for _ in ()).throw(InterruptedRunError("told to stop"))
+    with pytest.raises(InterruptedRunError):
+        told.execute()
+    beats = []
+    monkeypatch.setattr(Clock, "beat", lambda _, step, patience=1.0: beats.append((step, patience)))
+    a_run(config, reversal, tmp_path).execute()
+    assert beats[:3] == [(8, JUDGING), (8, STORING), (9, 1.0)]
+    judged = [step for step, patience in beats if patience == JUDGING]
+    assert judged == [8, 16, 24]
+    assert [step for step, patience in beats if patience == STORING] == [8, 10, 15, 20]
 
 
 def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):

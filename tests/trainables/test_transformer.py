@@ -395,3 +395,8 @@ def test_head_removal_never_changes_the_head_dimension():
 def test_what_does_not_fit_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         SMALL.override(changes)
+
+
+def test_one_table_for_two_vocabularies_is_a_users_mistake():
+    with pytest.raises(ConfigError, match="model: tie: all needs a joint vocabulary"):
+        VASWANI.override({"tie": "all"}).instantiate(Vocabulary(5, 6))

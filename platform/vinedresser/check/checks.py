@@ -85,7 +85,7 @@ class _Subject:
         """The model as a run has it before its first update, in training mode."""
         experiment = self.experiment
         seed_step(experiment.seed, 0, 0)
-        model = config.build(self.vocabulary)
+        model = config.instantiate(self.vocabulary)
         if is_warm and experiment.init is not None:
             bundle = load_bundle(Path(experiment.init))
             refuse_other_pieces(bundle, *self.encoders)

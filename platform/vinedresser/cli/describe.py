@@ -60,9 +60,11 @@ def describe(what: str, overrides: list[str], workspace: Path, *, as_json: bool)
         model, task = experiment.model, experiment.task
     vocabulary, note = _vocabulary(sizes, task, workspace)
     try:
-        built = model.build(vocabulary)
-    except ValueError as error:
-        raise ConfigError(f"{what}: {error}; sizes are keys: joint=true, source=8000") from None
+        built = model.instantiate(vocabulary)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{what}: {error.args[0]}; sizes are keys: joint=true, source=8000"
+        ) from None
     return _show_model(what, model, built, vocabulary, note, as_json=as_json)
 
 

@@ -44,6 +44,17 @@ class ModelConfig(Section):
         """The model with fresh weights, drawn from torch's global generator."""
         raise NotImplementedError
 
+    def instantiate(self, vocabulary: "Vocabulary") -> "Seq2Seq":
+        """What `build` makes, for a user's own settings and corpus.
+
+        Raises:
+            ConfigError: the model refuses them, such as one table for two vocabularies.
+        """
+        try:
+            return self.build(vocabulary)
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from error
+
     @model_validator(mode="before")
     @classmethod
     def _without_kind(cls, value: Any) -> Any:

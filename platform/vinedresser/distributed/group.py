@@ -10,7 +10,9 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.torch
 import ray.tune
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
@@ -20,7 +22,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from vinedresser.attempt import ask, listen
 from vinedresser.config import Experiment
 from vinedresser.distributed.failures import STARTS, NoRoomError, OwnPolicy, cause
-from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, num_groups, of_cluster, require
+from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, is_on_gpus, num_groups, require
 from vinedresser.distributed.site import Site
 from vinedresser.distributed.telling import FileTell, relaying
 from vinedresser.distributed.words import hearing, write_words
@@ -122,9 +124,7 @@ def _fewer(experiment: Experiment) -> Experiment | None:
 
 def _train(experiment: Experiment, site: Site, folder: Path, tell: Tell) -> None:
     compute = experiment.compute
-    is_cuda = compute.device == "cuda" or (
-        compute.device == "auto" and bool(of_cluster().get("GPU", 0))
-    )
+    is_cuda = is_on_gpus(compute)
     context = ray.tune.get_context()
     in_trial = context is not None and bool(context.get_trial_id())
     # The trial holds a share of a CPU itself: without room for it the group would wait for ever.
@@ -186,6 +186,9 @@ def work(config: Mapping[str, Any]) -> None:
     mine = {} if group is None else {GROUP: group.id.hex()}
     folder = Path(config["folder"])
     write_words(folder, rank)
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
         execute(
             Experiment.from_json(config["experiment"]),

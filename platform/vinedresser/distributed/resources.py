@@ -29,9 +29,10 @@ def require(compute: Compute, what: str) -> None:
     have, wanted = of_cluster(), _wanted(compute)
     for name, count in wanted.items():
         if count > have.get(name, 0):
+            lower = "compute.threads" if name == "CPU" else "set compute.device=cpu"
             raise MachineError(
                 f"{what} wants {count} {name}, the cluster has {have.get(name, 0):g} in all; "
-                "lower compute.workers or compute.threads, or name a larger cluster"
+                f"lower compute.workers or {lower}, or name a larger cluster"
             )
 
 
@@ -41,9 +42,15 @@ def num_groups(compute: Compute) -> int:
     return min(int(have.get(name, 0) // count) for name, count in _wanted(compute).items())
 
 
+def is_on_gpus(compute: Compute) -> bool:
+    """Whether each worker of a group takes a GPU: where there are any, unless told otherwise."""
+    has_any = bool(of_cluster().get("GPU", 0))
+    return compute.device == "cuda" or (compute.device == "auto" and has_any)
+
+
 def _wanted(compute: Compute) -> dict[str, int]:
     wanted = {"CPU": compute.workers * compute.threads}
-    return wanted | ({"GPU": compute.workers} if compute.device == "cuda" else {})
+    return wanted | ({"GPU": compute.workers} if is_on_gpus(compute) else {})
 
 
 def release_group(report: Mapping[str, Any]) -> None:

@@ -105,7 +105,7 @@ class Run:
         self.tokenizers = tokenizers(shards)
         seed_step(experiment.seed, 0, 0)
         joint = shards.task.has_joint_vocabulary
-        self.model = experiment.model.build(vocabulary_of(*self.tokenizers, joint=joint))
+        self.model = experiment.model.instantiate(vocabulary_of(*self.tokenizers, joint=joint))
         if experiment.init is not None:
             bundle = load_bundle(Path(experiment.init))
             refuse_other_pieces(bundle, *self.tokenizers)
@@ -198,7 +198,9 @@ class Run:
         with contextlib.closing(batches), self.clock:
             # A run that was stopped at an evaluation makes up for it first.
             if start in effects.evaluate_at and self.judge.step < start:
+                self.clock.beat(start, patience=JUDGING)
                 effects.evaluate(start)
+            self.clock.beat(start, patience=STORING)
             self.window.restart()
             self.teller(start, {})
             fit(self._counted(steps), self.averaged, self.window, effects)
@@ -212,7 +214,8 @@ class Run:
                 self.diagnosis.begin(step.nats, step.tokens)
             self.pace.add(step.own_seconds)
             is_stored = step.index % self.experiment.checkpoint_every == 0
-            patience = JUDGING if step.index in judged else STORING if is_stored else 1.0
+            is_judged = step.index in judged and not step.is_last
+            patience = JUDGING if is_judged else STORING if is_stored or step.is_last else 1.0
             self.clock.beat(step.index, patience=patience)
             yield step
 

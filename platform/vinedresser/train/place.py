@@ -75,7 +75,10 @@ def place(compute: Compute, *, rank: int = 0) -> Place:
     has_cuda, encoder = torch.cuda.is_available(), None
     if compute.device == "cuda" and not has_cuda:
         raise MachineError("compute.device is cuda but no GPU is here; use compute.device=cpu")
-    device = torch.device("cuda" if has_cuda and compute.device != "cpu" else "cpu")
+    device = torch.device("cpu")
+    if has_cuda and compute.device != "cpu":
+        # The one that this process was given: workers of a group see all of their machine.
+        device = torch.device("cuda", torch.cuda.current_device())
     if compute.devices:
         device, encoder = (_device(n) for n in (compute.devices.decoder, compute.devices.encoder))
     torch.set_num_threads(compute.threads)

@@ -134,7 +134,9 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
     """
     trainee: nn.Module = Trainee(model, experiment.objective)
     if place.workers > 1:
-        trainee = DistributedDataParallel(trainee)
+        # DDP sorts its buckets anew after its first update, in each process that resumes too. Two
+        # addends commute; three are rounded by the ring in the order of the buckets.
+        trainee = DistributedDataParallel(trainee, find_unused_parameters=place.workers > 2)
     updater = _Updater(trainee, place, experiment.seed, monitor)
     parameters = [p for p in model.parameters() if p.requires_grad]
     count = experiment.batches_a_rank
