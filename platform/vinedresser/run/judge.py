@@ -1,6 +1,7 @@
 """Judge: the averaged weights on the dev split, decoded; what is best so far and what was seen."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from vinedresser.data.batches.stream import in_order, load_split
 from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.diagnostics.attention import AttentionWatch, Tokenizers
 from vinedresser.diagnostics.conditioning import conditioning_gap
+from vinedresser.errors import TrainingError
 from vinedresser.evaluate import Evaluated, evaluate
 from vinedresser.metrics import is_better, is_lower_better, measure, worst
 from vinedresser.nn.gates import head_gates
@@ -78,6 +80,7 @@ class Judge:
 
         Raises:
             InterruptedRunError: `should_stop` said so; nothing has changed.
+            TrainingError: at the last step, if the loss on dev was finite at none.
         """
         task = self._experiment.task
         self.model.load_state_dict(weights)
@@ -96,7 +99,7 @@ class Judge:
         scores = evaluated.scores
         return {
             f"dev/{task.metric}": scores.value,
-            f"best/{task.metric}": float(self.best_scores[task.metric]),
+            f"best/{task.metric}": float(self.best_scores.get(task.metric, math.nan)),
             "dev/teacher_forced_nats": scores.teacher_forced_nats,
             "dev/teacher_forced_error": scores.teacher_forced_error,
             "dev/exposure_gap": self._gap(evaluated),
@@ -122,9 +125,17 @@ class Judge:
         so_far = float(self.best_scores.get(metric, worst(metric)))
         # Gates are still closing while the metric is at its best: with gates the last weights
         # ship, without them the best by the inferred metric (methods.md 13).
-        if gates or is_better(metric, scores.value, so_far) or not self.best:
+        is_best = gates or is_better(metric, scores.value, so_far) or not self.best
+        # Weights that are not finite decode to something too: they never ship (fault T01).
+        if is_best and math.isfinite(scores.teacher_forced_nats):
             self.best = {name: t.clone() for name, t in weights.items()}
             self.best_step, self.best_scores = step, scores.to_json()
+        if step == self._experiment.steps and not self.best:
+            raise TrainingError(
+                f"step {step}: no model to ship, the teacher-forced loss on dev was finite at none "
+                f"of {len(self.history)} evaluations; lower optim.lr or optim.clip_norm, or "
+                "lengthen optim.warmup_steps"
+            )
         return {"dev/heads": heads} if gates else {}
 
     def _attention(self, step: int) -> Mapping[str, float]:
