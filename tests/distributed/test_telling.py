@@ -1,12 +1,13 @@
 """What a worker writes is what the waiting process is told, each log line once."""
 
+import logging
 import time
 from pathlib import Path
 
 import pytest
 
 from vinedresser.distributed import telling
-from vinedresser.distributed.telling import FileTell, relaying
+from vinedresser.distributed.telling import FileTell, relaying, write_words
 from vinedresser.train import Best, Progress, untold
 
 
@@ -68,3 +69,22 @@ def test_a_folder_that_takes_no_file_does_not_end_the_run(tmp_path: Path):
     with relaying(tmp_path / "gone", untold):
         pass
     assert not (tmp_path / "gone").exists()
+
+
+def test_words_are_heard_to_the_last_and_older_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(telling, "_EVERY", 1e9)  # the look at the end is the only one
+    words, log = tmp_path / "workers.log", logging.getLogger("vinedresser")
+    words.write_text('{"rank": 0, "level": 40, "text": "older"}\n')
+    with caplog.at_level(logging.INFO, "vinedresser"):
+        with relaying(tmp_path, untold):
+            write_words(tmp_path, 1)
+            log.warning("a disk is slow")
+            log.removeHandler(log.handlers[-1])
+            with words.open("a") as stream:
+                stream.write('{"rank": 0, "lev')
+        said = [(record.levelno, record.getMessage()) for record in caplog.records]
+    assert said == [
+        (logging.WARNING, "a disk is slow"), (logging.WARNING, "rank 1: a disk is slow")
+    ]  # fmt: skip

@@ -1,7 +1,7 @@
 """One experiment on N workers -> Outcome. N = 1 runs in this process, without a worker group.
 
 site.py says where, host.py trains, worker.py is one worker, group.py is Ray Train, failures.py is
-what may be tried again, telling.py how far a group is. Importing imports no ray.
+what may be tried again, telling.py what workers tell. Importing imports no ray.
 """
 
 from vinedresser.distributed.host import train

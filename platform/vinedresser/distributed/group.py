@@ -24,8 +24,7 @@ from vinedresser.config import Experiment
 from vinedresser.distributed.failures import STARTS, NoRoomError, OwnPolicy, cause
 from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, is_on_gpus, num_groups, require
 from vinedresser.distributed.site import Site
-from vinedresser.distributed.telling import FileTell, relaying
-from vinedresser.distributed.words import hearing, write_words
+from vinedresser.distributed.telling import FileTell, relaying, write_words
 from vinedresser.distributed.worker import execute
 from vinedresser.errors import InterruptedRunError, VinedresserError
 from vinedresser.train import Tell, untold
@@ -155,7 +154,7 @@ def _train(experiment: Experiment, site: Site, folder: Path, tell: Tell) -> None
         ),
     )
     try:
-        with _lean(), relaying(folder, tell), hearing(folder):
+        with _lean(), relaying(folder, tell):
             trainer.fit()
     except VinedresserError:
         raise
