@@ -100,3 +100,23 @@ def test_what_was_found_before_a_crash_is_shown(
     assert "batch invariance" in out
     assert "data: " in out  # its pointer
     assert "failed in" not in out
+
+
+@pytest.mark.parametrize("trials", [1, 6])
+def test_of_a_study_the_time_is_said_to_be_of_one_trial(
+    trials: int,
+    tiny_study: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from vinedresser.check import Check
+    from vinedresser.cli import check as verb
+    from vinedresser.config import Experiment
+
+    experiment = Experiment.from_json(tiny_study["base"])
+    monkeypatch.setattr(verb, "checks", lambda *_a, **_k: iter([Check("time", True, "1 h", "")]))
+    assert verb.check(experiment, tmp_path, print, price=0, trials=trials, as_json=False)
+    out = capsys.readouterr().out
+    assert ("a sweep of 6 takes up to 6 times that" in out) == (trials == 6)
+    assert out.splitlines()[-1].startswith("all passed")

@@ -21,11 +21,12 @@ _WORDS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("open", "ye
 
 
 def check(
-    experiment: Experiment, workspace: Path, say: Say, *, price: float, as_json: bool
+    experiment: Experiment, workspace: Path, say: Say, *, price: float, trials: int, as_json: bool
 ) -> bool:
     """Prepares the shards and prints the table; false if a check failed.
 
-    Writes nothing but the shards, which `train` takes as they are.
+    Writes nothing but the shards, which `train` takes as they are. Time and cost are of one run:
+    where the experiment is the base of a study of several `trials`, that is said.
     """
     since = time.perf_counter()
     shards = prepare(experiment.task, workspace / "shards", say=say)
@@ -48,6 +49,11 @@ def check(
         print_json({"passed": passed, "seconds": seconds, "checks": [asdict(c) for c in found]})
     else:
         _show(experiment, found)
+        if trials > 1:
+            Console().print(
+                f"[dim]time and cost[/]: of one trial; a sweep of {trials} takes up to {trials} "
+                "times that", highlight=False, soft_wrap=True,
+            )  # fmt: skip
         _sum_up(found, seconds)
     return passed
 

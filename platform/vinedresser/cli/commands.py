@@ -131,11 +131,13 @@ def check(
     Trains for about a minute and keeps nothing of it. Exit code 4 if a check fails.
     """
     from vinedresser.cli.check import check as run_checks
-    from vinedresser.config import Experiment
+    from vinedresser.config import Experiment, resolve
     from vinedresser.study import Study
 
-    value = _resolve(experiment, [Experiment, Study], overrides, "base")
-    if not run_checks(value, workspace, _Say(), price=price, as_json=as_json):
+    kinds: list[Any] = [Experiment, Study]
+    value = _resolve(experiment, kinds, overrides, "base")
+    trials = getattr(resolve(experiment, kinds), "num_trials", 1)
+    if not run_checks(value, workspace, _Say(), price=price, trials=trials, as_json=as_json):
         raise typer.Exit(4)
 
 
