@@ -1,5 +1,6 @@
 """A run that was killed and started again is the run that was not."""
 
+import shutil
 import signal
 import subprocess
 from dataclasses import replace
@@ -23,7 +24,7 @@ from vinedresser.config import Experiment
 from vinedresser.data.shards.shard_set import open_shards
 from vinedresser.errors import DamagedError
 from vinedresser.evaluate import Evaluated
-from vinedresser.run import finished, judge, run_key
+from vinedresser.run import finished, judge, run_folder, run_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,6 +96,18 @@ def test_a_finished_run_is_recognised(whole, reversal, tmp_path):
     (run.folder / "outcome.json").write_text(text)
     (run.folder / "bundle" / "manifest.json").unlink()
     assert finished(run.folder) is None
+
+
+def test_a_finished_run_is_recognised_where_it_was_moved_or_copied_to(whole, reversal, tmp_path):
+    outcome = a_run(whole[0], reversal, tmp_path / "old").execute()
+    for renamed, name in ((shutil.copytree, "copied"), (shutil.move, "moved")):
+        renamed(tmp_path / "old", tmp_path / name)
+        folder = run_folder(whole[0], reversal, tmp_path / name)
+        bundle = folder / "bundle"
+        found = finished(folder)
+        assert found == replace(outcome, folder=str(folder), bundle=str(bundle))
+        assert found.final_report["run/bundle"] == str(bundle)
+    assert finished(Path(outcome.folder)) is None
 
 
 def test_the_best_by_the_inferred_metric_ships(reversal, tmp_path, monkeypatch):

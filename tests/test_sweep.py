@@ -25,6 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from vinedresser import tracking
+from vinedresser.commit import commit
 from vinedresser.data.shards.shard_set import ShardSet
 from vinedresser.distributed import Site
 from vinedresser.errors import BusyError, ConfigError, TrainingError
@@ -251,9 +252,9 @@ def board(store: Store) -> list[RunRow]:
 def search(tmp_path: Path, reversal: ShardSet, tiny_study: dict[str, Any]) -> Any:
     """Runs a changed tiny study; the outcome and what was said."""
 
-    def run(**changes: Any) -> tuple[SweepOutcome, list[str]]:
+    def run(workspace: Path = tmp_path, **changes: Any) -> tuple[SweepOutcome, list[str]]:
         study, said = Study.from_json(tiny_study).override(changes), list[str]()
-        site = site_of(tmp_path, reversal)
+        site = site_of(workspace, reversal)
         return sweep(study, site, shards_digest=reversal.digest, say=said.append), said
 
     return run
@@ -302,6 +303,40 @@ def test_hopeless_trials_are_stopped_and_everything_is_on_record(
     with FileLock(Path(outcome.folder) / ".lock"), pytest.raises(BusyError, match="wait"):
         search(**changes)
 
+    # In a workspace that was moved nothing is trained again, whether its outcome is there or not.
+    new = tmp_path / "moved"
+    entries = list(tmp_path.iterdir())
+    new.mkdir()
+    for entry in entries:
+        entry.rename(new / entry.name)
+    moved, said = search(new, **changes)
+    assert said == [f"{Path(outcome.folder).name}: unchanged, 5 trials known"]
+    assert moved.folder == str(new / Path(outcome.folder).relative_to(tmp_path))
+    there = [t.bundle and str(new / Path(t.bundle).relative_to(tmp_path)) for t in outcome.trials]
+    assert [t.bundle for t in moved.trials] == there
+    assert all(Path(trial.bundle).is_dir() for trial in moved.complete)
+    (Path(moved.folder) / "outcome.json").unlink()
+    assert search(new, **changes)[0] == moved
+
+
+def test_a_study_is_named_by_the_content_that_it_starts_from(
+    reversal: ShardSet, tiny_study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def folder_of(init: Path) -> str:
+        study = Study.from_json(tiny_study).override({"base.init": str(init)})
+        site = site_of(tmp_path, reversal)
+        return str(sweep(study, site, shards_digest=reversal.digest, say=print))
+
+    # What runs the trials tells the folder instead.
+    monkeypatch.setattr("vinedresser.sweep.search._sweep", lambda *given: given[2].name)
+    for name in ("one", "two"):
+        with commit(tmp_path / name) as staging:
+            (staging.path / "weights").write_text(name)
+    before = folder_of(tmp_path / "one")
+    assert folder_of(tmp_path / "two") != before
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert folder_of(tmp_path / "moved") == before
+
 
 @pytest.mark.slow
 @pytest.mark.ray
@@ -317,7 +352,7 @@ def test_a_failing_trial_says_why_and_the_search_goes_on(search: Any, tmp_path: 
     assert outcome.complete
     assert all(trial.params["optim.lr"] == 1e30 for trial in failed)
     assert all("lower optim.lr" in trial.reason and "\n" not in trial.reason for trial in failed)
-    # Equal proposals are one run: from the fourth attempt on it is refused, with the same reason.
+    # Equal proposals are one run: its fourth attempt is refused, with the same reason.
     told = [line for line in said if "failed: " in line]
     assert len(told) == len(failed)
     assert all("step 2: loss nan" in line for line in told)

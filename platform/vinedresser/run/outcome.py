@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,18 @@ def run_folder(experiment: Experiment, shards: ShardSet, workspace: Path) -> Pat
 
 
 def finished(folder: Path) -> Outcome | None:
-    """The outcome of a run that ended well, else None."""
+    """The outcome of a run that ended well, else None.
+
+    Its paths are those of now: the workspace may have been moved or copied since.
+    """
+    bundle = folder / "bundle"
     try:
         outcome = Outcome(**json.loads((folder / "outcome.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return outcome if is_committed(Path(outcome.bundle)) else None
+    if not is_committed(bundle):
+        return None
+    return replace(outcome, folder=str(folder), bundle=str(bundle))
 
 
 def clear(folder: Path) -> None:

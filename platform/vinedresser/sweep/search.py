@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -29,7 +29,8 @@ def sweep(study: Study, site: Site, *, shards_digest: str, say: Say) -> SweepOut
     """
     content = {**study.model_dump(mode="json"), "name": "", "task": shards_digest}
     if study.base.init is not None:
-        content["init"] = verify(Path(study.base.init)).digest
+        # By content in the place of its path, as in the key of a run.
+        content["base"] = {**content["base"], "init": verify(Path(study.base.init)).digest}
     key = digest_of(content)
     folder = Path(site.workspace) / "sweeps" / f"{study.name}-{key[:12]}"
     make_folder(folder)
@@ -39,22 +40,30 @@ def sweep(study: Study, site: Site, *, shards_digest: str, say: Say) -> SweepOut
     except Timeout:
         raise BusyError(f"sweep {folder.name} is run by another process; wait for it") from None
     try:
-        return _finished(folder, say) or _sweep(study, site, folder, key, say)
+        return _finished(folder, Path(site.workspace), say) or _sweep(study, site, folder, key, say)
     finally:
         lock.release()
 
 
-def _finished(folder: Path, say: Say) -> SweepOutcome | None:
+def _finished(folder: Path, workspace: Path, say: Say) -> SweepOutcome | None:
     try:
         plain = json.loads((folder / "outcome.json").read_text())
     except (OSError, ValueError):
         return None
-    trials = [TrialRow(**row) for row in plain.pop("trials")]
-    outcome = SweepOutcome(**plain, trials=trials)
+    trials = [_present(TrialRow(**row), workspace) for row in plain.pop("trials")]
+    outcome = SweepOutcome(**{**plain, "folder": str(folder)}, trials=trials)
     if not all(Path(trial.bundle).is_dir() for trial in outcome.complete):
         return None
     say(f"{folder.name}: unchanged, {len(trials)} trials known")
     return outcome
+
+
+def _present(trial: TrialRow, workspace: Path) -> TrialRow:
+    """A trial with its bundle where it is now: the workspace may have been moved since."""
+    if not trial.bundle:
+        return trial
+    run = Path(trial.bundle).parent.name
+    return replace(trial, bundle=str(workspace / "runs" / run / "bundle"))
 
 
 def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepOutcome:
@@ -72,7 +81,8 @@ def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepO
                 run_trials(study, children, folder, searcher_for(study, storage), count, say)
             finally:
                 _end_trials(children)
-        trials = rank(counted(opened.get_trials()), metric)
+        ranked = rank(counted(opened.get_trials()), metric)
+        trials = [_present(trial, Path(site.workspace)) for trial in ranked]
         if len(trials) < study.num_trials:
             raise InterruptedRunError(
                 f"{folder.name}: stopped after {len(trials)} of {study.num_trials} trials; the "
