@@ -22,7 +22,7 @@ from vinedresser.config import Experiment
 from vinedresser.data.shards.shard_set import ShardSet, tokenizers
 from vinedresser.data.tokenizers.tokenizer import NUM_SPECIAL, Symbols
 from vinedresser.decode import beam_search, greedy
-from vinedresser.errors import DamagedError, DataError
+from vinedresser.errors import ConfigError, DamagedError, DataError
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.gates import head_gates
 from vinedresser.prune import count_heads, pruning_experiment
@@ -212,7 +212,7 @@ class TestWarmStart:
 
     def test_every_weight_is_taken(self, bundle, experiment, reversal):
         model = built(experiment, reversal, seed=5)
-        account = warm_start(model, bundle)
+        account = warm_start(model, bundle, experiment.model)
         for name, tensor in bundle.model.state_dict().items():
             assert torch.equal(model.state_dict()[name], tensor)
         assert account == f"warm start: {len(model.state_dict())} tensors of {bundle.folder}"
@@ -224,8 +224,9 @@ class TestWarmStart:
         config = pruning_experiment(bundle, {"objective.l0": 0.5}, kinds=["enc_self", "dec_enc"])
         assert config.init == str(bundle.folder)
         model = built(config, reversal, seed=5)
-        account = warm_start(model, bundle)
+        account = warm_start(model, bundle, config.model)
         assert "2 gates, fresh and open: encoder.0.enc_self.gates" in account
+        assert "1 of the model's settings changed: concrete_heads [] -> ['enc_self'" in account
         assert len(head_gates(model)) == 2
         assert all(h.kept == h.total and not h.undecided for h in count_heads(model).values())
         source = pad_ids([[4, 5, 6, EOS], [7, EOS]])
@@ -244,20 +245,22 @@ class TestWarmStart:
     def test_what_does_not_fit_is_refused_and_left_alone(
         self, bundle, experiment, reversal, changes, message
     ):
-        model = built(experiment.override(changes), reversal, seed=5)
+        config = experiment.override(changes)
+        model = built(config, reversal, seed=5)
         before = {name: t.clone() for name, t in model.state_dict().items()}
         with pytest.raises(DataError, match=message + r".*use the same model section"):
-            warm_start(model, bundle)
+            warm_start(model, bundle, config.model)
         assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
 
     def test_a_part_is_taken_on_request_with_an_account_of_the_rest(
         self, bundle, experiment, reversal
     ):
         wide = {"model.d_ff": 64, "model.encoder_layers": 2, "model.norm": "post"}
-        model = built(experiment.override(wide), reversal, seed=5)
+        config = experiment.override(wide)
+        model = built(config, reversal, seed=5)
         before = {name: t.clone() for name, t in model.state_dict().items()}
         given = bundle.model.state_dict()
-        account = warm_start(model, bundle, partial=True).splitlines()
+        account = warm_start(model, bundle, config.model, partial=True).splitlines()
         taken = 0
         for name, tensor in model.state_dict().items():
             fits = name in given and given[name].shape == tensor.shape
@@ -272,10 +275,70 @@ class TestWarmStart:
             f"{len(missing)} missing there, fresh",
             f"{len(names) - len(missing) - taken} of another shape, fresh",
             f"{len(unknown)} unknown here, left out",
+            "3 of the model's settings changed",
         ]
         assert missing[0] in account[1]
         assert re.search(r"encoder\.0\.feed_forward\.\S+ \d+x\d+ for 64x\d+", account[2])
         assert unknown[0] in account[3]
+        assert account[4].endswith("d_ff 32 -> 64, encoder_layers 1 -> 2, norm pre -> post")
+
+    @pytest.mark.parametrize("heads", [1, 4])
+    def test_other_heads_are_refused_and_taken_on_request(
+        self, bundle, experiment, reversal, heads
+    ):
+        """All shapes are equal, the function is not."""
+        config = experiment.override({"model.num_heads": heads})
+        model = built(config, reversal, seed=5)
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        with pytest.raises(
+            ConfigError,
+            match=rf"model\.num_heads: found {heads}, \S+ has 2, .*Fix: model\.num_heads=2, or",
+        ):
+            warm_start(model, bundle, config.model)
+        assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+        account = warm_start(model, bundle, config.model, partial=True).splitlines()
+        assert account[1:] == [f"  1 of the model's settings changed: num_heads 2 -> {heads}"]
+        source = pad_ids([[4, 5, 6, EOS], [7, EOS]])
+        states = [m.encode(*source).states_BSD for m in (model, bundle.model)]
+        assert not torch.allclose(*states, atol=0.1)
+
+    def test_settings_of_equal_shapes_are_told_and_dropout_is_not(
+        self, bundle, experiment, reversal
+    ):
+        changes = {"activation": "gelu", "positions": "none", "dropout": 0.3}
+        config = experiment.override({f"model.{key}": value for key, value in changes.items()})
+        account = warm_start(built(config, reversal), bundle, config.model).splitlines()
+        wanted = "activation relu -> gelu, positions sinusoidal -> none"
+        assert account[1:] == [f"  2 of the model's settings changed: {wanted}"]
+
+    @pytest.mark.parametrize("partial", [False, True])
+    def test_different_tensors_do_not_become_one(self, experiment, reversal, tmp_path, partial):
+        untied = experiment.override({"model.tie": "none"})
+        saved = save_bundle(
+            tmp_path / "untied",
+            experiment=untied,
+            weights=built(untied, reversal).state_dict(),
+            tokenizers=tokenizers(reversal),
+            scores={},
+        )
+        model = built(experiment, reversal, seed=5)
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        message = (
+            r"target_embedding\.weight and output\.weight are one tensor here, and differ in .*"
+            r"untied; Fix: model\.tie=none"
+        )
+        with pytest.raises(ConfigError, match=message):
+            warm_start(model, load_bundle(saved), experiment.model, partial=partial)
+        assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+
+    def test_one_tensor_may_become_two(self, bundle, experiment, reversal):
+        config = experiment.override({"model.tie": "none"})
+        model = built(config, reversal, seed=5)
+        account = warm_start(model, bundle, config.model).splitlines()
+        assert account[1:] == ["  1 of the model's settings changed: tie output -> none"]
+        for name, tensor in bundle.model.state_dict().items():
+            assert torch.equal(model.state_dict()[name], tensor)
+        assert model.output.weight is not model.target_embedding.weight
 
 
 def test_a_bundle_of_other_pieces_is_refused(bundle):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vinedresser.commit import commit, verify
-from vinedresser.config import Experiment
+from vinedresser.config import Experiment, ModelConfig
 from vinedresser.data.batches.side import Side, join
 from vinedresser.data.tokenizers.tokenizer import (
     SourceEncoder,
@@ -25,7 +25,7 @@ from vinedresser.data.tokenizers.tokenizer import (
     load_tokenizer,
 )
 from vinedresser.decode import beam_search, greedy
-from vinedresser.errors import DataError
+from vinedresser.errors import ConfigError, DataError
 from vinedresser.model import Seq2Seq, Vocabulary
 
 FORMAT = 1
@@ -184,22 +184,29 @@ def refuse_other_pieces(bundle: Bundle, source: SourceEncoder, target: SourceEnc
             )
 
 
-def warm_start(model: Seq2Seq, bundle: Bundle, *, partial: bool = False) -> str:
+def warm_start(
+    model: Seq2Seq, bundle: Bundle, config: ModelConfig, *, partial: bool = False
+) -> str:
     """Copies a bundle's weights into a model (methods.md 76, 83).
 
     Head gates that the bundle does not have stay open, as built.
 
     Args:
-        model: with fresh weights.
+        model: with fresh weights; where they are refused, it is left alone.
         bundle: where from.
+        config: what built the model.
         partial: take what fits; the rest stays fresh.
 
     Returns:
-        The account: a line of counts, and one for each kind of tensor that was not taken.
+        The account: a line of counts, one for each kind of tensor that was not taken, and one of
+        the model's settings that are others than the bundle's, dropout aside: with equal shapes
+        the weights are taken, but may mean something else.
 
     Raises:
         DataError: a tensor is missing, unknown or of another shape, and `partial` is not set; or
             none fits.
+        ConfigError: the number of heads is another, and `partial` is not set; or what is one
+            tensor here are different ones there.
     """
     own, given = model.state_dict(), bundle.model.state_dict()
     fresh = [name for name in own if name not in given and name.endswith("gates.log_alpha")]
@@ -214,6 +221,8 @@ def warm_start(model: Seq2Seq, bundle: Bundle, *, partial: bool = False) -> str:
             f"({', '.join((missing + unknown + reshaped)[:3])}); use the same model section, or "
             "init_partial=true to take the rest"
         )
+    changed = _changed(bundle.experiment.model, config)
+    _refuse_other_function(model, bundle, matched, changed, partial=partial)
     with torch.no_grad():
         model.load_state_dict({**own, **matched})
     shapes = [f"{n} {_shape(given[n])} for {_shape(own[n])}" for n in reshaped]
@@ -222,10 +231,54 @@ def warm_start(model: Seq2Seq, bundle: Bundle, *, partial: bool = False) -> str:
         "missing there, fresh": missing,
         "of another shape, fresh": shapes,
         "unknown here, left out": unknown,
+        "of the model's settings changed": [f"{k} {a} -> {b}" for k, (a, b) in changed.items()],
     }
     lines = [f"warm start: {len(matched)} tensors of {bundle.folder}"]
     lines += [f"  {len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
     return "\n".join(lines)
+
+
+def _refuse_other_function(
+    model: nn.Module,
+    bundle: Bundle,
+    given: Mapping[str, Tensor],
+    changed: Mapping[str, tuple[Any, Any]],
+    *,
+    partial: bool,
+) -> None:
+    """Refuses weights that fit in shape and would be another function: see `warm_start`."""
+    if "num_heads" in changed and not partial:
+        there, here = changed["num_heads"]
+        raise ConfigError(
+            f"model.num_heads: found {here}, {bundle.folder} has {there}, and its weights cut into "
+            f"other heads are another function; Fix: model.num_heads={there}, or init_partial=true "
+            "to take them as they are"
+        )
+    if torn := _torn(model, given):
+        fix = f"model.tie={changed['tie'][0]}" if "tie" in changed else "the bundle's model section"
+        raise ConfigError(
+            f"init: {' and '.join(torn)} are one tensor here, and differ in {bundle.folder}; "
+            f"Fix: {fix}"
+        )
+
+
+def _changed(there: ModelConfig, here: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Key -> its values, of all that may change what a model computes in evaluation."""
+    before, now = there.to_json(), here.to_json()
+    keys = [key for key in {**now, **before} if "dropout" not in key]
+    return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
+
+
+def _torn(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
+    """The names of a tensor that is shared in the model and given with different values."""
+    shared: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in given:
+            shared.setdefault(parameter, []).append(name)
+    for names in shared.values():
+        if any(not torch.equal(given[name], given[names[0]]) for name in names[1:]):
+            return names
+    return []
 
 
 def _shape(tensor: Tensor) -> str:

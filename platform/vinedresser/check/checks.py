@@ -89,7 +89,7 @@ class _Subject:
         if is_warm and experiment.init is not None:
             bundle = load_bundle(Path(experiment.init))
             refuse_other_pieces(bundle, *self.encoders)
-            warm_start(model, bundle, partial=experiment.init_partial)
+            warm_start(model, bundle, config, partial=experiment.init_partial)
         return model.place(encoder=self.place.of_encoder, decoder=self.place.device).train()
 
     @property

@@ -109,7 +109,9 @@ class Run:
         if experiment.init is not None:
             bundle = load_bundle(Path(experiment.init))
             refuse_other_pieces(bundle, *self.tokenizers)
-            account = warm_start(self.model, bundle, partial=experiment.init_partial)
+            account = warm_start(
+                self.model, bundle, experiment.model, partial=experiment.init_partial
+            )
             if place.rank == 0:
                 _log.info("%s", account)
         if (frozen := freeze(self.model, experiment.optim.freeze)) and place.rank == 0:
