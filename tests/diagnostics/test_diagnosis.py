@@ -236,15 +236,17 @@ def test_a_finding_is_told_once_and_survives_a_checkpoint(caplog, reversal, tmp_
             diagnosis.note({"train/skipped_updates": step / 10}, step)
     assert len(caplog.records) == 1
     assert "1 updates were not finite" in caplog.text
-    assert tracker.tags == {"vinedresser.symptoms": "non_finite"}
+    assert tracker.tags["vinedresser.symptoms"] == "non_finite"
+    assert "**non_finite** at step 10: 1 updates" in tracker.tags["mlflow.note.content"]
     resumed = Diagnosis(run.model, facts, tracker, every=1)
     resumed.restore(json.loads(json.dumps(diagnosis.to_json())))
     with caplog.at_level(logging.WARNING, logger="vinedresser"):
         resumed.note({"train/skipped_updates": 4.0}, 40)
         resumed.tell(Finding("dead_units", "seen", "Do.", 41))
     assert len(caplog.records) == 2
-    assert tracker.tags == {"vinedresser.symptoms": "non_finite, dead_units"}
+    assert tracker.tags["vinedresser.symptoms"] == "non_finite, dead_units"
     assert tracker.artifacts["symptoms.md"].count("- **") == 2
+    assert tracker.tags["mlflow.note.content"] in tracker.artifacts["symptoms.md"]
     assert resumed.log.of("train/skipped_updates")[-1] == (40, 4.0)
 
 

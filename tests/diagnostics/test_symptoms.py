@@ -36,6 +36,7 @@ def healthy() -> dict[str, list[tuple[int, float]]]:
     series["dev/conditioning_error"] = [(s, 0.05) for s in evaluations]
     series["dev/exposure_gap"] = [(s, 20 - s / 100) for s in evaluations]
     series["dev/teacher_forced_error"] = [(s, 40 - s / 50) for s in evaluations]
+    series["best/per"] = [(s, 60 - 3 * s / 100) for s in evaluations]
     return series
 
 
@@ -85,6 +86,7 @@ PLANTED = {
     "exposure_gap": {
         "dev/exposure_gap": [(250, 5.0), (500, 9.0), (750, 13.0)],
         "dev/teacher_forced_error": [(250, 20.0), (500, 18.0), (750, 17.0)],
+        "best/per": [(250, 25.0), (500, 25.0), (750, 25.0)],
     },
     "update_ratio": {"update_ratio of encoder.0": late([0.3] * 5, 200)},
     "memory_growth": {"monitor/allocated_mb": [(s, 800 + 0.2 * s) for s in STEPS]},
@@ -123,6 +125,15 @@ NEARLY = {
         "dev/exposure_gap": [(250, 5.0), (500, 9.0), (750, 13.0)],
         "dev/teacher_forced_error": [(250, 40.0), (500, 25.0), (750, 15.0)],
     },
+    "a gap that grows while the metric gets better": {
+        "dev/exposure_gap": [(250, -2.0), (500, 0.0), (750, 5.0)],
+        "dev/teacher_forced_error": [(250, 83.0), (500, 80.0), (750, 78.0)],
+    },
+    "a gap that grows in the first half": {
+        "dev/exposure_gap": [(100, 5.0), (200, 9.0), (300, 13.0)],
+        "dev/teacher_forced_error": [(100, 80.0), (200, 78.0), (300, 77.0)],
+        "best/per": [(100, 85.0), (200, 85.0), (300, 85.0)],
+    },
     "no gap at the first evaluation": {"dev/conditioning_gap": [(250, 0.0), (750, 1.0)]},
     "caches that fill": {
         "monitor/allocated_mb": [(s, 300 + 500 * (1 - math.exp(-s / 20))) for s in STEPS]
@@ -137,6 +148,27 @@ NEARLY = {
 @pytest.mark.parametrize("name", NEARLY)
 def test_what_is_nearly_a_fault_is_none(name):
     assert rules({**healthy(), **NEARLY[name]}) == []
+
+
+# Measured: the pronunciation preset, two runs, every 16 updates.
+FILLING = [
+    [323, 403, 487, 492, 513, 530, 539, 564, 588, 601, 605, 652, 670, 685, 686, 688, 689, 701, 714,
+     717, 734, 736, 736, 744, 760, 779, 780, 781, 781, 783, 798, 803, 804, 804, 804, 805, 805, 809],
+    [352, 451, 498, 525, 530, 545, 581, 585, 588, 591, 607, 640, 655, 667, 683, 685, 689, 697, 703,
+     709, 712, 714, 719, 719, 732, 747, 781, 782, 784, 804, 804, 806, 806, 818, 819, 821, 821, 821],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("megabytes", FILLING)
+@pytest.mark.parametrize("leak", [0.0, 0.5])
+def test_a_cache_that_fills_is_no_leak_and_hides_none(megabytes, leak):
+    """At each line of the run; half a megabyte an update is found beside it."""
+    told = [
+        rules({"monitor/allocated_mb": [(16 * i, mb + leak * 16 * i) for i, mb in known]})
+        for known in (list(enumerate(megabytes, 1))[:n] for n in range(1, len(megabytes) + 1))
+    ]
+    assert told[-1] == (["memory_growth"] if leak else [])
+    assert leak or not any(told)
 
 
 def test_the_first_loss_is_held_against_ln_of_the_vocabulary():
@@ -166,6 +198,13 @@ def test_a_loss_that_stands_at_chance_is_not_blamed_on_the_source():
     series = {**healthy(), "dev/conditioning_gap": [(750, 0.0)]}
     series["train/nats_per_token"] = [(s, 8.98) for s in STEPS]
     assert rules(series) == ["loss_stuck"]
+
+
+def test_losses_that_were_never_finite_are_told_and_break_nothing():
+    series = {**healthy(), "train/skipped_updates": [(s, float(s)) for s in STEPS]}
+    for key in ("train/nats_per_token", "train/gradient_norm_max", "train/gradient_norm_mean"):
+        series[key] = [(s, math.nan) for s in STEPS]
+    assert rules(series) == ["non_finite"]
 
 
 def test_the_smallest_update_is_told():

@@ -25,6 +25,8 @@ _LEAST = 8
 # Artifacts of a run.
 SYMPTOMS, GRADIENTS, LAYERS = "symptoms.md", "monitors/gradients.png", "monitors/layers.png"
 TABLE = "monitors/layers.json"
+# The tag that MLflow's pages show as a run's description.
+_NOTE = "mlflow.note.content"
 
 
 class Diagnosis:
@@ -83,10 +85,12 @@ class Diagnosis:
         self.findings[found.rule] = found
         if is_aloud:
             _log.warning("%s", found)
-        told = self.findings.values()
-        self._tracker.tag({"vinedresser.symptoms": ", ".join(self.findings)})
-        lines = [f"- **{f.rule}** at step {f.step}: {f.text}. {f.advice}\n" for f in told]
-        self._tracker.text("# What is wrong with this run\n\n" + "".join(lines), SYMPTOMS)
+        told = "".join(
+            f"- **{f.rule}** at step {f.step}: {f.text}. {f.advice}\n"
+            for f in self.findings.values()
+        )
+        self._tracker.tag({"vinedresser.symptoms": ", ".join(self.findings), _NOTE: told})
+        self._tracker.text(f"# What is wrong with this run\n\n{told}", SYMPTOMS)
 
     def picture(self) -> None:
         """Stores the monitors as figures and as a table; nothing where nothing was seen."""
