@@ -20,9 +20,10 @@ from vinedresser.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from vinedresser.commit import file_digest
 from vinedresser.config import Experiment
 from vinedresser.data.shards.shard_set import open_shards
-from vinedresser.errors import DamagedError
+from vinedresser.errors import DamagedError, MachineError
 from vinedresser.evaluate import Evaluated
 from vinedresser.run import finished, judge, run_folder, run_key
 
@@ -82,6 +83,40 @@ def test_a_killed_process_is_resumed_by_another(whole, reversal, tmp_path):
     run = a_run(whole[0], reversal, tmp_path)
     assert (run.folder / "checkpoints" / "step-00000015").is_dir()
     assert ending(run, run.execute()) == whole[1]
+
+
+RANK = """
+import torch.distributed as dist
+rank, folder = int(sys.argv[4]), Path(sys.argv[5])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
+try:
+    a_run(folder, Place(torch.device("cpu"), None, rank, 2)).execute()
+except VinedresserError as error:
+    print(error.exit_code, error.args[0], flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_read_different_checkpoints_do_not_train(reversal, tmp_path):
+    """As where a machine cannot read the newest one, and passes it over."""
+    config = experiment(reversal, **{"compute.workers": 2})
+    one = experiment(reversal, **{"batch.per_update": 2})
+    first = killed_run(one, reversal, tmp_path, 16)
+    second = shutil.copytree(first, tmp_path / "second")
+    shutil.rmtree(second / "checkpoints" / "step-00000015")
+    ranks = [
+        subprocess.Popen(
+            script(RANK, config, reversal, tmp_path / "meeting", rank, folder),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, folder in enumerate((first, second))
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    for rank, step in ((0, 15), (1, 10)):
+        assert f"ranks read different checkpoints, rank {rank} that of step {step}. " in said[rank]
+        assert said[rank].startswith(f"3 {(first, second)[rank]}: ")
 
 
 def test_a_finished_run_is_recognised(whole, reversal, tmp_path):
@@ -146,6 +181,12 @@ class TestKey:
         assert run_key(experiment(reversal), again) == run_key(experiment(reversal), reversal)
 
 
+def fail_to_read(checkpoint: Path) -> None:
+    """From now on its manifest is an input/output error, as of a bad sector."""
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").symlink_to("/proc/self/mem")  # nothing is mapped at 0
+
+
 class TestCheckpoint:
     def checkpoint(self, step: int) -> Checkpoint:
         tensors = {"model": {"w": torch.full((2,), float(step))}, "best": {}}
@@ -200,6 +241,47 @@ class TestCheckpoint:
         for _ in range(2):
             with pytest.raises(DamagedError, match=r"step-00000010/state.*step-00000005/state"):
                 newest_checkpoint(tmp_path)
+
+    def test_one_that_the_disk_does_not_give_is_passed_over_and_stays(self, tmp_path, caplog):
+        save_checkpoint(tmp_path, self.checkpoint(5))
+        newest = save_checkpoint(tmp_path, self.checkpoint(10))
+        fail_to_read(newest)
+        for _ in range(2):
+            found = newest_checkpoint(tmp_path)
+            assert found is not None
+            assert found.step == 5
+        assert "input/output error" in caplog.text
+        assert "using step 5, 5 updates earlier" in caplog.text
+        # Its place is taken by the one that is written at its step.
+        assert save_checkpoint(tmp_path, self.checkpoint(10)) == newest
+        found = newest_checkpoint(tmp_path)
+        assert found is not None
+        assert found.step == 10
+
+    def test_where_the_disk_gives_none_it_is_told_of_each(self, tmp_path):
+        damaged = save_checkpoint(tmp_path, self.checkpoint(5))
+        (damaged / "state.json").write_text("{}")
+        fail_to_read(save_checkpoint(tmp_path, self.checkpoint(10)))
+        for _ in range(2):
+            with pytest.raises(MachineError, match=r"step-00000010.*input/output.*step-00000005"):
+                newest_checkpoint(tmp_path)
+        assert damaged.is_dir()
+
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_one_that_goes_while_it_is_read_is_passed_over(self, tmp_path, monkeypatch, is_first):
+        """Another rank moves it aside; or the handle is stale, which raises an OSError as well."""
+        save_checkpoint(tmp_path, self.checkpoint(5))
+        newest = save_checkpoint(tmp_path, self.checkpoint(10))
+
+        def digest(path: Path) -> str:
+            if path.parent == newest:
+                newest.rename(tmp_path / "aside")
+            return file_digest(path)
+
+        monkeypatch.setattr("vinedresser.commit.file_digest", digest)
+        found = newest_checkpoint(tmp_path, is_first=is_first)
+        assert found is not None
+        assert found.step == 5
 
     def test_tied_weights_are_stored(self, tmp_path):
         weight = torch.ones(2)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vinedresser.commit import commit, is_committed, quarantine, verify
-from vinedresser.errors import DamagedError
+from vinedresser.errors import DamagedError, MachineError
 
 _log = logging.getLogger("vinedresser")
 
@@ -41,7 +41,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
     """Commits `folder/step-00001234` and removes all but the newest `keep`, oldest first."""
     target = folder / f"step-{checkpoint.step:08d}"
     if is_committed(target):
-        return target
+        if _is_whole(target):
+            return target
+        quarantine(target)  # it was passed over at the start
     with commit(target) as staging:
         for group, tensors in checkpoint.tensors.items():
             # Tied weights share storage, which safetensors refuses; copies are small.
@@ -55,7 +57,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> P
 
 
 def newest_checkpoint(folder: Path, *, is_first: bool = True) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged newer ones are moved aside and told.
+    """The newest checkpoint that can be read and verifies; newer ones are passed over and told.
+
+    Damaged ones are moved aside. One that the disk does not give may be whole, and stays.
 
     Args:
         folder: of the checkpoints.
@@ -63,24 +67,33 @@ def newest_checkpoint(folder: Path, *, is_first: bool = True) -> Checkpoint | No
 
     Raises:
         DamagedError: there are checkpoints, and none verifies; says why of each.
+        MachineError: none verifies, and the disk is in the way of one at least.
     """
-    damaged: dict[Path, str] = {}
+    passed: dict[Path, DamagedError | MachineError] = {}
     for path in sorted(folder.glob("step-????????"), reverse=True):
         try:
             found = _read(path)
-        except DamagedError as error:
-            damaged[path] = error.args[0]
+        except (DamagedError, MachineError) as error:
+            passed[path] = error
             continue
-        for bad, reason in damaged.items() if is_first else ():
+        for bad, error in passed.items() if is_first else ():
+            earlier = _step(bad) - found.step
             _log.warning(
-                "%s; using step %d, %d updates earlier", reason, found.step, _step(bad) - found.step
+                "%s; using step %d, %d updates earlier", error.args[0], found.step, earlier
             )
-            quarantine(bad)
+            if isinstance(error, DamagedError):
+                quarantine(bad)
         return found
-    if damaged:
+    reasons = "; ".join(error.args[0] for error in passed.values())
+    if any(isinstance(error, MachineError) for error in passed.values()):
+        raise MachineError(
+            f"{folder}: no checkpoint can be read ({reasons}). Fix: mend the disk and run the "
+            "same command again"
+        )
+    if passed:
         raise DamagedError(
-            f"{folder}: no checkpoint is whole ({'; '.join(damaged.values())}). Fix: bring one "
-            "back, or train --from-scratch"
+            f"{folder}: no checkpoint is whole ({reasons}). Fix: bring one back, or train "
+            "--from-scratch"
         )
     return None
 
@@ -90,11 +103,23 @@ def _step(path: Path) -> int:
 
 
 def _read(path: Path) -> Checkpoint:
-    manifest = verify(path)
-    state = json.loads((path / "state.json").read_text())
-    groups = [name for name in manifest.files if name.endswith(".safetensors")]
-    tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in groups}
+    """Raises DamagedError or MachineError, whatever the disk answers."""
+    try:
+        manifest = verify(path)
+        state = json.loads((path / "state.json").read_text())
+        groups = [name for name in manifest.files if name.endswith(".safetensors")]
+        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in groups}
+    except OSError as error:  # a stale handle, or rank 0 has moved it aside meanwhile
+        raise MachineError(f"{path}: {error.strerror or error}") from error
     return Checkpoint(state["step"], tensors, state["scalars"])
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except (DamagedError, MachineError, OSError):
+        return False
+    return True
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

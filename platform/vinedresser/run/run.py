@@ -324,6 +324,12 @@ class Run:
         """Restores the newest good checkpoint; returns the updates done so far."""
         is_first = self.place.rank == 0
         checkpoint = newest_checkpoint(self.folder / "checkpoints", is_first=is_first)
+        step = checkpoint.step if checkpoint else 0
+        if self.place.total(torch.tensor(step)) != step * self.place.workers:
+            raise MachineError(
+                f"{self.folder}: ranks read different checkpoints, rank {self.place.rank} that of "
+                f"step {step}. Fix: let all machines read that folder and run the command again"
+            )
         if checkpoint is None:
             return 0
         self.model.load_state_dict(checkpoint.tensors["model"])
