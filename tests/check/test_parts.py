@@ -13,7 +13,7 @@ from vinedresser.batch import EOS, PAD
 from vinedresser.check.checks import dry
 from vinedresser.check.cost import Pace, cost
 from vinedresser.check.independence import batch_invariance
-from vinedresser.check.learning import MAX_FIRST_EXCESS, first_loss
+from vinedresser.check.learning import MAX_FIRST_EXCESS, first_loss, judged
 from vinedresser.check.lint import data
 from vinedresser.check.memory import slope
 from vinedresser.check.sentences import (
@@ -26,6 +26,7 @@ from vinedresser.check.sentences import (
 )
 from vinedresser.config import Experiment
 from vinedresser.data.shards.shard_set import tokenizers
+from vinedresser.diagnostics.conditioning import Conditioning
 from vinedresser.model import Vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -191,3 +192,22 @@ def test_large_losses_round_more_and_are_not_blamed_on_the_batch(sure, is_passed
     found = batch_invariance(loud, quiet, rows, vocabulary=10, cap=8)
     assert found.passed is is_passed
     assert bool(found.pointer) is not bool(is_passed)
+
+
+@pytest.mark.parametrize(
+    ("gap", "error", "updates", "is_passed", "words"),
+    [
+        (0.5, 0.01, 25, True, ""),
+        (0.03, 0.01, 200, None, "listen late"),  # large enough, and not sure
+        (0.005, 0.002, 200, None, "listen late"),  # sure enough, and small
+        (0.001, 0.002, 200, False, "do not belong together"),
+        (-0.5, 0.01, 200, False, "do not belong together"),
+        (0.0, 0.0, 200, False, "do not belong together"),
+        (0.001, 0.002, 60, None, "too few to tell"),
+    ],
+)
+def test_what_a_gap_says(gap, error, updates, is_passed, words):
+    found = judged(Conditioning(gap, error, 2.0, 256), updates)
+    assert found.passed is is_passed
+    assert words in found.pointer
+    assert bool(words) == bool(found.pointer)

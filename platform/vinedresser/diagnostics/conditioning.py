@@ -32,7 +32,9 @@ class Conditioning:
     @property
     def deviations(self) -> float:
         """Standard errors between the gap and 0; 0 where the gap is exactly 0."""
-        return self.gap / self.error if self.error else math.copysign(math.inf, self.gap or 0.0)
+        if self.gap == 0:
+            return 0.0
+        return self.gap / self.error if self.error else math.copysign(math.inf, self.gap)
 
 
 @torch.no_grad()
