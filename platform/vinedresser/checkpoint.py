@@ -76,16 +76,14 @@ def newest_checkpoint(folder: Path, *, is_first: bool = True) -> Checkpoint | No
         except (DamagedError, MachineError) as error:
             passed[path] = error
             continue
-        for bad, error in passed.items() if is_first else ():
+        for bad, why in passed.items() if is_first else ():
             earlier = _step(bad) - found.step
-            _log.warning(
-                "%s; using step %d, %d updates earlier", error.args[0], found.step, earlier
-            )
-            if isinstance(error, DamagedError):
+            _log.warning("%s; using step %d, %d updates earlier", why.args[0], found.step, earlier)
+            if isinstance(why, DamagedError):
                 quarantine(bad)
         return found
-    reasons = "; ".join(error.args[0] for error in passed.values())
-    if any(isinstance(error, MachineError) for error in passed.values()):
+    reasons = "; ".join(why.args[0] for why in passed.values())
+    if any(isinstance(why, MachineError) for why in passed.values()):
         raise MachineError(
             f"{folder}: no checkpoint can be read ({reasons}). Fix: mend the disk and run the "
             "same command again"
