@@ -30,7 +30,7 @@ class Judge:
     """Decodes dev with a second copy of the model, on rank 0; all ranks know the history.
 
     Attributes:
-        best: the weights that ship, by name; empty before the first evaluation.
+        best: the weights that ship, by name; empty before the first evaluation with a finite loss.
         best_step: the update after which they were taken.
         best_scores: dev Scores of them as plain JSON.
         history: one entry an evaluation: step, value, teacher_forced_nats, and heads where gated.
@@ -125,7 +125,7 @@ class Judge:
         so_far = float(self.best_scores.get(metric, worst(metric)))
         # Gates are still closing while the metric is at its best: with gates the last weights
         # ship, without them the best by the inferred metric (methods.md 13).
-        is_best = gates or is_better(metric, scores.value, so_far) or not self.best
+        is_best = bool(gates) or is_better(metric, scores.value, so_far) or not self.best
         # Weights that are not finite decode to something too: they never ship (fault T01).
         if is_best and math.isfinite(scores.teacher_forced_nats):
             self.best = {name: t.clone() for name, t in weights.items()}
