@@ -48,7 +48,7 @@ TESTS = {
         "test_t01_weights_that_are_not_a_number_never_ship",
         "test_t01_a_run_without_a_finite_evaluation",
         "test_a_failing_trial_says_why",
-    ],  # fmt: skip
+    ],
     "T02": ["test_t02_a_rate_of_a_thousand", "test_t02_a_rollback_goes_on_at_half_the_rate"],
     "T03": ["test_t03_memory_that_runs_out_once", "test_batches_go_in_parts_with_the_same"],
     "T04": ["test_t04_a_limit_on_memory"],
