@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from vinedresser import tracking
+from vinedresser.cli.verbs import locate
 from vinedresser.commit import commit, verify
 from vinedresser.errors import BusyError, ConfigError, DamagedError, DataError, MachineError
 from vinedresser.export import Gate, fetch, judge, register, registry
@@ -178,6 +180,39 @@ def test_a_tampered_or_lost_version_is_refused_and_can_be_replaced(store, name, 
     connect(store).delete_registered_model_alias(name, "champion")
     again = register(good, name=name, store=store, gate=GATE)
     assert (again.version, again.is_champion, again.already) == (3, True, False)
+
+
+@pytest.mark.slow
+def test_a_moved_workspace_finds_its_models_and_writes_no_more_where_it_was(
+    name, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old, new, made = tmp_path / "it's old", tmp_path / "new ü", bundle(tmp_path, 0.3)
+    shutil.copytree(made, old / "runs" / "it" / "bundle")
+    before = tracking.store_for(old, "export")
+    tags = {"vinedresser.folder": str(old / "runs" / "it")}
+    run = tracking.open_run(before, key=name, name="trained it", tags=tags)
+    run.close("FINISHED")
+    one = register(made, name=name, store=before, gate=GATE, run_id=run.run_id)
+    old.rename(new)
+    store = tracking.store_for(new, "export")
+    got = fetch(f"models:/{name}@champion", store=store, cache=tmp_path / "cache")
+    assert verify(got).digest == verify(made).digest
+    again = register(made, name=name, store=store, gate=GATE, run_id=run.run_id)
+    assert (again.version, again.already) == (one.version, True)
+    assert locate(run.run_id, new) == new / "runs" / "it" / "bundle"
+    assert register(bundle(tmp_path, 0.2), name=name, store=store, gate=GATE).is_champion
+    same = tracking.open_run(store, key=name, name="trained it")
+    same.text("x", "note.txt")
+    same.close("FINISHED")
+    assert same.run_id == run.run_id
+    assert list(new.rglob("note.txt"))
+    assert not old.exists()
+    # Another way to the same place changes nothing.
+    (tmp_path / "link").symlink_to(new)
+    connect(tracking.store_for(tmp_path / "link", "export"))
+    found = connect(store).get_experiment_by_name("export")
+    assert found.artifact_location == store.artifacts
 
 
 def test_a_damaged_cache_is_fetched_anew(store, name, tmp_path) -> None:

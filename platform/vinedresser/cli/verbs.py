@@ -155,7 +155,8 @@ def locate(model: str, workspace: Path) -> Path:
                 f"{model}: no such folder or run; name a bundle folder, a run id or "
                 "models:/name@champion"
             )
-        folder = found
+        # The tag names where the run was; its workspace may have been moved since.
+        folder = found if found.is_dir() else workspace / "runs" / found.name
     if not is_committed(folder) and is_committed(folder / "bundle"):
         return folder / "bundle"
     return folder

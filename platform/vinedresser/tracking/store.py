@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from vinedresser.errors import BusyError, ConfigError, MachineError
+from vinedresser.tracking.moved import follow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -105,6 +106,8 @@ def _environment() -> None:
 
 def connect(store: Store) -> "MlflowClient":
     """A client of the store, without touching MLflow's process-wide state."""
+    if store.artifacts is not None:
+        follow(Path(store.uri.removeprefix(_SQLITE)), store.artifacts)
     _environment()
     from mlflow import MlflowClient
 
