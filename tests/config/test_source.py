@@ -285,6 +285,22 @@ def test_overrides_are_applied_to_files(experiment, write):
     assert (value.steps, value.model.width) == (321, 3)
 
 
+def test_a_file_is_of_the_kind_that_has_its_keys(experiment, write):
+    from vinedresser.study import Study
+
+    study = {"name": "mine", "base": experiment, "num_trials": 1,
+             "space": {"optim.lr": {"type": "float", "low": 1e-4, "high": 1e-2}}}  # fmt: skip
+    path = str(write(yaml.safe_dump(study)))
+    assert isinstance(resolve(path, [Experiment, Study]), Study)
+    assert isinstance(resolve(path, [Study, Experiment]), Study)
+    path = str(write(yaml.safe_dump(experiment)))
+    assert isinstance(resolve(path, [Study, Experiment]), Experiment)
+    # A typo is told in terms of what is wanted most.
+    path = str(write(yaml.safe_dump({**experiment, "stepz": 3})))
+    with pytest.raises(ConfigError, match=r"stepz.* did you mean steps"):
+        resolve(path, [Experiment, Study])
+
+
 # Import paths.
 
 TWO = """

@@ -202,7 +202,8 @@ class Optim(Section):
     anneal: Probability = 1 / 3
     # Parameters that stay as they are: patterns over their names with * and ?, for example
     # ["source_embedding*", "encoder*"], so that heads' functions do not move to the decoder when
-    # they are pruned (methods.md 77). `vinedresser describe` prints the names.
+    # they are pruned (methods.md 77). `vinedresser describe` prints the names. A tensor of two
+    # names is frozen by either.
     freeze: tuple[str, ...] = ()
     # Updates with a loss or gradient that is not finite: each is left out; one more ends the run.
     max_skipped: NonNegativeInt = 0
@@ -361,7 +362,8 @@ class Experiment(Section):
     keep_checkpoints: PositiveInt = 2
     # A model folder whose weights the run starts from (methods.md 76, 83).
     init: DataPath | None = None
-    # Take from it what fits in name and shape; by default everything has to fit.
+    # Take from it what fits in name and shape, whatever the number of heads; by default everything
+    # has to fit.
     init_partial: bool = False
     seed: NonNegativeInt = 1
 

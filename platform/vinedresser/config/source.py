@@ -7,7 +7,7 @@ numbers in decimal, `12:30` is a string. Duplicate keys, tags, anchors and alias
 import importlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,7 +146,8 @@ def resolve(name: str, kinds: Sequence[type[S]], *, overrides: Sequence[str] = (
     Args:
         name: `search_spaces.demo`, `search_spaces.demo.study`, or `tasks/mine.yaml`.
         kinds: acceptable classes, the most wanted first. A module must hold exactly one value
-            of the first kind that it holds any of; a file is read as the first kind.
+            of the first kind that it holds any of; a file is of the first kind that has all of its
+            keys, else of the first.
         overrides: dotted `key=value` words.
 
     Raises:
@@ -156,7 +157,10 @@ def resolve(name: str, kinds: Sequence[type[S]], *, overrides: Sequence[str] = (
         path = Path(name)
         plain, places = read_file(path)
         base = str(path.resolve().parent)
-        value = kinds[0].from_json(plain, where=name, base=base, places=places)
+        keys = {str(key) for key in plain} if isinstance(plain, Mapping) else set()
+        fitting = (kind for kind in kinds if keys <= set(kind.model_fields))
+        kind = next(fitting, kinds[0])
+        value = kind.from_json(plain, where=name, base=base, places=places)
     else:
         value = _imported(name, kinds)
     return value.override(parse_overrides(overrides))

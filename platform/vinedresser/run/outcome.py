@@ -7,6 +7,7 @@ import contextlib
 import glob
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -59,7 +60,8 @@ class Outcome:
     @property
     def selection_regret(self) -> float:
         """What selecting on the teacher-forced loss would have lost, metric units, >= 0."""
-        by_loss = min(self.history, key=lambda entry: entry["teacher_forced_nats"])
+        judged = [entry for entry in self.history if math.isfinite(entry["teacher_forced_nats"])]
+        by_loss = min(judged, key=lambda entry: entry["teacher_forced_nats"])
         return abs(by_loss["value"] - self.value)
 
 
