@@ -39,6 +39,7 @@ _POISON = 3
 _OUTSIDE = (OSError, DataError, MachineError)
 _STOP = "stop"
 _ROLLBACKS = "rollbacks.json"
+_FAILURES = "failures.json"
 # How often a run looks whether it shall stop: a look costs some microseconds, on NFS more.
 _LOOK_SECONDS = 0.2
 
@@ -194,12 +195,11 @@ class Attempt:
                 next one may begin.
             MachineError: the folder cannot be written.
         """
-        self._path, self._failures = folder / "attempt.json", folder / "failures.json"
+        self._path, self._failures = folder / "attempt.json", folder / _FAILURES
         last = _read(self._failures)[-_POISON:]
         if len(last) == _POISON and all(entry == last[0] for entry in last):
             step, reason = last[0]
-            with contextlib.suppress(OSError):  # then it is told again
-                self._failures.unlink()
+            forget_failures(folder)
             raise TrainingError(
                 f"{folder.name} failed {_POISON} times after step {step} with: {reason}. Fix: mend "
                 "that, or change the experiment; the next command tries again from the last "
@@ -236,6 +236,12 @@ class Attempt:
         entries = [*_read(self._failures), [step, reason]]
         with contextlib.suppress(Exception):  # the error itself matters more
             write_file(self._failures, json.dumps(entries) + "\n")
+
+
+def forget_failures(folder: Path) -> None:
+    """Once they were told: the next attempt may begin."""
+    with contextlib.suppress(OSError):  # then it is told again
+        (folder / _FAILURES).unlink()
 
 
 def rollbacks(folder: Path) -> int:

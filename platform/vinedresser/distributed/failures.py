@@ -13,6 +13,7 @@ from typing import Any
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.config import FailureConfig
 
+from vinedresser.attempt import forget_failures
 from vinedresser.commit import write_file
 from vinedresser.errors import MachineError, TrainingError, VinedresserError
 from vinedresser.run import RolledBackError
@@ -108,6 +109,7 @@ def cause(error: Exception, folder: Path) -> VinedresserError:
     with contextlib.suppress(OSError, ValueError):
         deaths = json.loads((folder / "deaths.json").read_text())
         (folder / "deaths.json").unlink()
+        forget_failures(folder)  # what the other ranks said of the same deaths
         if len(deaths) >= _DEATHS:
             return TrainingError(
                 f"{folder.name}: workers died {len(deaths)} times without a checkpoint after step "
