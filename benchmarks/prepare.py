@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,6 +25,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measuring.figures import figures_of
 
 TRAINING_ROWS = 100_000
 BLOCK = 20_000
@@ -167,15 +168,8 @@ def work(mode: str, folder: Path, pairs: int, *, memory: bool) -> None:
 
 def measure(mode: str, folder: Path, pairs: int, *, memory: bool) -> dict[str, float]:
     """`work` in a process of its own, on one thread."""
-    command = [sys.executable, __file__, "--worker", mode, str(folder), str(pairs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(int(memory))], capture_output=True, text=True, env=environment, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        sys.exit(f"{mode} with {pairs} pairs said no figures:\n{done.stderr[-2000:]}")
-    figures: dict[str, float] = json.loads(lines[-1])
+    words = (__file__, "--worker", mode, folder, pairs, int(memory))
+    figures = figures_of([sys.executable, *map(str, words)])
     shown = ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
     print(f"{mode:10} {pairs:>9,} pairs: {shown} (load {os.getloadavg()[0]:.1f})", flush=True)
     return figures

@@ -17,10 +17,8 @@ Beside this, bf16 against fp32 after the SAME number of updates, seed by seed.
 import argparse
 import itertools
 import json
-import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ from typing import Any
 import yaml
 
 from benchmarks.corpora.multi30k import multi30k
+from benchmarks.measuring.figures import figures_of, half_width
 from benchmarks.train import JOEY, JOEY_MODELS, ROOT, environment, write_pieces
 from search_spaces.translation import EXPERIMENT
 from vinedresser.commit import digest_of
@@ -47,8 +46,6 @@ from vinedresser.train import AveragedWeights, place, seed_step, training_steps
 SYSTEMS = ("ours", "ours fp32", "transformers bf16", "joeynmt")
 # fp32 with the updates that bf16 can do: whether precision costs quality.
 SAME_UPDATES = "ours fp32, updates of bf16"
-# Two-sided 95% points of Student's t, by the number of values.
-_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 # Updates of the short run that tells how many a budget holds; its first ones are slower.
 _PROBE = 24
 # Pieces of the longest hypothesis.
@@ -184,15 +181,7 @@ def run(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(plain))
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            [*command, str(path)], capture_output=True, text=True, env=settings, check=False
-        )
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
-    if not lines:
-        sys.exit(f"{job.system} said no figures:\n{done.stdout[-500:]}{done.stderr[-2000:]}")
-    figures: dict[str, Any] = json.loads(lines[-1])
-    return figures
+        return figures_of([*command, str(path)])
 
 
 def bleu(job: Job) -> tuple[float, str]:
@@ -206,13 +195,6 @@ def bleu(job: Job) -> tuple[float, str]:
         lines = [pieces.decode_pieces(line.split()) for line in lines]
     measured = measure("bleu", lines, references, folds_case=False)
     return measured.value, measured.signature
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Of the 95% interval of the mean, by Student's t; infinite for a single value."""
-    if len(values) < 2:
-        return math.inf
-    return _T[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def updates_within(seconds: float, job: Job) -> int:

@@ -16,13 +16,14 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measuring.figures import figures_of
 
 TOKENS = 4096
 WARM_UP_STEPS, STEPS = 3, 8
@@ -168,12 +169,9 @@ def planned_alone(folder: Path, longer: Path, rows: int) -> dict[str, float]:
     return {"plan": seconds, "peak": peak + arrow, "held": held, "batches": batches.per_epoch}
 
 
-def alone(*arguments: object) -> dict[str, float]:
+def alone(*words: object) -> dict[str, float]:
     """One of this file's parts in a process of its own."""
-    command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return figures_of([sys.executable, __file__, *map(str, words)])
 
 
 def open_large(folder: Path, rows: int, rounds: int) -> float:

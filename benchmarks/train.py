@@ -10,7 +10,6 @@ median over rounds of the ratios in one round.
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from benchmarks.measuring.figures import figures_of
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / ".peers"
@@ -138,36 +139,26 @@ def environment(peer: str = "joeynmt") -> Path:
     return python
 
 
-def _last_json(command: list[str]) -> dict[str, float]:
-    plain = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=plain, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        sys.exit(f"{' '.join(command)} said no figures:\n{done.stdout[-500:]}{done.stderr[-1500:]}")
-    figures: dict[str, float] = json.loads(lines[-1])
-    return figures
-
-
 def measure_joeynmt(model: str, seconds: float, folder: Path, run: int) -> float:
     """Tokens a processor second of JoeyNMT's loop."""
     config = folder / f"{model}-{run}.yaml"
     config.write_text(JOEY.format(folder=folder, model=model, run=run, sizes=JOEY_MODELS[model]))
     script = ROOT / "benchmarks/peers/joeynmt_steps.py"
     command = [str(environment()), str(script), str(config), str(seconds)]
-    return _last_json(command)["tokens_per_cpu_second"]
+    return figures_of(command)["tokens_per_cpu_second"]
 
 
 def measure_hf(precision: str, seconds: float, folder: Path, run: int) -> float:
     """The same of transformers' Trainer with batches grouped by length."""
     script = ROOT / "benchmarks/peers/hf_steps.py"
     command = [str(environment("hf")), str(script), str(folder), str(seconds), precision, str(run)]
-    return _last_json(command)["tokens_per_cpu_second"]
+    return figures_of(command)["tokens_per_cpu_second"]
 
 
 def measure_ours(model: str, precision: str, seconds: float, shards: Path, run: int) -> float:
     """The same of ours, in a process of its own."""
     command = [sys.executable, __file__, "--worker", model, precision, str(seconds), str(shards)]
-    return _last_json([*command, str(run)])["tokens_per_cpu_second"]
+    return figures_of([*command, str(run)])["tokens_per_cpu_second"]
 
 
 def work(model: str, precision: str, seconds: float, shards: Path, seed: int) -> None:

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import math
 import multiprocessing
 import statistics
 import sys
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.corpora.multi30k import multi30k
+from benchmarks.measuring.figures import half_width
 from search_spaces import demo, digits, translation
 from vinedresser.bundle import Bundle, load_bundle, vocabulary_of
 from vinedresser.config import Evaluation, Experiment
@@ -45,8 +45,6 @@ from vinedresser.run import Run
 from vinedresser.tracking import NullTracker
 from vinedresser.train import Place, place, training_steps
 
-# Two-sided 95 % points of Student's t for so many values.
-_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 # Share of the budget that the probe may take; it is not counted.
 _PROBE = 0.05
 
@@ -246,8 +244,7 @@ def interval(values: Sequence[float]) -> str:
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.2f}"
-    half = _T.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.2f} ± {half:.2f}"
+    return f"{mean:.2f} ± {half_width(values):.2f}"
 
 
 def show(task: str, rows: Sequence[Mapping[str, Any]]) -> None:

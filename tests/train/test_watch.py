@@ -16,9 +16,13 @@ def run(code: str, *words: object) -> "subprocess.CompletedProcess[str]":
 
 
 HANG = """
-import sys, time
+import json, sys, threading, time
 from pathlib import Path
 from vinedresser.train.watch import Clock
+
+def busy():
+    while True:
+        json.dumps(list(range(100)))
 
 def training_steps(clock, how):
     for step in (1, 2):
@@ -32,6 +36,9 @@ def training_steps(clock, how):
 def all_reduce():
     time.sleep(60)
 
+if sys.argv[2] == "sleeps":
+    for _ in range(3):
+        threading.Thread(target=busy, daemon=True).start()
 with Clock(Path(sys.argv[1]), rank=1, workers=2, seconds=0.2) as clock:
     training_steps(clock, sys.argv[2])
 print("went on")
@@ -46,6 +53,7 @@ def test_t10_a_rank_that_hangs_leaves_its_stacks_and_ends(tmp_path: Path, how, w
     head = json.loads(stacks.splitlines()[0].removeprefix("== "))
     assert head == {"rank": 1, "step": 3, "waited": waited}
     assert "in training_steps" in stacks
+    assert stacks.count("in busy") == (0 if waited else 3)
     (hang,) = hangs(tmp_path)
     assert (hang.step, hang.who) == (3, "rank 1")
     kept = forget(tmp_path)
