@@ -19,7 +19,7 @@ from vinedresser.train import Place, training_steps
 
 # Blocks of updates, after as many for warm-up as one block has. A leak grows in every block, an
 # arena or a cache that is filled once in one or two of them: the median over blocks knows which.
-BLOCKS, UPDATES_A_BLOCK = 8, 10
+BLOCKS, UPDATES_A_BLOCK = 8, 25
 # Bytes an update: a kept scalar is less, a kept state of one sentence more; 1.6 GB in 10^5 updates.
 MAX_SLOPE = 16 * 1024
 
