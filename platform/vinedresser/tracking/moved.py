@@ -27,7 +27,7 @@ _OLD = (
 def follow(database: Path, new: str) -> None:
     """Names the workspace's folder of artifacts where its database has that of another place.
 
-    Costs 0.3 ms. A database that cannot be read or written is left alone; MLflow will tell.
+    Costs less than 1 ms. A database that cannot be read or written is left alone; MLflow will tell.
 
     Args:
         database: the workspace's own, an SQLite file; need not be there yet.
