@@ -18,6 +18,19 @@ settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--record-golden`: write the data in tests/golden instead of comparing with it."""
+    parser.addoption(
+        "--record-golden", action="store_true", help="write tests/golden anew, compare nothing"
+    )
+
+
+@pytest.fixture(scope="session")
+def is_recording(pytestconfig: pytest.Config) -> bool:
+    """True where the stored results are to be written anew."""
+    return bool(pytestconfig.getoption("--record-golden"))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
