@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.corpora.multi30k import multi30k
-from vinedresser.data import load_split, padding, plan, prepare
-from vinedresser.data.order import Ints
+from vinedresser.data.batching.plan import Ints, padding, plan
+from vinedresser.data.batching.reader import load_split
+from vinedresser.data.shards import prepare
 
 BUDGETS = (4096, 2048)
 BATCHES = list[Ints]

@@ -137,7 +137,7 @@ def plain(folder: Path, pairs: int, out: Path, *, memory: bool) -> dict[str, flo
 def ours(folder: Path, pairs: int, out: Path, mode: str, *, memory: bool) -> dict[str, float]:
     """`prepare`, in process or through a Ray of its own."""
     from vinedresser.config import Task
-    from vinedresser.data import prepare
+    from vinedresser.data.shards import prepare
 
     task = Task.from_json(json.loads((folder / f"{pairs}.json").read_text()))
     if mode == "in_process":

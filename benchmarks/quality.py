@@ -33,15 +33,17 @@ from benchmarks.corpora.multi30k import multi30k
 from benchmarks.measuring.figures import figures_of, half_width
 from benchmarks.train import JOEY, JOEY_MODELS, ROOT, environment, write_pieces
 from search_spaces.translation import EXPERIMENT
-from vinedresser.commit import digest_of
 from vinedresser.config import Evaluation, Experiment
-from vinedresser.data import load_split, open_shards, prepare, stream
-from vinedresser.data.shards.shard_set import tokenizers
+from vinedresser.data.batching.reader import load_split, stream
+from vinedresser.data.shards import open_shards, prepare, tokenizers
 from vinedresser.evaluate import evaluate
 from vinedresser.metrics import measure
 from vinedresser.model import Vocabulary
-from vinedresser.optim import build_optimizer, learning_rate
-from vinedresser.train import AveragedWeights, place, seed_step, training_steps
+from vinedresser.training.device import place, seed_step
+from vinedresser.training.fit import AveragedWeights
+from vinedresser.training.optimizer import build_optimizer, learning_rate
+from vinedresser.training.step import training_steps
+from vinedresser.workspace.commit import digest_of
 
 SYSTEMS = ("ours", "ours fp32", "transformers bf16", "joeynmt")
 # fp32 with the updates that bf16 can do: whether precision costs quality.

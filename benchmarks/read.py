@@ -35,9 +35,9 @@ class Trainer:
     def __init__(self, shards: Any) -> None:
         from vinedresser.bundle import vocabulary_of
         from vinedresser.config import Compute, Experiment
-        from vinedresser.data.shards.shard_set import tokenizers
-        from vinedresser.optim import build_optimizer
-        from vinedresser.train import place
+        from vinedresser.data.shards import tokenizers
+        from vinedresser.training.device import place
+        from vinedresser.training.optimizer import build_optimizer
 
         model = {"kind": "transformer", "d_model": 256, "num_heads": 4, "d_ff": 1024,
                  "encoder_layers": 3, "decoder_layers": 3}  # fmt: skip
@@ -59,8 +59,8 @@ class Trainer:
         self.rate(WARM_UP_STEPS)
 
     def _steps(self, shards: Any) -> Iterator[Any]:
-        from vinedresser.data.batches.stream import load_split, stream
-        from vinedresser.train import training_steps
+        from vinedresser.data.batching.reader import load_split, stream
+        from vinedresser.training.step import training_steps
 
         # From memory: training shall not pay for what it is compared with.
         batches = stream(load_split(shards, "train"), self.experiment.batch, seed=1)
@@ -79,7 +79,7 @@ class Trainer:
 def reading_rate(shards: Any, seed: int) -> float:
     """Real target tokens a second of one epoch out of the shards, planning included."""
     from vinedresser.config import Batching
-    from vinedresser.data.batches.stream import Batches, stream
+    from vinedresser.data.batching.reader import Batches, stream
 
     batching = Batching(tokens=TOKENS)
     count = Batches(shards, batching, seed=seed).per_epoch
@@ -124,8 +124,8 @@ def first_batch(folder: Path) -> dict[str, float]:
     """In a fresh process: seconds of each part up to the first batch."""
     started = time.perf_counter()
     from vinedresser.config import Batching
-    from vinedresser.data.batches.stream import Batches
-    from vinedresser.data.shards.shard_set import open_shards
+    from vinedresser.data.batching.reader import Batches
+    from vinedresser.data.shards import open_shards
 
     imported = time.perf_counter()
     shards = open_shards(folder)
@@ -152,8 +152,8 @@ def planned_alone(folder: Path, longer: Path, rows: int) -> dict[str, float]:
     import pyarrow as pa
 
     from vinedresser.config import Batching
-    from vinedresser.data.batches.stream import Batches
-    from vinedresser.data.shards.shard_set import open_shards
+    from vinedresser.data.batching.reader import Batches
+    from vinedresser.data.shards import open_shards
 
     shards = open_shards(folder)
     shards = dataclasses.replace(shards, folder=longer, counts={"train": rows})
@@ -247,7 +247,7 @@ def main() -> None:
 def measure(given: argparse.Namespace) -> None:
     """All three parts."""
     from benchmarks.corpora.multi30k import multi30k, tiled
-    from vinedresser.data.shards.shard_set import prepare
+    from vinedresser.data.shards import prepare
 
     task = multi30k()
     with tempfile.TemporaryDirectory() as scratch:

@@ -39,7 +39,7 @@ WARM_UP = 3
 
 def corpus(folder: Path) -> Path:
     """Prepares Multi30k in a workspace; answers the shards' folder."""
-    from vinedresser.data.shards.shard_set import prepare
+    from vinedresser.data.shards import prepare
 
     return prepare(_experiment().task, folder / "shards", executor="in_process").folder
 
@@ -63,11 +63,11 @@ def in_group(plain: Path, workspace: Path) -> None:
     _quiet_libraries()
     from vinedresser.cluster import connect
     from vinedresser.config import Experiment
-    from vinedresser.data.shards.shard_set import prepare
+    from vinedresser.data.shards import prepare
     from vinedresser.distributed import Site
     from vinedresser.distributed.group import train_in_group
-    from vinedresser.run import run_folder
     from vinedresser.tracking import store_for
+    from vinedresser.training.outcome import run_folder
 
     experiment = Experiment.from_json(json.loads(plain.read_text()))
     with connect():
@@ -156,11 +156,12 @@ def work(plain: str, shards: str, rank: int, seconds: float) -> None:
     import torch.distributed as dist
 
     from vinedresser.config import Experiment
-    from vinedresser.data.batches.stream import stream
-    from vinedresser.data.shards.shard_set import open_shards
+    from vinedresser.data.batching.reader import stream
+    from vinedresser.data.shards import open_shards
     from vinedresser.model import Vocabulary
-    from vinedresser.optim import build_optimizer
-    from vinedresser.train import place, training_steps
+    from vinedresser.training.device import place
+    from vinedresser.training.optimizer import build_optimizer
+    from vinedresser.training.step import training_steps
 
     experiment = Experiment.from_json(json.loads(Path(plain).read_text()))
     opened, workers = open_shards(Path(shards)), experiment.compute.workers

@@ -89,7 +89,7 @@ model:
 def corpus(folder: Path) -> Path:
     """Prepares Multi30k; answers the shards' folder."""
     from benchmarks.corpora.multi30k import multi30k
-    from vinedresser.data import prepare
+    from vinedresser.data.shards import prepare
 
     return prepare(multi30k(), folder, executor="in_process").folder
 
@@ -99,7 +99,8 @@ def write_pieces(shards: Path, folder: Path) -> None:
     import sentencepiece
 
     from vinedresser.batch import EOS
-    from vinedresser.data import load_split, open_shards
+    from vinedresser.data.batching.reader import load_split
+    from vinedresser.data.shards import open_shards
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(shards / "joint.model"))
     names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
@@ -166,10 +167,12 @@ def work(model: str, precision: str, seconds: float, shards: Path, seed: int) ->
     import torch
 
     from vinedresser.config import Experiment
-    from vinedresser.data import open_shards, stream
+    from vinedresser.data.batching.reader import stream
+    from vinedresser.data.shards import open_shards
     from vinedresser.model import Vocabulary
-    from vinedresser.optim import build_optimizer
-    from vinedresser.train import place, training_steps
+    from vinedresser.training.device import place
+    from vinedresser.training.optimizer import build_optimizer
+    from vinedresser.training.step import training_steps
 
     opened = open_shards(shards)
     plain = {

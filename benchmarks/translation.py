@@ -14,8 +14,8 @@ from benchmarks.corpora.multi30k import multi30k
 from search_spaces.translation import EXPERIMENT
 from vinedresser.bundle import load_bundle
 from vinedresser.config import Evaluation
-from vinedresser.data.batches.stream import load_split
-from vinedresser.data.shards.shard_set import prepare
+from vinedresser.data.batching.reader import load_split
+from vinedresser.data.shards import prepare
 from vinedresser.distributed import Site, train
 from vinedresser.evaluate import evaluate
 from vinedresser.tracking import store_for

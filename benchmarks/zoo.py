@@ -37,13 +37,14 @@ from benchmarks.measuring.figures import half_width
 from search_spaces import demo, digits, translation
 from vinedresser.bundle import Bundle, load_bundle, vocabulary_of
 from vinedresser.config import Evaluation, Experiment
-from vinedresser.data.batches.stream import Batches, load_split, stream
-from vinedresser.data.shards.shard_set import ShardSet, prepare, tokenizers
+from vinedresser.data.batching.reader import Batches, load_split, stream
+from vinedresser.data.shards import ShardSet, prepare, tokenizers
 from vinedresser.evaluate import Scores, evaluate
-from vinedresser.optim import build_optimizer
-from vinedresser.run import Run
 from vinedresser.tracking import NullTracker
-from vinedresser.train import Place, place, training_steps
+from vinedresser.training.device import Place, place
+from vinedresser.training.optimizer import build_optimizer
+from vinedresser.training.run import Run
+from vinedresser.training.step import training_steps
 
 # Share of the budget that the probe may take; it is not counted.
 _PROBE = 0.05

@@ -7,7 +7,7 @@ from optuna.distributions import FloatDistribution
 
 from search_spaces.demo import STUDY
 from vinedresser.pipeline import Pipeline
-from vinedresser.pruning import Pruning
+from vinedresser.pruning.search import Pruning
 
 PIPELINE = Pipeline(
     name="demo",

@@ -4,7 +4,7 @@ from optuna.distributions import FloatDistribution
 
 from search_spaces.translation import STUDY
 from vinedresser.pipeline import Pipeline
-from vinedresser.pruning import Pruning
+from vinedresser.pruning.search import Pruning
 
 PIPELINE = Pipeline(
     name="translation",

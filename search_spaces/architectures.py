@@ -7,7 +7,7 @@ for each architecture has its own. A key below `model` is checked under every mo
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from search_spaces.demo import EXPERIMENT
-from vinedresser.study import Stopping, Study
+from vinedresser.config.study import Stopping, Study
 
 STUDY = Study(
     name="g2p-architectures",

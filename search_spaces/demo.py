@@ -19,7 +19,7 @@ from vinedresser.config import (
     Task,
     Tokenizer,
 )
-from vinedresser.study import Stopping, Study
+from vinedresser.config.study import Stopping, Study
 
 # The field's public test list (PRONASYL 2007). Its words are kept out where the list is at hand.
 _TEST_LIST = Path(__file__).parents[2] / "shared/data/cmudict/pronasyl2007_test.tsv"

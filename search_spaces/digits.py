@@ -19,8 +19,8 @@ from vinedresser.config import (
     Task,
     Tokenizer,
 )
+from vinedresser.config.study import Stopping, Study
 from vinedresser.nn.subsampling import SubsamplingConfig
-from vinedresser.study import Stopping, Study
 
 TASK = Task(
     name="digits",

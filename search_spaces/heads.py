@@ -2,7 +2,7 @@
 
 from optuna.distributions import FloatDistribution
 
-from vinedresser.pruning import Pruning
+from vinedresser.pruning.search import Pruning
 
 HEADS = Pruning(
     overrides={"optim.warmup_steps": 20, "optim.lr": 1e-3, "evaluation.times": 2},

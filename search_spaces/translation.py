@@ -19,7 +19,7 @@ from vinedresser.config import (
     TextCorpus,
     Tokenizer,
 )
-from vinedresser.study import Stopping, Study
+from vinedresser.config.study import Stopping, Study
 
 TASK = Task(
     name="translation",

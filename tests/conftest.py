@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from vinedresser.data.shards.shard_set import ShardSet
+    from vinedresser.data.shards import ShardSet
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +58,7 @@ def one_thread() -> None:
 def reversal(tmp_path_factory: pytest.TempPathFactory) -> "ShardSet":
     """Shards of a corpus anybody can solve: `a b c` becomes `c b a`; 400 train, 40 dev rows."""
     from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
-    from vinedresser.data.shards.shard_set import prepare
+    from vinedresser.data.shards import prepare
 
     folder, draw, pairs = tmp_path_factory.mktemp("reversal"), random.Random(0), {}
     for split, count in (("train", 400), ("dev", 40)):

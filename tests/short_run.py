@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vinedresser.checkpoint import optimizer_tensors
 from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import ShardSet
-from vinedresser.run import Outcome, Run, finished, run_folder
+from vinedresser.data.shards import ShardSet
 from vinedresser.tracking import MemoryTracker
-from vinedresser.train import Place
+from vinedresser.training.checkpoint import optimizer_tensors
+from vinedresser.training.device import Place
+from vinedresser.training.outcome import Outcome, finished, run_folder
+from vinedresser.training.run import Run
 
 HERE = Place(torch.device("cpu"), None)
 TRANSFORMER = {
@@ -95,13 +96,14 @@ def script(code: str, config: Experiment, shards: ShardSet, *words: object) -> l
     begin = """
 import json, os, signal, sys, time, torch
 from pathlib import Path
-from vinedresser.attempt import held
+from vinedresser.workspace.lease import held
 from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import open_shards
+from vinedresser.data.shards import open_shards
 from vinedresser.errors import VinedresserError
-from vinedresser.run import Run, run_folder
+from vinedresser.training.run import Run
+from vinedresser.training.outcome import run_folder
 from vinedresser.tracking import NullTracker
-from vinedresser.train import Place
+from vinedresser.training.device import Place
 torch.set_num_threads(1)
 config, shards = Experiment.from_json(json.loads(sys.argv[1])), open_shards(Path(sys.argv[2]))
 def a_run(folder, place=Place(torch.device("cpu"), None), report=lambda _: None):

@@ -17,15 +17,15 @@ from vinedresser.bundle import (
     vocabulary_of,
     warm_start,
 )
-from vinedresser.commit import commit
 from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import ShardSet, tokenizers
+from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.data.tokenizers.tokenizer import NUM_SPECIAL, Symbols
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError, DamagedError, DataError
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.gates import head_gates
-from vinedresser.prune import count_heads, pruning_experiment
+from vinedresser.pruning.heads import count_heads, pruning_experiment
+from vinedresser.workspace.commit import commit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,7 +19,8 @@ from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError, MachineError
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.gates import head_gates
-from vinedresser.train import Trainee, place
+from vinedresser.training.device import place
+from vinedresser.training.step import Trainee
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

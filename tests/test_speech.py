@@ -14,17 +14,17 @@ import torch
 from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cli import main
 from vinedresser.config import Batching, Experiment, Task
-from vinedresser.data.batches import windows
-from vinedresser.data.batches.stream import Batches, load_split
-from vinedresser.data.batches.windows import ShardPool
-from vinedresser.data.corpus.corpus import read
-from vinedresser.data.shards.shard_set import ShardSet, prepare, tokenizers
+from vinedresser.data.batching import windows
+from vinedresser.data.batching.reader import Batches, load_split
+from vinedresser.data.batching.windows import ShardPool
+from vinedresser.data.corpora.corpus import read
+from vinedresser.data.shards import ShardSet, prepare, tokenizers
 from vinedresser.data.tokenizers.frames import features
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.evaluate import evaluate, tokenized
-from vinedresser.run import Run
 from vinedresser.tracking import NullTracker
-from vinedresser.train import Place
+from vinedresser.training.device import Place
+from vinedresser.training.run import Run
 
 soundfile = pytest.importorskip("soundfile", reason="the extra `speech` is not installed")
 pytest.importorskip("kaldi_native_fbank", reason="the extra `speech` is not installed")

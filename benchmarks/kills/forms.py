@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vinedresser.config import Experiment, Pair, Task, TextCorpus, Tokenizer
-from vinedresser.data.shards.shard_set import ShardSet, prepare
+from vinedresser.data.shards import ShardSet, prepare
 
 _TRANSFORMER = {
     "kind": "transformer", "d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1,

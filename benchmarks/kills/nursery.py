@@ -29,19 +29,21 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from vinedresser import attempt as attempts
 from vinedresser import evaluate as evaluation
-from vinedresser.checkpoint import optimizer_tensors
 from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import open_shards
+from vinedresser.data.shards import open_shards
 from vinedresser.distributed import Site, worker
 from vinedresser.distributed import train as command
 from vinedresser.errors import InterruptedRunError
-from vinedresser.run import Outcome, Run, run_folder
-from vinedresser.run import judge as judging
-from vinedresser.run import run as runner
 from vinedresser.tracking import NullTracker, store_for
-from vinedresser.train import Step, place
+from vinedresser.training import evaluator as judging
+from vinedresser.training import run as runner
+from vinedresser.training.checkpoint import optimizer_tensors
+from vinedresser.training.device import place
+from vinedresser.training.outcome import Outcome, run_folder
+from vinedresser.training.run import Run
+from vinedresser.training.step import Step
+from vinedresser.workspace import lease as attempts
 
 # A named point, and the how-manieth pass of it, where a process gets SIGKILL or another signal.
 Blow = tuple[str, int] | tuple[str, int, int]

@@ -10,13 +10,15 @@ from typing import Any
 
 from benchmarks.corpora.multi30k import multi30k
 from search_spaces.demo import EXPERIMENT as DEMO
-from vinedresser.attempt import Attempt
 from vinedresser.config import Experiment
-from vinedresser.data import prepare
-from vinedresser.data.batches.stream import stream
-from vinedresser.run import Run, run_folder
+from vinedresser.data.batching.reader import stream
+from vinedresser.data.shards import prepare
 from vinedresser.tracking import NullTracker
-from vinedresser.train import place, training_steps
+from vinedresser.training.device import place
+from vinedresser.training.outcome import run_folder
+from vinedresser.training.run import Run
+from vinedresser.training.step import training_steps
+from vinedresser.workspace.lease import Attempt
 
 _ROOT = Path(__file__).parents[2]
 _SAVES = 5

@@ -21,8 +21,8 @@ def main() -> None:
     shards, plain, file = sys.argv[1:]
     from vinedresser.batch import PAD
     from vinedresser.config import Batching, Experiment
-    from vinedresser.data.batches.stream import Batches
-    from vinedresser.data.shards.shard_set import open_shards
+    from vinedresser.data.batching.reader import Batches
+    from vinedresser.data.shards import open_shards
     from vinedresser.model import Vocabulary
 
     torch.set_num_threads(1)

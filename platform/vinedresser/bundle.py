@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vinedresser.commit import commit, verify
 from vinedresser.config import Experiment, ModelConfig
-from vinedresser.data.batches.side import Side, join
+from vinedresser.data.batching.side import Side, join
 from vinedresser.data.tokenizers.tokenizer import (
     SourceEncoder,
     TextTokenizer,
@@ -27,6 +26,7 @@ from vinedresser.data.tokenizers.tokenizer import (
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.model import Seq2Seq, Vocabulary
+from vinedresser.workspace.commit import commit, verify
 
 FORMAT = 1
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from vinedresser.config import Evaluation, MetricName
-from vinedresser.data.batches.side import Side
-from vinedresser.data.batches.stream import Split, in_order
-from vinedresser.data.corpus.row import Source
+from vinedresser.data.batching.reader import Split, in_order
+from vinedresser.data.batching.side import Side
+from vinedresser.data.corpora.row import Source
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
 from vinedresser.decode import Decoded, beam_search, greedy
 from vinedresser.errors import InterruptedRunError

@@ -16,19 +16,20 @@ from pydantic import Field, NonNegativeInt
 
 from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cluster import connect
-from vinedresser.commit import digest_of, write_file
 from vinedresser.config import Experiment, MetricName, SafeName, Section
-from vinedresser.data.shards.shard_set import ShardSet, prepare
-from vinedresser.diagnostics.plots import curves, heads_against_quality
+from vinedresser.config.study import Study
+from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.distributed import Site, train
-from vinedresser.export import Gate, Registered, register
-from vinedresser.prune import count_heads
-from vinedresser.pruning import Pruner, Pruning, Say
-from vinedresser.run import Outcome, finished, run_folder
-from vinedresser.study import Study
+from vinedresser.figures.training import curves, heads_against_quality
+from vinedresser.pruning.heads import count_heads
+from vinedresser.pruning.search import Pruner, Pruning, Say
+from vinedresser.registry.gate import Gate
+from vinedresser.registry.registration import Registered, register
 from vinedresser.sweep import SweepOutcome, TrialRow, short_params, sweep
 from vinedresser.tracking import Store, Tracker, ending, initialise, open_run, reap, store_for
-from vinedresser.train import Tell, untold
+from vinedresser.training.outcome import Outcome, finished, run_folder
+from vinedresser.training.progress import Tell, untold
+from vinedresser.workspace.commit import digest_of, write_file
 
 
 class Pipeline(Section):

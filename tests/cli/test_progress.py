@@ -7,16 +7,8 @@ import sys
 import pytest
 from rich.console import Console, RenderableType
 
-from vinedresser.cli.progress import (
-    Bar,
-    Clock,
-    Lines,
-    duration,
-    quantity,
-    sparkline,
-    watching,
-)
-from vinedresser.train.progress import Best, Progress
+from vinedresser.cli.progress import Bar, Clock, Lines, duration, quantity, sparkline, watching
+from vinedresser.training.progress import Best, Progress
 
 
 class Hand:

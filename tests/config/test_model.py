@@ -11,8 +11,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from vinedresser.config import Experiment, parse_overrides
 from vinedresser.config.experiment import named_model, presets, zoo_modules
+from vinedresser.config.study import Study
 from vinedresser.errors import ConfigError
-from vinedresser.study import Study
 
 IN_THE_FIELDS_WORDS = {
     "transformer-tiny", "transformer-small", "transformer-base", "transformer-big",

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vinedresser.commit import verify
 from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
-from vinedresser.data import open_corpus, open_shards, prepare, read, stream
-from vinedresser.data.shards.shard_set import tokenizers
+from vinedresser.data.batching.reader import stream
+from vinedresser.data.corpora.corpus import open_corpus, read
+from vinedresser.data.shards import open_shards, prepare, tokenizers
 from vinedresser.errors import DamagedError, DataError
+from vinedresser.workspace.commit import verify
 
 # Fault -> the tests that produce it, here and in other files. D24 concerns scoring.
 TESTS = {
@@ -145,7 +146,7 @@ def test_d10_a_line_of_a_hundred_million_characters(text_task, tmp_path, charact
 def test_d12_a_file_that_another_owns():
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("needs root and setpriv to be somebody else")
-    code = "import sys; from vinedresser.data.corpus.textfile import inspect; inspect(sys.argv[1])"
+    code = "import sys; from vinedresser.data.corpora.textfile import inspect; inspect(sys.argv[1])"
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c"]
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder, path = Path(name), Path(name) / "train.source"
@@ -209,7 +210,7 @@ def test_d21_a_file_that_grows_is_refused(text_task, tmp_path, monkeypatch):
     corpus = open_corpus(task)
     with path.open("ab") as stream:
         stream.write(b"one more\n")
-    monkeypatch.setattr("vinedresser.data.shards.shard_set.open_corpus", lambda _: corpus)
+    monkeypatch.setattr("vinedresser.data.shards.open_corpus", lambda _: corpus)
     assert "train.source: changed while it was being read" in refused(task, tmp_path)
 
 
@@ -289,10 +290,10 @@ int rename(const char *from, const char *to) {
 FAULTY = """
 import json, os, sys, traceback
 from pathlib import Path
-from vinedresser.commit import verify
+from vinedresser.workspace.commit import verify
 from vinedresser.config import Task
 from vinedresser.data import prepare
-from vinedresser.data.corpus import row
+from vinedresser.data.corpora import row
 from vinedresser.errors import MachineError
 import pandas, pyarrow.parquet, sentencepiece
 row.BLOCK_ROWS = 15
@@ -377,7 +378,7 @@ import json, sys
 from pathlib import Path
 from vinedresser.config import Task
 from vinedresser.data import prepare
-from vinedresser.data.corpus import row
+from vinedresser.data.corpora import row
 row.BLOCK_ROWS = 3
 print("ready", flush=True)
 prepare(Task.from_json(json.loads(sys.argv[1]), where="test"), Path(sys.argv[2]),
@@ -400,7 +401,7 @@ def test_s05_a_killed_driver(text_task, tmp_path):
         assert driver.returncode == -signal.SIGKILL
         assert [path for path in out.glob("*") if not path.name.startswith(".")] == []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("vinedresser.data.corpus.row.BLOCK_ROWS", 1000)
+            patch.setattr("vinedresser.data.corpora.row.BLOCK_ROWS", 1000)
             shards = prepare(task, out, executor="in_process")
         assert list(out.iterdir()) == [shards.folder]
 
@@ -412,7 +413,7 @@ def test_d25_killed_workers_change_no_byte(text_task, tmp_path, monkeypatch, loc
 
     import psutil
 
-    monkeypatch.setattr("vinedresser.data.corpus.row.BLOCK_ROWS", 200)
+    monkeypatch.setattr("vinedresser.data.corpora.row.BLOCK_ROWS", 200)
     many = b"".join(b"line %d of some words %d\n" % (i, i * i) for i in range(6000))
     task = text_task(Tokenizer(kind="unigram", vocab_size=60), train_source=many, train_target=many)
     wanted = verify(prepare(task, tmp_path / "plain", executor="in_process").folder)
@@ -467,7 +468,7 @@ def test_s08_no_mutation_is_read_as_good_data(text_task, tmp_path):
 
 @pytest.mark.parametrize("dedup", [False, True])
 def test_s08_damaged_shards_alone_are_written_anew(text_task, tmp_path, monkeypatch, dedup):
-    monkeypatch.setattr("vinedresser.data.corpus.row.BLOCK_ROWS", 9)
+    monkeypatch.setattr("vinedresser.data.corpora.row.BLOCK_ROWS", 9)
     lines = b"".join(b"line %d\n" % (i % 30) for i in range(40))
     task = text_task(train_source=lines, train_target=lines)
     task = task.model_copy(update={"cleaning": task.cleaning.override({"dedup": dedup})})
@@ -484,7 +485,7 @@ def test_s08_damaged_shards_alone_are_written_anew(text_task, tmp_path, monkeypa
 
 
 def test_s09_missing_extra_renamed_and_no_manifest(text_task, tmp_path, monkeypatch):
-    monkeypatch.setattr("vinedresser.data.corpus.row.BLOCK_ROWS", 10)
+    monkeypatch.setattr("vinedresser.data.corpora.row.BLOCK_ROWS", 10)
     shards = prepare(text_task(), tmp_path / "out")
     folder, path = shards.folder, shards.folder / "train-00002.parquet"
     whole = path.read_bytes()
@@ -507,7 +508,7 @@ def test_s09_missing_extra_renamed_and_no_manifest(text_task, tmp_path, monkeypa
 def test_rows_of_shards_are_numbered_as_in_the_files(text_task, tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
-    monkeypatch.setattr("vinedresser.data.corpus.row.BLOCK_ROWS", 4)
+    monkeypatch.setattr("vinedresser.data.corpora.row.BLOCK_ROWS", 4)
     source = b"".join(b"\n" if i % 3 == 0 else b"s%d\n" % i for i in range(40))
     shards = prepare(text_task(train_source=source), tmp_path / "out")
     files = shards.meta["shards"]["train"]

@@ -13,7 +13,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from vinedresser.distributed.failures import OwnPolicy, cause
 from vinedresser.errors import DataError, MachineError, TrainingError
-from vinedresser.run import RolledBackError
+from vinedresser.training.run import RolledBackError
 
 AGAIN, END = FailureDecision.RETRY, FailureDecision.RAISE
 DEAD = WorkerGroupError("died", {1: RuntimeError("killed")})

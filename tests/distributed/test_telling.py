@@ -8,7 +8,7 @@ import pytest
 
 from vinedresser.distributed import telling
 from vinedresser.distributed.telling import FileTell, relaying, write_words
-from vinedresser.train import Best, Progress, untold
+from vinedresser.training.progress import Best, Progress, untold
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ from vinedresser.errors import ConfigError
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.norms import BatchNorm, PowerNorm
 from vinedresser.objectives import gold_share, likelihood, mixed_inputs
-from vinedresser.train import Trainee, seed_step
+from vinedresser.training.device import seed_step
+from vinedresser.training.step import Trainee
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

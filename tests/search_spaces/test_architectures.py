@@ -8,9 +8,9 @@ import pytest
 from search_spaces.architectures import STUDY
 from vinedresser import tracking
 from vinedresser.config.experiment import named_model
-from vinedresser.data.shards.shard_set import ShardSet
+from vinedresser.config.study import Study
+from vinedresser.data.shards import ShardSet
 from vinedresser.distributed import Site, train
-from vinedresser.study import Study
 from vinedresser.sweep import sweep
 
 

@@ -30,7 +30,8 @@ from vinedresser.decode import beam_search, greedy
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.record import recording
 from vinedresser.objectives import gold_share, likelihood, mixed_inputs
-from vinedresser.train import Trainee, seed_step
+from vinedresser.training.device import seed_step
+from vinedresser.training.step import Trainee
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 

@@ -22,7 +22,7 @@ from vinedresser.nn.gates import head_gates
 from vinedresser.nn.norms import BatchNorm
 from vinedresser.nn.positions import sinusoids
 from vinedresser.objectives import likelihood, mixed_inputs
-from vinedresser.prune import certify, compact
+from vinedresser.pruning.heads import certify, compact
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 FILE = os.environ.get("FIRST_STEP_FILE", "")
-LOOP = "vinedresser.train.steps"
+LOOP = "vinedresser.training.step"
 
 
 class _Timed(importlib.abc.MetaPathFinder):

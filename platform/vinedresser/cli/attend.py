@@ -11,8 +11,8 @@ from rich.table import Table
 from vinedresser.bundle import load_bundle
 from vinedresser.cli.show import print_json
 from vinedresser.cli.verbs import locate
-from vinedresser.diagnostics.attention import Attended, AttentionMap, attend
-from vinedresser.diagnostics.attention_figure import figure
+from vinedresser.figures.attention import figure
+from vinedresser.figures.attention_maps import Attended, AttentionMap, attend
 
 _LOOKS = {"source": "source at itself", "cross": "output at source", "output": "output at itself"}
 _MAPS = "attention.npz"

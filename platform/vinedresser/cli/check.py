@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vinedresser.check import Check, checks
 from vinedresser.cli.show import print_json
 from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import prepare
+from vinedresser.data.shards import prepare
+from vinedresser.health.preflight import checks
+from vinedresser.health.verdict import Check
 
 Say = Callable[[str], None]
 

@@ -89,7 +89,7 @@ def prepare(
     if dry_run:
         return _print_json(value.to_json())
     from vinedresser.cluster import connect
-    from vinedresser.data.shards.shard_set import prepare as write
+    from vinedresser.data.shards import prepare as write
 
     shards = write(value, workspace / "shards", executor=executor, connect=connect, say=_Say())
     result = {"folder": str(shards.folder), "digest": shards.digest, "counts": dict(shards.counts)}
@@ -110,7 +110,7 @@ def train(
     """Train one experiment and leave its best model, by the decoded metric, as a bundle."""
     from vinedresser.cli import verbs
     from vinedresser.config import Experiment
-    from vinedresser.study import Study
+    from vinedresser.config.study import Study
 
     value = _resolve(experiment, [Experiment, Study], overrides, "base")
     if dry_run:
@@ -132,7 +132,7 @@ def check(
     """
     from vinedresser.cli.check import check as run_checks
     from vinedresser.config import Experiment, resolve
-    from vinedresser.study import Study
+    from vinedresser.config.study import Study
 
     kinds: list[Any] = [Experiment, Study]
     value = _resolve(experiment, kinds, overrides, "base")
@@ -151,8 +151,8 @@ def sweep(
 ) -> None:
     """Search a study's space with Ray Tune and Optuna, judged by the decoded metric."""
     from vinedresser.cli import verbs
+    from vinedresser.config.study import Study
     from vinedresser.pipeline import Pipeline
-    from vinedresser.study import Study
 
     value = _resolve(study, [Study, Pipeline], overrides, "study")
     if dry_run:
@@ -173,7 +173,7 @@ def prune(
 ) -> None:
     """Close heads of a finished model, remove them, and prove the smaller model equal."""
     from vinedresser.cli import verbs
-    from vinedresser.pruning import Pruning
+    from vinedresser.pruning.search import Pruning
 
     words = overrides or []
     if "=" in pruning:

@@ -11,18 +11,18 @@ from rich.table import Table
 
 from vinedresser.bundle import load_bundle
 from vinedresser.cli.show import print_json
-from vinedresser.commit import is_committed, read_manifest
 from vinedresser.config import Experiment, ModelConfig, Section, Task, parse_overrides, resolve
 from vinedresser.config.experiment import named_model, presets, zoo_modules
 from vinedresser.config.section import did_you_mean
-from vinedresser.data.shards.account import PADDING_TOKENS
-from vinedresser.data.shards.shard_set import ShardSet, open_shards
-from vinedresser.diagnostics.corpus import buckets, coverage, figures
-from vinedresser.diagnostics.summary import Summary, summarise
+from vinedresser.config.study import Study
+from vinedresser.data.prepare.account import PADDING_TOKENS
+from vinedresser.data.shards import ShardSet, open_shards
 from vinedresser.errors import ConfigError
+from vinedresser.figures.corpus import buckets, coverage, figures
+from vinedresser.health.summary import Summary, summarise
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.pipeline import Pipeline
-from vinedresser.study import Study
+from vinedresser.workspace.commit import is_committed, read_manifest
 
 # A forward pass of more would take longer than anybody waits for a table.
 _MAX_PASS = 400_000_000

@@ -26,7 +26,7 @@ def _python() -> str:
 def _torch() -> str:
     import torch
 
-    from vinedresser.train import has_bf16
+    from vinedresser.training.device import has_bf16
 
     gpus = torch.cuda.device_count()
     device = torch.device("cuda" if gpus else "cpu")

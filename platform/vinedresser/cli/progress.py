@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from vinedresser.train.progress import Best, Progress, Tell
+from vinedresser.training.progress import Best, Progress, Tell
 
 Now = Callable[[], float]
 

@@ -17,23 +17,24 @@ from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cli.progress import watching
 from vinedresser.cli.show import closing_table, print_json, scores_table, trials_table
 from vinedresser.cluster import connect
-from vinedresser.commit import is_committed
 from vinedresser.config import Evaluation, Experiment, Section, Task, parse_overrides, resolve
-from vinedresser.data.corpus.corpus import read
-from vinedresser.data.shards.shard_set import ShardSet
-from vinedresser.data.shards.shard_set import prepare as write_shards
+from vinedresser.data.corpora.corpus import read
+from vinedresser.data.shards import ShardSet
+from vinedresser.data.shards import prepare as write_shards
 from vinedresser.distributed import Site
 from vinedresser.distributed import train as run_experiment
 from vinedresser.errors import ConfigError
 from vinedresser.evaluate import evaluate as score
 from vinedresser.evaluate import tokenized
-from vinedresser.export import Gate, fetch, register
+from vinedresser.registry.gate import Gate
+from vinedresser.registry.registration import fetch, register
 from vinedresser.tracking import Store, initialise, reap, run_folder, store_for
+from vinedresser.workspace.commit import is_committed
 
 if TYPE_CHECKING:
+    from vinedresser.config.study import Study
     from vinedresser.pipeline import Pipeline
-    from vinedresser.pruning import Pruning
-    from vinedresser.study import Study
+    from vinedresser.pruning.search import Pruning
 
 Say = Callable[[str], None]
 
@@ -42,8 +43,8 @@ _TRANSLATE_LINES = 512
 
 def show_plan(value: Section, *, as_json: bool) -> None:
     """The resolved configuration, the space and the resources of a dry run."""
+    from vinedresser.config.study import Study
     from vinedresser.pipeline import Pipeline
-    from vinedresser.study import Study
 
     plan: dict[str, Any] = {"configuration": value.to_json()}
     study = value.study if isinstance(value, Pipeline) else value
@@ -164,7 +165,7 @@ def locate(model: str, workspace: Path) -> Path:
 
 def prune(model: str, pruning: "Pruning", workspace: Path, say: Say, *, as_json: bool) -> None:
     """Prunes a finished model and prints what was gained and lost."""
-    from vinedresser.pruning import Pruner
+    from vinedresser.pruning.search import Pruner
 
     folder = locate(model, workspace).absolute()
     whole = load_bundle(folder)

@@ -1,13 +1,7 @@
 """Configuration: a run is one frozen value, and a typo is an error before the first step."""
 
 from vinedresser.config.cleaning import Cleaning
-from vinedresser.config.corpus import (
-    DataPath,
-    LexiconCorpus,
-    Pair,
-    TableCorpus,
-    TextCorpus,
-)
+from vinedresser.config.corpus import DataPath, LexiconCorpus, Pair, TableCorpus, TextCorpus
 from vinedresser.config.experiment import (
     Batching,
     BatchOrder,
@@ -20,8 +14,8 @@ from vinedresser.config.experiment import (
     Optim,
     ScheduledSampling,
 )
+from vinedresser.config.files import parse_overrides, read_file, resolve
 from vinedresser.config.section import Section
-from vinedresser.config.source import parse_overrides, read_file, resolve
 from vinedresser.config.speech import DigitsCorpus, Frames, SpeechCorpus
 from vinedresser.config.task import MetricName, SafeName, Task, Tokenizer
 

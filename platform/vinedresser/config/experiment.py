@@ -170,7 +170,7 @@ def _read_task(value: Any, info: ValidationInfo) -> Any:
     """A task may stand as the name of its file or module instead of being written out."""
     if not isinstance(value, str):
         return value
-    from vinedresser.config.source import resolve
+    from vinedresser.config.files import resolve
 
     base = (info.context or {}).get("base")
     if base is not None and value.endswith((".yaml", ".yml", ".json")):

@@ -13,11 +13,11 @@ from typing import Any
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.config import FailureConfig
 
-from vinedresser.attempt import forget_failures
-from vinedresser.commit import write_file
 from vinedresser.errors import MachineError, TrainingError, VinedresserError
-from vinedresser.run import RolledBackError
-from vinedresser.train.watch import Hang, forget, hangs
+from vinedresser.training.run import RolledBackError
+from vinedresser.training.watchdog import Hang, forget, hangs
+from vinedresser.workspace.commit import write_file
+from vinedresser.workspace.lease import forget_failures
 
 # Deaths of workers in a row without a new checkpoint: the first may be an accident, the second a
 # coincidence.

@@ -19,7 +19,6 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from vinedresser.attempt import ask, listen
 from vinedresser.config import Experiment
 from vinedresser.distributed.failures import STARTS, NoRoomError, OwnPolicy, cause
 from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, is_on_gpus, num_groups, require
@@ -27,7 +26,8 @@ from vinedresser.distributed.site import Site
 from vinedresser.distributed.telling import FileTell, relaying, write_words
 from vinedresser.distributed.worker import execute
 from vinedresser.errors import InterruptedRunError, VinedresserError
-from vinedresser.train import Tell, untold
+from vinedresser.training.progress import Tell, untold
+from vinedresser.workspace.lease import ask, listen
 
 _log = logging.getLogger("vinedresser")
 

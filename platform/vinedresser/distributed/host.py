@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from vinedresser.attempt import held, stopping_politely, was_asked
 from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import open_shards
+from vinedresser.data.shards import open_shards
 from vinedresser.distributed.site import Site
 from vinedresser.distributed.worker import execute
 from vinedresser.errors import InterruptedRunError, TrainingError
-from vinedresser.run import Outcome, Report, clear, finished, run_folder, tell_changes
-from vinedresser.train import Tell, untold
+from vinedresser.training.outcome import Outcome, clear, finished, run_folder, tell_changes
+from vinedresser.training.progress import Tell, untold
+from vinedresser.training.run import Report
+from vinedresser.workspace.lease import held, stopping_politely, was_asked
 
 
 def train(

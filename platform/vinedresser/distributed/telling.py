@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from vinedresser.train import Best, Progress, Tell
+from vinedresser.training.progress import Best, Progress, Tell
 
 _log = logging.getLogger("vinedresser")
 

@@ -5,13 +5,15 @@ import logging
 from pathlib import Path
 
 from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import open_shards
-from vinedresser.diagnostics.corpus import picture
+from vinedresser.data.shards import open_shards
 from vinedresser.distributed.site import Site
 from vinedresser.errors import DivergedError, MachineError
-from vinedresser.run import Outcome, Report, RolledBackError, Run, finished
+from vinedresser.figures.corpus import picture
 from vinedresser.tracking import LaterTracker, NullTracker, Tracker, ending, open_run, reap
-from vinedresser.train import Tell, place, untold
+from vinedresser.training.device import place
+from vinedresser.training.outcome import Outcome, finished
+from vinedresser.training.progress import Tell, untold
+from vinedresser.training.run import Report, RolledBackError, Run
 
 _log = logging.getLogger("vinedresser")
 

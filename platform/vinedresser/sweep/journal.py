@@ -11,8 +11,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from vinedresser.config.study import Study
 from vinedresser.metrics import is_lower_better
-from vinedresser.study import Study
 from vinedresser.sweep.outcome import ORPHAN
 
 _log = logging.getLogger("vinedresser")

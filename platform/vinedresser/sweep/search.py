@@ -7,14 +7,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vinedresser.commit import digest_of, make_folder, verify, write_file
+from vinedresser.config.study import Study
 from vinedresser.distributed import Site
 from vinedresser.errors import BusyError, InterruptedRunError, MachineError, TrainingError
-from vinedresser.study import Study
 from vinedresser.sweep.journal import counted, open_study
 from vinedresser.sweep.outcome import SweepOutcome, TrialRow, rank
 from vinedresser.sweep.trials import Say, run_trials, searcher_for
 from vinedresser.tracking import Tracker, end_children, ending, open_run
+from vinedresser.workspace.commit import digest_of, make_folder, verify, write_file
 
 _log = logging.getLogger("vinedresser")
 

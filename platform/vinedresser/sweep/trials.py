@@ -17,17 +17,17 @@ from optuna.storages import JournalStorage
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from vinedresser.attempt import STOPPING, ask_to_stop, has_stopped
 from vinedresser.config import Experiment
-from vinedresser.data.shards.shard_set import open_shards
+from vinedresser.config.study import Study
+from vinedresser.data.shards import open_shards
 from vinedresser.distributed import TRIAL_CPUS, Site, num_groups, release_group, require, train
 from vinedresser.errors import InterruptedRunError, VinedresserError
 from vinedresser.metrics import is_lower_better
-from vinedresser.run import run_folder
-from vinedresser.study import Study
 from vinedresser.sweep.journal import has_two
 from vinedresser.sweep.outcome import REASON, short_params
 from vinedresser.sweep.searcher import DIED, Searcher
+from vinedresser.training.outcome import run_folder
+from vinedresser.workspace.lease import STOPPING, ask_to_stop, has_stopped
 
 Say = Callable[[str], None]
 

@@ -4,14 +4,14 @@ Importing does nothing and imports no mlflow; every Ray worker does it. Metrics 
 refuses wait in memory, bounded; a durable spool that survives the process is not built yet.
 """
 
-from vinedresser.tracking.board import (
+from vinedresser.tracking.later import LaterTracker
+from vinedresser.tracking.leaderboard import (
     LOWER_IS_BETTER,
     RunRow,
     experiments,
     leaderboard,
     run_folder,
 )
-from vinedresser.tracking.later import LaterTracker
 from vinedresser.tracking.remote import MlflowTracker
 from vinedresser.tracking.runs import end_children, open_run, reap
 from vinedresser.tracking.store import Store, initialise, store_for

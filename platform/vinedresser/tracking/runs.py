@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from vinedresser.commit import is_alive, this_process
 from vinedresser.errors import MachineError
 from vinedresser.tracking.remote import BATCH_TAGS, MAX_TAG, MlflowTracker, safe_key
 from vinedresser.tracking.store import (
@@ -24,6 +23,7 @@ from vinedresser.tracking.store import (
     server_errors,
 )
 from vinedresser.tracking.tracker import NullTracker
+from vinedresser.workspace.commit import is_alive, this_process
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

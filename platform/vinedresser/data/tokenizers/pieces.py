@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vinedresser.commit import write_file
 from vinedresser.config.task import Tokenizer
 from vinedresser.data.tokenizers.flat import (
     BOS,
@@ -27,6 +26,7 @@ from vinedresser.data.tokenizers.flat import (
 )
 from vinedresser.data.tokenizers.resampling import Resampler
 from vinedresser.errors import DataError
+from vinedresser.workspace.commit import write_file
 
 # What SentencePiece makes of a space: no piece has it anywhere but at its beginning.
 _SPACE = "\u2581"

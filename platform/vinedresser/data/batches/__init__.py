@@ -1,1 +1,0 @@
-"""Batches: shards -> windows -> padded tensors; the one part of `data` that needs torch."""

@@ -1,0 +1,1 @@
+"""Batching: plan, read, collate and prefetch batches."""

@@ -1,0 +1,283 @@
+"""From shards to padded tensors: an endless, resumable stream, and a finite, sorted pass."""
+
+import itertools
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vinedresser.batch import Batch
+from vinedresser.config import Batching
+from vinedresser.data.batching.plan import Histogram, Ints, Plan, arrange, plan_cells, refuse_longer
+from vinedresser.data.batching.prefetch import prefetched
+from vinedresser.data.batching.resegment import Resegmenter, resegmenter, seed_of
+from vinedresser.data.batching.side import Side, batch_of
+from vinedresser.data.batching.windows import (
+    Change,
+    MemoryPool,
+    Pool,
+    ShardPool,
+    Window,
+    reading,
+    side_of,
+)
+from vinedresser.data.shards import ShardSet
+from vinedresser.errors import DamagedError, DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split in memory, in the corpus's order: about 2 bytes a token, no object a row.
+
+    Attributes:
+        name: train, dev or test.
+        source: source ids or frames.
+        target: target ids.
+        sources: source texts of dev and test; empty for train.
+        references: target texts of dev and test; empty for train.
+    """
+
+    name: str
+    source: Side
+    target: Side
+    sources: list[str]
+    references: list[str]
+
+    def __len__(self) -> int:
+        return len(self.source.offsets) - 1
+
+    @property
+    def source_lengths(self) -> Ints:
+        """(n,) source tokens of each row, EOS included, or frames."""
+        return self.source.lengths
+
+    @property
+    def target_lengths(self) -> Ints:
+        """(n,) target tokens of each row, EOS included."""
+        return self.target.lengths
+
+    def batch(self, rows: Ints) -> Batch:
+        """The given rows, in their order, as padded tensors on the CPU."""
+        return batch_of(self.source.take(rows), self.target.take(rows), rows)
+
+
+def load_split(shards: ShardSet, name: str) -> Split:
+    """Reads a split whole; page checksums are verified.
+
+    Raises:
+        DataError: the set has no such split.
+        DamagedError: a shard cannot be read; names it.
+    """
+    if name not in shards.counts:
+        raise DataError(f"{shards.folder} has no {name} split; it has {', '.join(shards.counts)}")
+    table = pa.concat_tables(_read(shards.folder / file) for file in shards.meta["shards"][name])
+    order = np.argsort(table["row"].to_numpy())
+    if len(order) != shards.counts[name]:
+        raise DamagedError(
+            f"{shards.folder}: {len(order)} {name} rows, the manifest says {shards.counts[name]}; "
+            "re-run `prepare`"
+        )
+    texts = {"source_text": list[str](), "target_text": list[str]()}
+    for column in texts:
+        if column in table.column_names:
+            texts[column] = table[column].take(pa.array(order)).to_pylist()
+    source = side_of(table["source"], shards.features).take(order)
+    return Split(name, source, side_of(table["target"]).take(order), *texts.values())
+
+
+def _read(path: Path) -> pa.Table:
+    with reading(path):
+        return pq.read_table(path, page_checksum_verification=True)
+
+
+class Batches:
+    """An endless sequence of training batches: a pure function of (seed, index).
+
+    Index i is batch i % per_epoch of epoch i // per_epoch. Every epoch holds each row of the
+    subset once. Windows come in an order of their own each epoch, the batches of a window too,
+    and rows of equal lengths change places between them, so that epochs differ in composition at
+    the same padding and the same number of batches.
+
+    Attributes:
+        per_epoch: batches of an epoch.
+    """
+
+    def __init__(self, data: Split | ShardSet, batching: Batching, *, seed: int) -> None:
+        """Plans the epoch from the lengths alone; no row is read.
+
+        Args:
+            data: a split in memory, or the train split of a shard set, read as it is needed.
+            batching: budget, order and subset.
+            seed: the same seed, the same batches; >= 0.
+
+        Raises:
+            DataError: a single row is longer than the budget, or there is none.
+            DamagedError: the shards' histogram cannot be read.
+        """
+        self._pool: Pool = (
+            MemoryPool(data.name, data.source, data.target)
+            if isinstance(data, Split)
+            else ShardPool(data, "train")
+        )
+        self._batching, self._seed = batching, seed
+        # What is in memory has no tokenizers, and is read as it is.
+        self._resegment: Resegmenter | None = None
+        if isinstance(data, ShardSet) and batching.subword_alpha:
+            dev = load_split(data, "dev")
+            self._resegment = resegmenter(data, batching, (dev.source, dev.target))
+        room = self._resegment.room if self._resegment else 1.0
+        self._tokens = int(batching.tokens / room)
+        self._sizes = np.array([len(self._plan(w)[1]) for w in range(len(self._pool))], np.int64)
+        self.per_epoch = int(self._sizes.sum())
+        if not self.per_epoch:
+            part = f" in a subset of {batching.subset:g}" if batching.subset < 1 else ""
+            fix = ". Fix: raise batch.subset" if part else ""
+            raise DataError(f"{self._pool.name}: 0 rows{part}; nothing to train on{fix}")
+        self._epoch = -1
+        self._order = self._ends = self._sizes
+        self._shuffled: _Shuffled | None = None
+
+    def _plan(self, window: int) -> tuple[Histogram, Plan]:
+        """The cells of a window's subset, and how they are cut."""
+        batching = self._batching
+        cells = self._pool.histogram(window).subset(batching.subset, window=window)
+        refuse_longer(cells, tokens=batching.tokens, name=self._pool.name)
+        plan = plan_cells(cells, tokens=self._tokens, order=batching.order, salt=window)
+        return cells, plan
+
+    def _at(self, index: int) -> tuple["_Shuffled", int]:
+        """The shuffled window of a batch, and its place there."""
+        epoch, at = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            self._order = _random(self._seed, epoch).permutation(len(self._sizes))
+            self._ends = np.cumsum(self._sizes[self._order])
+            self._epoch = epoch
+        slot = int(np.searchsorted(self._ends, at, side="right"))
+        number = int(self._order[slot])
+        shuffled = self._shuffled
+        if shuffled is None or (shuffled.epoch, shuffled.number) != (epoch, number):
+            # What was read of a window is kept for the next epoch if it is the same one.
+            is_same = shuffled is not None and shuffled.number == number
+            window = shuffled.window if shuffled and is_same else self._pool.open(number)
+            shuffled = _Shuffled(window, *self._plan(number), self._seed, epoch, number)
+            self._shuffled = shuffled
+        return shuffled, at - int(self._ends[slot] - self._sizes[number])
+
+    def rows(self, index: int) -> Ints:
+        """Row numbers of a batch. A new epoch or window costs its plan, not its rows."""
+        shuffled, at = self._at(index)
+        return shuffled.window.rows(*shuffled.picks(at))
+
+    def __getitem__(self, index: int) -> Batch:
+        shuffled, at = self._at(index)
+        change: Change | None = None
+        if self._resegment is not None:
+            change = partial(self._resegment, seed=seed_of(self._seed, index))
+        return shuffled.window.batch(*shuffled.picks(at), change)
+
+    def steps(self, *, rank: int = 0, of: int = 1, at: int = 0) -> Generator[Batch, None, None]:
+        """Batches without end; the caller counts steps.
+
+        Step s (0-based) of rank r is the batch of global index s * of + r. So ranks never
+        overlap, lose nothing, have equally many steps, and a stream resumes at any step in
+        constant time. Where an epoch's batches are no multiple of the ranks, the step in which it
+        ends is filled up from the next epoch.
+
+        Args:
+            rank: which worker, 0 <= rank < of.
+            of: how many workers.
+            at: steps already taken.
+        """
+        if not 0 <= rank < of or at < 0:
+            raise ValueError(f"rank {rank} of {of} at {at}: 0 <= rank < of and at >= 0 are wanted")
+        return (self[index] for index in itertools.count(at * of + rank, of))
+
+
+def _random(*key: int) -> np.random.Generator:
+    """A generator of its own for each key; keys of one length never share one."""
+    return np.random.default_rng((*key, *(0,) * (4 - len(key)), 1))
+
+
+class _Shuffled:
+    """A window in one epoch: the order of its batches, and its rows within their cells."""
+
+    def __init__(
+        self, window: Window, cells: Histogram, plan: Plan, seed: int, epoch: int, number: int
+    ) -> None:
+        self.window, self.epoch, self.number = window, epoch, number
+        self._cells, self._plan, self._key = cells, plan, (seed, epoch, number + 1)
+        self._starts = cells.starts
+        self._turns = _random(*self._key).permutation(len(plan))
+        self._places: dict[int, Ints] = {}
+
+    def picks(self, at: int) -> tuple[Ints, Ints]:
+        """Cell and rank inside it of each row of the at-th batch of the epoch, both (B,)."""
+        cells_B, ranks_B = self._plan.batch(int(self._turns[at]))
+        edges = self.window.edges
+        of_B = np.searchsorted(edges, cells_B, side="right") - 1
+        for bucket in np.unique(of_B).tolist():
+            first = edges[bucket]
+            chosen = of_B == bucket
+            start_B = self._starts[cells_B[chosen]] - self._starts[first]
+            ranks_B[chosen] = self._placed(bucket)[start_B + ranks_B[chosen]] - start_B
+        return cells_B, ranks_B
+
+    def _placed(self, bucket: int) -> Ints:
+        """The rows of a bucket, those of each cell shuffled: 0.2 s a million rows."""
+        if bucket not in self._places:
+            first, last = self.window.edges[bucket : bucket + 2]
+            counts = self._cells.counts[first:last]
+            cell = np.repeat(np.arange(len(counts)), counts)
+            draws = _random(*self._key, bucket + 1).random(len(cell))
+            self._places[bucket] = np.lexsort((draws, cell))
+        return self._places[bucket]
+
+
+def stream(  # noqa: PLR0913 - a worker's place in the world is three numbers
+    data: Split | ShardSet,
+    batching: Batching | None = None,
+    *,
+    tokens: int = 0,
+    seed: int,
+    rank: int = 0,
+    of: int = 1,
+    at: int = 0,
+) -> Generator[Batch, None, None]:
+    """Training batches without end, see `Batches.steps`; a shard set's are read ahead in a thread.
+
+    Args:
+        data: what to train on.
+        batching: budget, order and subset.
+        tokens: short for `Batching(tokens=tokens)`.
+        seed: the same seed, the same batches; >= 0.
+        rank: which worker, 0 <= rank < of.
+        of: how many workers.
+        at: steps already taken.
+
+    Raises:
+        DataError: a single row is longer than the budget, or there is none.
+    """
+    batches = Batches(data, batching or Batching(tokens=tokens), seed=seed)
+    steps = batches.steps(rank=rank, of=of, at=at)
+    return steps if isinstance(data, Split) else prefetched(steps)
+
+
+def in_order(split: Split, *, tokens: int, sentences: int = 0) -> Iterator[Batch]:
+    """Each row once, sorted by length, for evaluation; `rows_B` tells where it belongs.
+
+    Args:
+        split: what to evaluate on.
+        tokens: sentences x longest side of a batch; a longer row comes alone.
+        sentences: 0 for all rows, else this many, evenly spread over the split and the same for
+            every seed.
+    """
+    total = len(split)
+    count = min(sentences, total) if sentences else total
+    chosen = np.arange(count, dtype=np.int64) * total // max(1, count)
+    lengths = (split.source_lengths[chosen], split.target_lengths[chosen])
+    for rows in arrange(*lengths, tokens=tokens):
+        yield split.batch(chosen[rows])

@@ -1,0 +1,353 @@
+"""Windows: up to a million rows that are shuffled together, read bucket by bucket when asked for.
+
+Batches never span windows. What is in one is known from `lengths.parquet` alone; its rows are
+read when a batch needs them, and only those of the buckets (row groups) it needs.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vinedresser.batch import Batch
+from vinedresser.data.batching.plan import Cells, Histogram, Ints, bucket_of, group, mixed
+from vinedresser.data.batching.side import Side, batch_of, join
+from vinedresser.data.prepare.encode import LENGTHS_FILE
+from vinedresser.data.shards import ShardSet
+from vinedresser.errors import DamagedError, DataError
+
+# Rows of a window, at most about: 60 MB of ids in memory at 15 tokens a side, and 50 shards.
+WINDOW_ROWS = 1_000_000
+# Bytes of the frames of a window, at most about: 60,000 utterances of 2.2 s in 40 bands, 5,600 of
+# 12 s in 80 bands. Two windows may be in memory at a time.
+WINDOW_BYTES = 1 << 30
+
+# Makes the sequences of a batch anew; as many of them, and within the batch's budget.
+Change = Callable[[Side, Side], tuple[Side, Side]]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The rows of a bucket in memory.
+
+    Attributes:
+        source: source sequences.
+        target: target sequences.
+        rows: (n,) the number of each in its split.
+        members: (n,) their positions here, cell after cell; inside a cell by a fixed hash of the
+            row, so that the first k are the same k whatever the subset.
+    """
+
+    source: Side
+    target: Side
+    rows: Ints
+    members: Ints
+
+    @classmethod
+    def of(cls, source: Side, target: Side, rows: Ints) -> tuple["Bucket", Histogram]:
+        """A bucket and its cells, ascending by (source, target)."""
+        shuffled = np.argsort(mixed(rows.astype(np.uint64), salt=0), kind="stable")
+        cells: Cells = group(source.lengths[shuffled], target.lengths[shuffled])
+        return cls(source, target, rows, shuffled[cells.members]), cells.histogram
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows that batches are made of.
+
+    Attributes:
+        histogram: its cells, ascending by (bucket, source, target).
+        edges: (buckets + 1,) the first cell of each bucket.
+        load: reads a bucket, 0 <= bucket < buckets.
+    """
+
+    histogram: Histogram
+    edges: Ints
+    load: Callable[[int], Bucket]
+    _loaded: dict[int, Bucket] = field(default_factory=dict)
+
+    def rows(self, cells_B: Ints, ranks_B: Ints) -> Ints:
+        """(B,) numbers in the split of the ranks-th rows of some cells."""
+        return self._take(cells_B, ranks_B)[2]
+
+    def batch(self, cells_B: Ints, ranks_B: Ints, change: Change | None = None) -> Batch:
+        """The ranks-th rows of some cells, bucket after bucket."""
+        source, target, rows = self._take(cells_B, ranks_B)
+        if change is not None:
+            source, target = change(source, target)
+        return batch_of(source, target, rows)
+
+    def _take(self, cells_B: Ints, ranks_B: Ints) -> tuple[Side, Side, Ints]:
+        starts = self.histogram.starts
+        of_B = np.searchsorted(self.edges, cells_B, side="right") - 1
+        at_B = starts[cells_B] - starts[self.edges[of_B]] + ranks_B
+        sources, targets, rows = list[Side](), list[Side](), list[Ints]()
+        for index in np.unique(of_B).tolist():
+            if index not in self._loaded:
+                self._loaded[index] = self.load(index)
+            bucket = self._loaded[index]
+            chosen = bucket.members[at_B[of_B == index]]
+            sources.append(bucket.source.take(chosen))
+            targets.append(bucket.target.take(chosen))
+            rows.append(bucket.rows[chosen])
+        return join(sources), join(targets), np.concatenate(rows)
+
+
+class Pool(Protocol):
+    """A split as windows."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def histogram(self, window: int) -> Histogram:
+        """The cells of a window."""
+        ...
+
+    def open(self, window: int) -> Window:
+        """A window of which nothing is read yet."""
+        ...
+
+
+class MemoryPool:
+    """Sequences in memory as one window of one bucket."""
+
+    def __init__(self, name: str, source: Side, target: Side) -> None:
+        self.name = name
+        rows = np.arange(len(source.lengths), dtype=np.int64)
+        bucket, self._histogram = Bucket.of(source, target, rows)
+        self._window = Window(
+            self._histogram, np.array([0, len(self._histogram.counts)]), lambda _: bucket
+        )
+
+    def __len__(self) -> int:
+        return 1
+
+    def histogram(self, window: int) -> Histogram:
+        """The cells of the one window."""
+        return self.open(window).histogram
+
+    def open(self, window: int) -> Window:
+        """The one window."""
+        assert window == 0
+        return self._window
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the rows of a window stand.
+
+    Attributes:
+        histogram: the window's cells, ascending by (bucket, source, target).
+        block: (g,) block of each of the window's row groups.
+        bucket: (g,) its bucket.
+        group: (g,) its place in its shard.
+        rows: (g,) its rows.
+    """
+
+    histogram: Histogram
+    block: Ints
+    bucket: Ints
+    group: Ints
+    rows: Ints
+
+
+class ShardPool:
+    """A split of a shard set as windows of consecutive blocks.
+
+    Holds what `lengths.parquet` says of the cells, 24 bytes a cell of a window, and never a row.
+    """
+
+    def __init__(self, shards: ShardSet, split: str) -> None:
+        """Reads the histogram.
+
+        Raises:
+            DataError: the set has no such split.
+            DamagedError: the histogram cannot be read or contradicts the manifest.
+        """
+        if split not in shards.counts:
+            have = ", ".join(shards.counts)
+            raise DataError(f"{shards.folder} has no {split} split; it has {have}")
+        self.name = split
+        self._folder, self._features = shards.folder, shards.features
+        self._width = shards.task.bucket_width
+        self._layouts = list(_layouts(shards, split, self._width))
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+    def histogram(self, window: int) -> Histogram:
+        """The cells of a window."""
+        return self._layouts[window].histogram
+
+    def open(self, window: int) -> Window:
+        """A window of which nothing is read yet."""
+        layout = self._layouts[window]
+        cells = layout.histogram
+        buckets = bucket_of(cells.source, cells.target, width=self._width)
+        found, firsts = np.unique(buckets, return_index=True)
+        edges = np.append(firsts, len(buckets))
+        footers: dict[int, Any] = {}
+
+        def load(index: int) -> Bucket:
+            bucket, expected = self._read(layout, int(found[index]), footers)
+            lo, hi = edges[index], edges[index + 1]
+            planned = (cells.source[lo:hi], cells.target[lo:hi], cells.counts[lo:hi])
+            read = (expected.source, expected.target, expected.counts)
+            if not all(map(np.array_equal, planned, read)):
+                raise DamagedError(
+                    f"{self._folder}: the shards' lengths are not those of {LENGTHS_FILE}; "
+                    "re-run `prepare`"
+                )
+            return bucket
+
+        return Window(cells, edges, load)
+
+    def _read(
+        self, layout: _Layout, bucket: int, footers: dict[int, Any]
+    ) -> tuple[Bucket, Histogram]:
+        """A bucket from the row groups of all shards that have it; no file stays open."""
+        sources, targets, rows = list[Side](), list[Side](), list[Ints]()
+        for at in np.flatnonzero(layout.bucket == bucket):
+            block = int(layout.block[at])
+            path = self._folder / f"{self.name}-{block:05d}.parquet"
+            with reading(path):
+                table = _row_group(path, int(layout.group[at]), footers, block)
+                rows.append(table["row"].to_numpy())
+                sources.append(side_of(table["source"], self._features))
+                targets.append(side_of(table["target"]))
+            if len(table) != layout.rows[at]:
+                raise DamagedError(
+                    f"{path}: {len(table)} rows of bucket {bucket}, {LENGTHS_FILE} says "
+                    f"{layout.rows[at]}; re-run `prepare`"
+                )
+        return Bucket.of(join(sources), join(targets), np.concatenate(rows))
+
+
+def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
+    """The windows of a split, in block order; holds the histogram of one at a time."""
+    path = shards.folder / LENGTHS_FILE
+    rows_of_block = np.zeros(0, dtype=np.int64)
+    for block, count in _entries(path, split, ["block", "count"]):
+        found = np.bincount(block, weights=count).astype(np.int64)
+        size = max(len(found), len(rows_of_block))
+        rows_of_block = np.pad(found, (0, size - len(found))) + np.pad(
+            rows_of_block, (0, size - len(rows_of_block))
+        )
+    total = int(rows_of_block.sum())
+    if total != shards.counts[split]:
+        raise DamagedError(
+            f"{path}: {total} {split} rows, the manifest says {shards.counts[split]}; "
+            "re-run `prepare`"
+        )
+    at_most = WINDOW_ROWS
+    if shards.features:
+        frames = shards.meta["lengths"][split]["source"]["mean"]
+        at_most = min(at_most, int(WINDOW_BYTES / (frames * shards.features * 2)))
+    windows = windows_of(rows_of_block, at_most)
+    held, at = list[list[Ints]](), 0
+    for columns in _entries(path, split, ["block", "source", "target", "count"]):
+        window = windows[columns[0]]
+        for index in np.unique(window).tolist():
+            if index != at and held:
+                yield _layout(held, width)
+                held = []
+            at = index
+            held.append([column[window == index] for column in columns])
+    if held:
+        yield _layout(held, width)
+
+
+def windows_of(rows_of_block: Ints, at_most: int) -> Ints:
+    """(blocks,) -> the window of each block: equal parts of at most about so many rows.
+
+    Equal, because a short last window would pad more and be shuffled less than the others.
+    """
+    total = int(rows_of_block.sum())
+    windows = max(1, -(-total // max(1, at_most)))
+    middles = 2 * np.cumsum(rows_of_block) - rows_of_block
+    found: Ints = np.minimum(middles * windows // max(1, 2 * total), windows - 1)
+    return found
+
+
+def _entries(path: Path, split: str, columns: list[str]) -> Iterator[list[Ints]]:
+    """The given columns of a split's cells, a piece of the file at a time."""
+    with reading(path), path.open("rb") as stream:
+        file = pq.ParquetFile(stream, page_checksum_verification=True)
+        for batch in file.iter_batches(columns=["split", *columns], use_threads=False):
+            chosen = batch.filter(pc.equal(batch["split"], split))
+            if len(chosen):
+                yield [chosen[name].to_numpy().astype(np.int64) for name in columns]
+
+
+def _layout(held: list[list[Ints]], width: int) -> _Layout:
+    block, source, target, count = (np.concatenate(parts) for parts in zip(*held, strict=True))
+    bucket = bucket_of(source, target, width=width)
+    by_cell = np.lexsort((target, source, bucket))
+    cells = _firsts(source[by_cell], target[by_cell])
+    chosen = by_cell[cells]
+    counts = np.add.reduceat(count[by_cell], cells)
+    histogram = Histogram(source[chosen], target[chosen], counts)
+    by_group = np.lexsort((bucket, block))
+    groups = _firsts(block[by_group], bucket[by_group])
+    block, bucket = block[by_group][groups], bucket[by_group][groups]
+    place = np.arange(len(block)) - np.searchsorted(block, block)
+    rows = np.add.reduceat(count[by_group], groups)
+    return _Layout(histogram, block, bucket, place, rows)
+
+
+def _firsts(*columns: Ints) -> Ints:
+    """Positions where any of some columns of equal, sorted tuples changes; 0 is one."""
+    is_new = np.ones(len(columns[0]), dtype=bool)
+    is_new[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return np.flatnonzero(is_new)
+
+
+def _row_group(path: Path, index: int, footers: dict[int, Any], block: int) -> pa.Table:
+    """One row group, its pages' checksums verified; a shard's footer is parsed once a window."""
+    columns = ["row", "source", "target"]
+    with path.open("rb") as stream:
+        file = pq.ParquetFile(stream, metadata=footers.get(block), page_checksum_verification=True)
+        footers[block] = file.metadata
+        return file.read_row_group(index, columns=columns, use_threads=False)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns whatever reading a Parquet file can raise into one line that names it.
+
+    Raises:
+        DamagedError: the file is absent, truncated, changed, or lacks a row group or column.
+    """
+    try:
+        yield
+    # A changed footer may name other columns, in no known encoding, or of another type.
+    except (
+        OSError,
+        pa.ArrowException,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise DamagedError(f"{path}: unreadable ({reason}); re-run `prepare`") from None
+
+
+def side_of(column: pa.ChunkedArray, features: int = 0) -> Side:
+    """A list column as a side, without a copy where it is one chunk of whole arrays."""
+    sides = []
+    for chunk in column.chunks:
+        offsets = chunk.offsets.to_numpy().astype(np.int64)
+        values = chunk.values.to_numpy()[offsets[0] : offsets[-1]]
+        sides.append(Side(values, (offsets - offsets[0]) // (features or 1), features))
+    return join(sides)

@@ -1,0 +1,1 @@
+"""Corpora: rows of text, tables, lexicons and recordings."""

@@ -1,0 +1,298 @@
+"""Tables as a corpus: both sides of a pair in one row of TSV, JSON lines or Parquet."""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vinedresser.config.corpus import TableCorpus, names_of
+from vinedresser.config.task import Task
+from vinedresser.data.corpora import parquet
+from vinedresser.data.corpora.corpus import Places, together
+from vinedresser.data.corpora.inputs import expand, head_of, is_remote, stamp
+from vinedresser.data.corpora.row import Account, Block, Row
+from vinedresser.data.corpora.textfile import (
+    Check,
+    Facts,
+    Span,
+    changed,
+    inspect,
+    lines_of,
+    listed,
+    refuse_changed,
+    unpacked,
+)
+from vinedresser.errors import DataError
+
+_JSON_NAMES = (".jsonl", ".ndjson", ".json")
+_PACKED_NAMES = (".gz", ".gzip", ".zst", ".zstd")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the rows of one file are read.
+
+    Attributes:
+        kind: tsv, jsonl or parquet.
+        columns: of source and target: 0-based numbers of a TSV, else names.
+        width: columns of each row of a TSV; 0 for others.
+        header: lines before the first row.
+    """
+
+    kind: str
+    columns: tuple[int | str, int | str]
+    width: int = 0
+    header: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of one file.
+
+    Attributes:
+        span: whole lines, or for Parquet the row group `span.start` of the path.
+        form: how they are read.
+        skip: header lines at its beginning.
+    """
+
+    span: Span
+    form: Form
+    skip: int
+
+    @property
+    def count(self) -> int:
+        """Rows in it."""
+        return self.span.count - self.skip
+
+
+@dataclass(frozen=True)
+class TableBlock(Block):
+    """Rows of one or several files.
+
+    Attributes:
+        first: raw rows of the split before it.
+        parts: where they stand.
+    """
+
+    first: int
+    parts: tuple[Part, ...]
+
+    def rows(self, account: Account) -> Iterator[Row]:
+        """All its rows; a cell without a value counts as empty."""
+        account.rows_in += self.count
+        line = self.first
+        for part in self.parts:
+            for source, target in _cells(part):
+                line += 1
+                yield Row(source or "", target or "", line)
+
+
+def _cells(part: Part) -> Iterator[tuple[str | None, str | None]]:
+    source, target = part.form.columns
+    if part.form.kind == "parquet":
+        yield from parquet.rows(part.span, str(source), str(target))
+        return
+    for line in part.span.lines()[part.skip :]:
+        if part.form.kind == "tsv":
+            fields: Any = line.split("\t")
+            if len(fields) != part.form.width:
+                raise changed(part.span.name)
+        else:
+            fields = json.loads(line)
+        yield fields[source], fields[target]
+
+
+class Table:
+    """A `TableCorpus` whose files exist and whose every row has both columns."""
+
+    is_parallel = True
+
+    def __init__(self, task: Task) -> None:
+        corpus = task.corpus
+        assert isinstance(corpus, TableCorpus)
+        self._corpus = corpus
+        named = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
+        self._files = {
+            split: expand(names_of(files)) for split, files in named.items() if files is not None
+        }
+        self._facts: dict[str, Facts] = {}
+        self._forms: dict[str, Form] = {}
+        problems = []
+        for name in dict.fromkeys(name for files in self._files.values() for name in files):
+            try:
+                self._inspect(name)
+            except DataError as error:
+                problems.append(str(error.args[0]))
+        if problems:
+            raise DataError("\n".join(problems))
+        self.digests = {name: facts.digest for name, facts in self._facts.items()}
+        self.notes = [note for facts in self._facts.values() for note in facts.notes]
+        self.splits = tuple(self._files)
+        self._places = {}
+        for split, files in self._files.items():
+            counts = [self._facts[name].lines - self._forms[name].header for name in files]
+            self._places[split] = Places(files, counts)
+
+    def _inspect(self, name: str) -> None:
+        corpus = self._corpus
+        kind: str = corpus.format
+        stamp(name)  # says what is wrong with a file that cannot be opened
+        if kind == "auto":
+            kind = _kind_of(name)
+        if kind == "parquet":
+            form = Form("parquet", (corpus.source, corpus.target))
+            self._facts[name] = parquet.inspect(name, form.columns)
+        elif kind == "tsv":
+            form = _form_of_tsv(name, corpus)
+            self._facts[name] = inspect(name, _check_tsv(form, corpus))
+        else:
+            form = Form("jsonl", (corpus.source, corpus.target))
+            self._facts[name] = inspect(name, _check_jsonl(form))
+        self._forms[name] = form
+        if self._facts[name].lines <= form.header:
+            raise DataError(f"{name}: a header and no row")
+
+    def content(self) -> Any:
+        """The columns, and the digests of every split's files."""
+        plain = self._corpus.to_json()
+        for split in ("train", "dev", "test"):
+            plain[split] = [self.digests[name] for name in self._files.get(split, [])]
+        plain["format"] = sorted({form.kind for form in self._forms.values()})
+        return plain
+
+    def _parts(self, name: str) -> Iterator[Part]:
+        facts, form = self._facts[name], self._forms[name]
+        if form.kind != "parquet":
+            for index, span in enumerate(facts.spans()):
+                yield Part(span, form, form.header if index == 0 else 0)
+            return
+        for group, count in enumerate(facts.counts):
+            yield Part(Span(facts.copy, name, group, group + 1, count), form, 0)
+
+    def blocks(self, split: str) -> Iterator[TableBlock]:
+        """Blocks over all files of a split; of Parquet files once they are unpacked."""
+        parts = [part for name in self._files[split] for part in self._parts(name)]
+        counts = [part.count for part in parts]
+        first = 0
+        for number, chosen in enumerate(together(counts)):
+            count = sum(counts[chosen])
+            yield TableBlock(split, number, count, first, tuple(parts[chosen]))
+            first += count
+
+    def unpack(self, folder: Path) -> None:
+        """Unpacks archives, and cuts Parquet into row groups of one block each."""
+        for name, facts in self._facts.items():
+            if self._forms[name].kind == "parquet":
+                columns = self._forms[name].columns
+                self._facts[name] = parquet.regrouped(facts, columns, folder)
+            else:
+                self._facts[name] = unpacked(facts, folder)
+
+    def refuse_changed(self) -> None:
+        """DataError where a file was touched since it was inspected."""
+        refuse_changed(self._facts.values())
+
+    def place(self, split: str, line: int) -> str:
+        """The row, with its file where there are several."""
+        return self._places[split].of(line)
+
+
+def _kind_of(name: str) -> str:
+    if head_of(name, 4) == b"PAR1":
+        return "parquet"
+    plain = name.partition("?")[0] if is_remote(name) else name
+    for suffix in _PACKED_NAMES:
+        plain = plain.removesuffix(suffix)
+    return "jsonl" if plain.endswith(_JSON_NAMES) else "tsv"
+
+
+def _form_of_tsv(name: str, corpus: TableCorpus) -> Form:
+    """The columns of a TSV: numbers as they are, names out of its first line."""
+    try:
+        first = next(lines_of(name), "")
+    except DataError:
+        first = ""  # `inspect` says what is wrong with it
+    fields = first.split("\t")
+    wanted = (corpus.source, corpus.target)
+    if isinstance(wanted[0], int) and isinstance(wanted[1], int):
+        return Form("tsv", (wanted[0] - 1, wanted[1] - 1), len(fields))
+    places = []
+    for column in wanted:
+        if isinstance(column, int):
+            places.append(column - 1)
+        elif fields.count(column) > 1:
+            raise DataError(
+                f"{name}:1:1: several columns {column!r}; expected one. Fix: number the columns "
+                "from 1, without the header line"
+            )
+        elif column in fields:
+            places.append(fields.index(column))
+        else:
+            raise DataError(
+                f"{name}:1:1: no column {column!r}; expected a header line with it, found "
+                f"{listed(fields)}. Fix: name one of these, or number the columns from 1"
+            )
+    return Form("tsv", (places[0], places[1]), len(fields), header=1)
+
+
+def _check_tsv(form: Form, corpus: TableCorpus) -> Check:
+    need = max(int(column) for column in form.columns) + 1
+    wanted = f"source {corpus.source!r} and target {corpus.target!r}"
+
+    def check(number: int, text: bytes) -> Iterable[str]:
+        for line, cells in enumerate(text.removesuffix(b"\n").split(b"\n"), number):
+            tabs = cells.count(b"\t")
+            if tabs + 1 == form.width >= need:
+                continue
+            fields = [*cells.split(b"\t"), b""]
+            column = len(b"\t".join(fields[: form.width])) + 1
+            expected = max(form.width, need) if form.width >= need else need
+            yield (
+                f"{line}:{min(column, len(cells) + 1)}: {tabs + 1} columns; expected {expected}, "
+                f"tab-separated, with {wanted}"
+            )
+
+    return check
+
+
+def _check_jsonl(form: Form) -> Check:
+    def check(number: int, text: bytes) -> Iterable[str]:
+        for line, raw in enumerate(text.removesuffix(b"\n").split(b"\n"), number):
+            if problem := _problem_of_json(raw, form):
+                yield f"{line}:{problem}"
+
+    return check
+
+
+def _problem_of_json(raw: bytes, form: Form) -> str:
+    """`column: what is wrong` with a line of JSON; empty where nothing is."""
+    wanted = f"expected an object with the keys {form.columns[0]!r} and {form.columns[1]!r}"
+    try:
+        found = json.loads(raw)
+    except json.JSONDecodeError as error:
+        return f"{error.colno}: not JSON ({error.msg}); {wanted}"
+    except RecursionError:
+        return f"1: nested too deeply; {wanted}"
+    except ValueError:  # Python turns no number of more than 4,300 digits into an integer
+        return f"1: a number of too many digits; {wanted}"
+    if not isinstance(found, dict):
+        return f"1: {type(found).__name__}; {wanted}"
+    for key in form.columns:
+        value = found.get(str(key), ...)
+        if value is ...:
+            return f"1: no key {key!r}, found {listed(found)}; {wanted}"
+        if value is not None and not isinstance(value, str):
+            return f"1: {key!r} is {type(value).__name__}; expected text"
+        try:
+            (value or "").encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(str(value)[error.start]):04X}"
+            column = max(1, raw.lower().find(b"\\u" + half[2:].lower().encode()) + 1)
+            return (
+                f"{column}: {key!r}, character {error.start + 1}: {half} is half a character; "
+                "expected text that UTF-8 can hold"
+            )
+        if "\0" in (value or ""):
+            return f"1: {key!r} holds NUL; expected text"
+    return ""

@@ -1,0 +1,124 @@
+"""Manifests of recordings: which audio files make an utterance, and what is said in it."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from vinedresser.data.corpora.textfile import MAX_PROBLEMS, lines_of, listed
+from vinedresser.errors import DataError
+
+
+class Utterance(NamedTuple):
+    """A row of a manifest.
+
+    Attributes:
+        paths: its recordings, the manifest's folder before each.
+        text: its transcript.
+        line: 1-based.
+    """
+
+    paths: tuple[str, ...]
+    text: str
+    line: int
+
+
+def read_manifest(path: str, audio: str, transcript: str) -> list[Utterance]:
+    """All rows of a manifest that is known to be UTF-8 text.
+
+    Args:
+        path: `.jsonl` (also .ndjson, .json) or `.tsv` with a header line; both may be compressed.
+        audio: name of the column of audio paths: one, or in JSON a list.
+        transcript: name of the column of transcripts.
+
+    Raises:
+        DataError: the first 20 rows that are not so, each with file and line; or a name with
+            another ending.
+    """
+    endings = [ending for ending in Path(path).suffixes if ending not in (".gz", ".zst")]
+    ending = endings[-1].lower() if endings else ""
+    if ending in (".jsonl", ".ndjson", ".json"):
+        rows = _json_rows(path, audio, transcript)
+    elif ending == ".tsv":
+        rows = _table_rows(path, audio, transcript)
+    else:
+        raise DataError(f"{path}: a manifest of unknown form; expected a name in .jsonl or .tsv")
+    found, problems = list[Utterance](), list[str]()
+    for line, read in rows:
+        try:
+            paths, text = read()
+            found.append(_checked(Path(path).parent, paths, text, line))
+        except ValueError as error:
+            problems.append(f"{path}:{line}: {error}")
+    if problems:
+        more = [f"{path}: {len(problems)} such lines in all"] * (len(problems) > MAX_PROBLEMS)
+        raise DataError("\n".join([*problems[:MAX_PROBLEMS], *more]))
+    if not found:
+        raise DataError(f"{path}: no row; expected one utterance a line")
+    return found
+
+
+_Read = Callable[[], tuple[list[str], str]]
+
+
+def _checked(folder: Path, paths: list[str], text: str, line: int) -> Utterance:
+    if not paths or not all(paths):
+        raise ValueError("no audio path; expected one or more")
+    if not text.strip():
+        raise ValueError(f"{paths[0]} has no transcript")
+    for value in (*paths, text):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            code = ord(value[error.start])
+            raise ValueError(
+                f"character {error.start + 1} is half a character (U+{code:04X}); expected text "
+                "that UTF-8 can hold"
+            ) from None
+    return Utterance(tuple(str(folder / each) for each in paths), text, line)
+
+
+def _json_rows(path: str, audio: str, transcript: str) -> Iterator[tuple[int, _Read]]:
+    def read(line: str) -> tuple[list[str], str]:
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column {error.colno}: not JSON ({error.msg})") from None
+        except RecursionError:
+            raise ValueError("nested too deep; expected an object of strings") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"expected an object with {audio!r} and {transcript!r}")  # noqa: TRY004
+        for key in (audio, transcript):
+            if key not in value:
+                raise ValueError(f"no key {key!r}; it has {listed(value)}")
+        paths, text = value[audio], value[transcript]
+        paths = [paths] if isinstance(paths, str) else paths
+        if not isinstance(paths, list) or not all(isinstance(each, str) for each in paths):
+            raise ValueError(f"{audio!r} is not a path or a list of paths")
+        if not isinstance(text, str):
+            raise ValueError(f"{transcript!r} is not text")  # noqa: TRY004
+        return paths, text
+
+    for number, line in enumerate(lines_of(path), 1):
+        yield number, lambda line=line: read(line)  # type: ignore[misc]
+
+
+def _table_rows(path: str, audio: str, transcript: str) -> Iterator[tuple[int, _Read]]:
+    lines = enumerate(lines_of(path), 1)
+    header = next(lines)[1].split("\t")
+    for key, name in (("audio", audio), ("transcript", transcript)):
+        if name not in header:
+            raise DataError(
+                f"{path}:1: no column {name!r}; the header has {listed(header)}. "
+                f"Fix: set corpus.{key}"
+            )
+    places = [header.index(name) for name in (audio, transcript)]
+
+    def read(line: str) -> tuple[list[str], str]:
+        cells = line.split("\t")
+        if len(cells) != len(header):
+            raise ValueError(f"{len(cells)} cells; expected {len(header)}, as in the header")
+        return [cells[places[0]]], cells[places[1]]
+
+    for number, line in lines:
+        yield number, lambda line=line: read(line)  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""Prepare: clean, learn tokenizers, encode into shards."""

@@ -1,1 +1,0 @@
-"""Shards: blocks of rows -> cleaned, tokenised, written once, with an account of every row."""

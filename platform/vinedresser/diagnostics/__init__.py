@@ -1,1 +1,0 @@
-"""What shows how a run went."""

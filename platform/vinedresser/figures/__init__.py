@@ -1,0 +1,1 @@
+"""Figures: pictures of runs, corpora and attention, apart from judgement."""

@@ -1,0 +1,1 @@
+"""Health: preflight checks, and the rules that watch a run."""

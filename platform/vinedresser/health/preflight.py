@@ -1,0 +1,171 @@
+"""The checks of one experiment, in the order in which they make sense to read."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vinedresser.bundle import load_bundle, refuse_other_pieces, vocabulary_of, warm_start
+from vinedresser.config import Experiment, ModelConfig
+from vinedresser.data.batching.reader import in_order, load_split, stream
+from vinedresser.data.shards import ShardSet, tokenizers
+from vinedresser.decode import length_limits
+from vinedresser.health import cost, lint
+from vinedresser.health.independence import batch_invariance
+from vinedresser.health.learning import conditioning, first_loss, gradients, overfit, short
+from vinedresser.health.memory import memory_slope
+from vinedresser.health.sentences import Sentence, distinct, sentences_of, spread, together
+from vinedresser.health.verdict import Check
+from vinedresser.model import Seq2Seq
+from vinedresser.training.device import place, seed_step
+from vinedresser.training.optimizer import freeze
+
+# Batches that sentences are taken from, each of one length: enough for all lengths.
+_SAMPLED = 12
+# Sentences that are learned by heart, and those that are compared alone and together.
+_BY_HEART, _COMPARED = 8, 16
+# Dev rows that are asked what their source is worth.
+_ASKED = 256
+# The short training's batches hold this share of the budget: more updates in less time; but at
+# least so many of the longest rows.
+_SHARE, _LONGEST_ROWS = 0.25, 8
+
+Begin = Callable[[str], None]
+
+
+def checks(
+    experiment: Experiment,
+    shards: ShardSet,
+    *,
+    price: float = 0.0,
+    begin: Begin = lambda _: None,
+) -> Iterator[Check]:
+    """Runs all checks, one after another; writes nothing.
+
+    Args:
+        experiment: what is to be trained.
+        shards: of its task.
+        price: of an hour of one worker, for the cost; 0 if unknown.
+        begin: is told what is being done, before it is.
+
+    Raises:
+        ConfigError: the model cannot be built for these vocabularies, or a pattern of optim.freeze
+            names nothing.
+        DataError: a row is longer than the batch budget.
+        MachineError: the device is not here.
+    """
+    subject = _Subject(experiment, shards)
+    begin("data")
+    yield lint.data(shards, subject.sample, subject.encoders)
+    yield cost.lengths(shards, experiment, subject.dev)
+    yield from _of_a_dry_model(subject, begin)
+    yield from _of_the_model(subject, begin, price)
+
+
+class _Subject:
+    """An experiment with its data at hand, and models of it."""
+
+    def __init__(self, experiment: Experiment, shards: ShardSet) -> None:
+        self.experiment, self.shards = experiment, shards
+        self.place = place(experiment.compute.model_copy(update={"workers": 1}))
+        self.encoders = tokenizers(shards)
+        self.vocabulary = vocabulary_of(*self.encoders, joint=shards.task.has_joint_vocabulary)
+        self.dev = load_split(shards, "dev")
+        self.cap = experiment.task.max_target_length
+        self.sample = self._sample()
+        self.dry: Seq2Seq | None = None
+
+    def _sample(self) -> list[Sentence]:
+        batching = self.experiment.batch
+        with closing(stream(self.shards, batching, seed=self.experiment.seed)) as batches:
+            return [s for b in islice(batches, _SAMPLED) for s in sentences_of(b)]
+
+    def build(self, config: ModelConfig, *, is_warm: bool) -> Seq2Seq:
+        """The model as a run has it before its first update, in training mode."""
+        experiment = self.experiment
+        seed_step(experiment.seed, 0, 0)
+        model = config.instantiate(self.vocabulary)
+        if is_warm and experiment.init is not None:
+            bundle = load_bundle(Path(experiment.init))
+            refuse_other_pieces(bundle, *self.encoders)
+            warm_start(model, bundle, config, partial=experiment.init_partial)
+        return model.place(encoder=self.place.of_encoder, decoder=self.place.device).train()
+
+    @property
+    def short_tokens(self) -> int:
+        """Budget of the short training's batches."""
+        tokens = self.experiment.batch.tokens
+        longest = max(s.longest for s in self.sample)
+        return min(tokens, max(int(_SHARE * tokens), _LONGEST_ROWS * longest))
+
+
+def dry(config: ModelConfig) -> ModelConfig:
+    """The model's configuration with everything called dropout at 0."""
+    return config.override(dict.fromkeys(_dropouts(config.to_json()), 0.0))
+
+
+def _dropouts(tree: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _dropouts(value, f"{at}{key}.")
+        elif "dropout" in key and isinstance(value, float | int) and value:
+            yield f"{at}{key}"
+
+
+def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[Check]:
+    """Without dropout: what a fresh model says, what moves, and learning by heart."""
+    is_fresh = subject.experiment.init is None
+    begin("first loss")
+    model = subject.build(dry(subject.experiment.model), is_warm=True)
+    some = together(spread(subject.sample, _COMPARED))
+    size = subject.vocabulary.target
+    yield first_loss(model, some, vocabulary=size, is_fresh=is_fresh)
+    yield gradients(model, some)
+    begin("overfitting one batch")
+    # Of the shorter half: 8 sentences say as much as 8 long ones.
+    able = [s for s in distinct(subject.sample) if _is_in_reach(s, subject.cap)]
+    able.sort(key=lambda s: s.longest)
+    subject.dry = model
+    if not able:
+        yield Check(
+            "overfit one batch", None, "no target within an output's limit", "8 sentences",
+            "raise task.max_target_length; see `lengths`",
+        )  # fmt: skip
+        return
+    yield overfit(
+        model, spread(able[: max(_BY_HEART, len(able) // 2)], _BY_HEART), subject.place,
+        cap=subject.cap,
+    )  # fmt: skip
+
+
+def _is_in_reach(sentence: Sentence, cap: int) -> bool:
+    """Whether decoding may become as long as the target."""
+    limit = length_limits(together([sentence]).source_lengths_B, cap)
+    return len(sentence.target_T) <= int(limit)
+
+
+def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Check]:
+    """With dropout, precision, objective and optimizer as they are meant."""
+    experiment, shards, place = subject.experiment, subject.shards, subject.place
+    model = subject.build(experiment.model, is_warm=True)
+    freeze(model, experiment.optim.freeze)
+    begin("a short training")
+    brief = short(experiment, tokens=subject.short_tokens)
+    dev = list(in_order(subject.dev, tokens=experiment.evaluation.tokens, sentences=_ASKED))
+    with closing(stream(shards, brief.batch, seed=experiment.seed)) as batches:
+        yield conditioning(model, batches, dev, brief, place, vocabulary=subject.vocabulary.target)
+    begin("batch invariance")
+    assert subject.dry is not None
+    compared = spread(subject.sample, _COMPARED)
+    yield batch_invariance(
+        model, subject.dry, compared, vocabulary=subject.vocabulary.source, cap=subject.cap
+    )
+    begin("memory")
+    yield memory_slope(model, together(compared[: _COMPARED // 2]), experiment, place)
+    begin("speed")
+    with closing(stream(shards, experiment.batch, seed=experiment.seed)) as batches:
+        found = cost.pace(model, batches, experiment, place)
+    begin("one evaluation")
+    seconds = cost.evaluation_seconds(model, subject.dev, subject.encoders[1], experiment)
+    yield cost.cost(experiment, shards, found, seconds, price=price)

@@ -1,0 +1,1 @@
+"""Pruning: close, fold and remove attention heads; prove parity; search."""

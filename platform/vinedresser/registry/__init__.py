@@ -1,0 +1,1 @@
+"""Registry: MLflow registry, champion gate, pyfunc model."""

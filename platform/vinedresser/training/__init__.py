@@ -1,0 +1,1 @@
+"""Training: the loop, its step, evaluation, checkpoints and device."""

@@ -1,0 +1,143 @@
+"""What a run is called, what it leaves, and whether it was done.
+
+A run is named by its content: the same experiment on the same shards is the same run.
+"""
+
+import contextlib
+import glob
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vinedresser.config import Experiment
+from vinedresser.data.shards import ShardSet
+from vinedresser.workspace.commit import digest_of, is_committed, verify, write_file
+
+_log = logging.getLogger("vinedresser")
+
+_EXPERIMENT = "experiment.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        key: content digest of experiment and data.
+        folder: of the run.
+        bundle: folder of the model that ships.
+        scores: dev Scores of that model as plain JSON.
+        best_step: the update after which it was taken.
+        history: one entry an evaluation: step, value, teacher_forced_nats, and heads where gated.
+        seconds: wall time of training and evaluation, over all resumptions.
+        last_report: what was reported at the end.
+    """
+
+    key: str
+    folder: str
+    bundle: str
+    scores: Mapping[str, Any]
+    best_step: int
+    history: list[dict[str, float]]
+    seconds: float
+    last_report: Mapping[str, float]
+
+    @property
+    def final_report(self) -> dict[str, Any]:
+        """What a scheduler is told at the end, also by a run that was recognised as done."""
+        return {**self.last_report, "is_last": 1.0, "run/bundle": self.bundle}
+
+    @property
+    def value(self) -> float:
+        """The inferred metric on dev."""
+        return float(self.scores[self.scores["metric"]])
+
+    @property
+    def selection_regret(self) -> float:
+        """What selecting on the teacher-forced loss would have lost, metric units, >= 0."""
+        judged = [entry for entry in self.history if math.isfinite(entry["teacher_forced_nats"])]
+        by_loss = min(judged, key=lambda entry: entry["teacher_forced_nats"])
+        return abs(by_loss["value"] - self.value)
+
+
+def run_key(experiment: Experiment, shards: ShardSet) -> str:
+    """Content digest of a run, with data and initial weights by hash.
+
+    Name, workers, threads, devices and checkpoints are left out: they change nothing of what is
+    trained beyond rounding, so that a run may go on with others (fault T14).
+    """
+    content = {**experiment.to_json(), "task": shards.digest}
+    for key in ("name", "checkpoint_every", "keep_checkpoints"):
+        del content[key]
+    content["compute"] = {"precision": experiment.compute.precision}
+    content["batch"] = {**content["batch"], "per_update": experiment.batches_an_update}
+    if experiment.init is not None:
+        content["init"] = verify(Path(experiment.init)).digest
+    return digest_of(content)
+
+
+def run_folder(experiment: Experiment, shards: ShardSet, workspace: Path) -> Path:
+    """Where a run lives: workspace/runs/name-digest."""
+    return workspace / "runs" / f"{experiment.name}-{run_key(experiment, shards)[:12]}"
+
+
+def finished(folder: Path) -> Outcome | None:
+    """The outcome of a run that ended well, else None.
+
+    Its paths are those of now: the workspace may have been moved or copied since.
+    """
+    bundle = folder / "bundle"
+    try:
+        outcome = Outcome(**json.loads((folder / "outcome.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    if not is_committed(bundle):
+        return None
+    return replace(outcome, folder=str(folder), bundle=str(bundle))
+
+
+def clear(folder: Path) -> None:
+    """Empties a run's folder; the lock on it stays."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def tell_changes(experiment: Experiment, folder: Path) -> None:
+    """Says in what a new run differs from an unfinished one of its name (fault T16).
+
+    Another experiment is another run with a folder of its own, so nothing can be mixed up; but
+    whoever meant to resume should hear why it starts anew.
+    """
+    path = folder / _EXPERIMENT
+    if path.is_file():
+        return
+    for other in sorted(folder.parent.glob(f"{glob.escape(experiment.name)}-{'?' * 12}")):
+        if other == folder or (other / "outcome.json").is_file():
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            before = _flat(json.loads((other / _EXPERIMENT).read_text()))
+            now = _flat(experiment.to_json())
+            keys = sorted(k for k in before | now if before.get(k) != now.get(k))
+            said = [f"{k} {before.get(k)} -> {now.get(k)}" for k in keys[:5]]
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            what = ", ".join(said) + more if said else "other data"
+            _log.info("a new run; the unfinished %s differs: %s", other.name, what)
+    write_file(path, json.dumps(experiment.to_json(), indent=1) + "\n")
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf."""
+    if not isinstance(value, Mapping):
+        return {at: value}
+    prefix = f"{at}." if at else ""
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}").items()}

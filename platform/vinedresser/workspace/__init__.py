@@ -1,0 +1,1 @@
+"""Workspace: atomic commits, locks, leases and stop requests."""

@@ -1,0 +1,576 @@
+"""The command line as a user meets it: a process, its exit code, its two streams, its files."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vinedresser import tracking
+from vinedresser.data.shards import ShardSet
+from vinedresser.workspace.commit import read_manifest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+MAIN = [sys.executable, "-c", "import sys; from vinedresser.cli import main; sys.exit(main())"]
+VERBS = (
+    "prepare", "train", "sweep", "prune", "export", "retrain", "evaluate", "translate", "runs",
+    "ui", "doctor", "describe", "attend", "check",
+)  # fmt: skip
+
+Done = subprocess.CompletedProcess[str]
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    unwanted = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VINEDRESSER_DEBUG")
+    kept = {key: value for key, value in os.environ.items() if key not in unwanted}
+    return {**kept, "VINEDRESSER_WORKSPACE": str(tmp_path / "space"), "COLUMNS": "120"}
+
+
+@pytest.fixture
+def cli(tmp_path: Path, environment: Mapping[str, str]) -> Cli:
+    """Runs one command in an empty folder."""
+
+    def run(
+        *words: object, stdin: str = "", env: Mapping[str, str] = {}, prefix: Any = (),
+        cwd: Path = tmp_path,
+    ) -> Done:  # fmt: skip
+        return subprocess.run(
+            [*prefix, *MAIN, *map(str, words)],
+            input=stdin, capture_output=True, text=True, cwd=cwd, timeout=120, check=False,
+            env={**environment, **env},
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def in_process(
+    tmp_path: Path, environment: Mapping[str, str], monkeypatch: Any, capfd: Any
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """The same without a process of its own: 4 s of imports less."""
+    from vinedresser.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    for key in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VINEDRESSER_DEBUG"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("VINEDRESSER_WORKSPACE", environment["VINEDRESSER_WORKSPACE"])
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        return code, *capfd.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def files(tmp_path: Path, tiny_study: dict[str, Any]) -> Callable[..., Path]:
+    """Writes a configuration file: the tiny study or a part of it, changed."""
+
+    def write(name: str, value: Any = None) -> Path:
+        path = tmp_path / name
+        parts = {"study.json": tiny_study, "experiment.json": tiny_study["base"],
+                 "task.json": tiny_study["base"]["task"]}  # fmt: skip
+        path.write_text(json.dumps(parts[name] if value is None else value, indent=1))
+        return path
+
+    return write
+
+
+def is_clear(error: str, *, lines: int = 1) -> bool:
+    """One line a problem, each with its topic; no stack."""
+    found = error.strip().splitlines()
+    return len(found) == lines and all(line.startswith("error[E-") for line in found)
+
+
+# --- help and plans ------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom vinedresser.cli import main\n"
+        "code = main(['--help'])\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'optuna', 'numpy', 'pandas'} & set(sys.modules)\n"
+        "sys.stderr.write(f'{code} {sorted(heavy)}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "0 []"
+    assert all(f" {verb} " in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(in_process: Any, verb: str) -> None:
+    code, out, err = in_process(verb, "--help")
+    assert (code, err) == (0, "")
+    assert f" {verb} " in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "file", "keys"),
+    [
+        ("train", "experiment.json", {"configuration", "resources"}),
+        ("sweep", "study.json", {"configuration", "resources", "space"}),
+        ("train", "pipelines.demo", {"configuration", "resources"}),
+        ("sweep", "search_spaces.demo", {"configuration", "resources", "space"}),
+        ("retrain", "pipelines.demo", {"configuration", "resources", "space"}),
+    ],
+)
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    in_process: Any, files: Any, tmp_path: Path, verb: str, file: str, keys: set[str]
+) -> None:
+    if file == "pipelines.demo" and verb == "train":
+        file = "search_spaces.demo.EXPERIMENT"
+    name = files(file) if file.endswith(".json") else file
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = in_process(verb, name, "--dry-run", "--json")
+    assert (code, err) == (0, "")
+    plan = json.loads(out)
+    assert set(plan) == keys
+    assert plan["configuration"]["name"]
+    code, out, _ = in_process(verb, name, "--dry-run")
+    assert code == 0
+    assert all(f"{key}:" in out for key in keys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overrides_show_in_the_plan(in_process: Any, files: Any) -> None:
+    words = ("base.steps=77", "num_trials=3", "--dry-run", "--json")
+    _, out, _ = in_process("sweep", files("study.json"), *words)
+    plan = json.loads(out)
+    assert plan["resources"]["steps_a_trial"] == 77
+    assert plan["configuration"]["num_trials"] == 3
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("train", "none.yaml"), ("none.yaml", "no such file")),
+        (("train", "search_spaces.dmeo"), ("search_spaces.dmeo", "has no Experiment or Study")),
+        (("train", "os.path"), ("not in the packages",)),
+        (("train", "experiment.json", "optim.clip_nrom=1"), ("did you mean clip_norm",)),
+        (("train", "experiment.json", "optim.lr=fast"), ("optim.lr", "fast")),
+        (("train", "experiment.json", "steps"), ("key=value",)),
+        (("sweep", "experiment.json"), ("experiment.json", "unknown key")),
+        (("translate", "models:/nobody@champion"), ("no models yet", "--workspace")),
+        (("translate", "0123456789abcdef0123456789abcdef"), ("no runs", "--workspace")),
+        (("translate", "no/such/folder"), ("no/such/folder", "bundle folder")),
+        (("evaluate", "no/such/folder", "task.json"), ("no/such/folder",)),
+        (("prune", "no/such/folder"), ("no/such/folder",)),
+        (("export", "no/such/folder", "name"), ("no/such/folder",)),
+        (("export", "no/such/folder", "name", "max_regresion=1"), ("did you mean",)),
+        (("runs",), ("no runs",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_wrong_words_are_one_line_and_leave_nothing(
+    in_process: Any, files: Any, tmp_path: Path, words: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    files("experiment.json")
+    files("task.json")
+    code, out, err = in_process(*words)
+    assert (code, out) == (2, ""), err
+    assert all(part in err for part in parts), err
+    if words[0] == "sweep":
+        assert "Traceback" not in err
+    else:
+        assert is_clear(err), err
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"experiment.json", "task.json"}
+
+
+def test_a_misspelt_key_is_found_in_its_file_and_line(
+    in_process: Any, files: Any, tmp_path: Path, tiny_study: dict[str, Any]
+) -> None:
+    base = {**tiny_study["base"], "optim": {"lr": 1e-3, "warmup_step": 5}}
+    code, _, err = in_process("train", files("experiment.json", base))
+    line = (tmp_path / "experiment.json").read_text().split("warmup_step")[0].count("\n") + 1
+    assert code == 2
+    assert f"experiment.json:{line}: optim.warmup_step: unknown key" in err
+    assert "did you mean warmup_steps?" in err
+    assert is_clear(err)
+    assert not (tmp_path / "space").exists()
+
+
+def corpus(folder: Path, task: dict[str, Any], **contents: bytes) -> dict[str, Any]:
+    """The tiny task with some of its files replaced."""
+    splits = {split: dict(pair) for split, pair in task["corpus"].items() if isinstance(pair, dict)}
+    for name, content in contents.items():
+        split, side = name.split("_")
+        path = folder / f"{split}.{side}"
+        path.write_bytes(content)
+        splits[split][side] = str(path)
+    return {**task, "corpus": splits}
+
+
+@pytest.mark.parametrize("verb", ["train", "prepare"])
+@pytest.mark.parametrize(
+    ("contents", "parts"),
+    [
+        ({"train_source": b"a b\nc d\n", "train_target": b"b a\n"}, ("2 lines", "1")),
+        ({"dev_source": b"a b\n", "dev_target": b"b \xff\n"}, ("dev.target:1:3", "0xff")),
+        ({"train_source": b"a\n", "train_target": b""}, ("train.target: empty file",)),
+    ],
+    ids=["line counts", "not UTF-8", "empty"],
+)
+def test_bad_corpora_are_told_with_their_place(
+    in_process: Any, files: Any, tmp_path: Path, tiny_study: dict[str, Any], verb: str,
+    contents: dict[str, bytes], parts: tuple[str, ...], local_ray: None,
+) -> None:  # fmt: skip
+    task = corpus(tmp_path, tiny_study["base"]["task"], **contents)
+    value = task if verb == "prepare" else {**tiny_study["base"], "task": task}
+    code, out, err = in_process(verb, files("given.json", value))
+    assert (code, out) == (2, ""), err
+    assert is_clear(err), err
+    assert all(part in err for part in parts), err
+    shards = tmp_path / "space" / "shards"
+    assert not shards.exists() or not list(shards.iterdir())
+
+
+def test_prepare_by_either_executor_gives_the_same_shards(
+    in_process: Any, files: Any, tmp_path: Path, tiny_study: dict[str, Any], local_ray: None
+) -> None:
+    task = files("task.json", tiny_study["base"]["task"])
+    digests = []
+    for executor in ("in_process", "ray"):
+        words = ("prepare", task, "--executor", executor, "-w", tmp_path / executor, "--json")
+        code, out, err = in_process(*words)
+        assert code == 0, err
+        digests.append(read_manifest(Path(json.loads(out)["folder"])).files)
+    assert digests[0] == digests[1]
+
+
+def test_a_missing_corpus_file_is_told(
+    in_process: Any, files: Any, tmp_path: Path, tiny_study: dict[str, Any]
+) -> None:
+    task = tiny_study["base"]["task"]
+    splits = {**task["corpus"], "train": {"source": "gone.txt", "target": "gone.too"}}
+    experiment = {**tiny_study["base"], "task": {**task, "corpus": splits}}
+    code, _, err = in_process("train", files("experiment.json", experiment))
+    assert code == 2
+    assert f"{tmp_path}/gone.txt" in err
+    assert is_clear(err, lines=len(err.strip().splitlines()))
+
+
+# --- a machine that does not play along ----------------------------------------------------------
+
+
+def test_a_cluster_that_does_not_answer_is_an_environment_error(cli: Cli, files: Any) -> None:
+    done = cli("sweep", files("study.json"), env={"RAY_ADDRESS": "127.0.0.1:1"})
+    assert done.returncode == 3, done.stderr
+    assert "RAY_ADDRESS=127.0.0.1:1" in done.stderr
+    assert is_clear(done.stderr)
+
+
+def test_a_file_where_the_workspace_should_be(in_process: Any, files: Any, tmp_path: Path) -> None:
+    (tmp_path / "space").write_text("in the way")
+    code, _, err = in_process("train", files("experiment.json"))
+    assert code == 3, err
+    assert "space" in err
+    assert is_clear(err), err
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_workspace_that_cannot_be_written(in_process: Any, files: Any, tmp_path: Path) -> None:
+    (tmp_path / "space").mkdir(mode=0o555)
+    code, _, err = in_process("train", files("experiment.json"))
+    assert code == 3, err
+    assert is_clear(err), err
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody else")
+def test_a_workspace_of_somebody_else(cli: Cli, tiny_study: dict[str, Any]) -> None:
+    prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    if subprocess.run([*prefix, sys.executable, "-c", "1"], check=False).returncode:
+        pytest.skip("others cannot run this Python")
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        folder = Path(place)
+        folder.chmod(0o755)
+        (folder / "space").mkdir()
+        shutil.copytree(Path(tiny_study["base"]["task"]["corpus"]["dev"]["source"]).parent,
+                        folder / "corpus")  # fmt: skip
+        for path in (folder / "corpus").rglob("*"):
+            path.chmod(0o755)
+        (folder / "corpus").chmod(0o755)
+        splits = {
+            split: {side: str(folder / "corpus" / f"{split}.{side}") for side in pair}
+            for split, pair in tiny_study["base"]["task"]["corpus"].items()
+            if isinstance(pair, dict)
+        }
+        task = {**tiny_study["base"]["task"], "corpus": splits}
+        (folder / "experiment.json").write_text(json.dumps({**tiny_study["base"], "task": task}))
+        words = ("train", folder / "experiment.json", "-w", folder / "space")
+        done = cli(*words, prefix=prefix, env={"HOME": place}, cwd=folder)
+        left = list((folder / "space").iterdir())
+    assert done.returncode == 3, done.stderr
+    assert is_clear(done.stderr), done.stderr
+    assert str(folder / "space") in done.stderr
+    assert not left
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(reversal: ShardSet, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """A model of the tiny task."""
+    from trainables.transformer import TransformerConfig
+    from vinedresser.config import Experiment, Optim
+    from vinedresser.distributed import Site, train
+    from vinedresser.tracking import store_for
+
+    folder = tmp_path_factory.mktemp("bundle")
+    experiment = Experiment(
+        task=reversal.task,
+        model=TransformerConfig(d_model=32, d_ff=64, encoder_layers=1, decoder_layers=1, dropout=0),
+        optim=Optim(lr=5e-3, warmup_steps=10),
+        steps=40,
+    )
+    site = Site(str(reversal.folder), str(folder), store_for(folder, "reversal"))
+    return Path(train(experiment, site, report=lambda _: None).bundle)
+
+
+@pytest.mark.parametrize(
+    ("stdin", "lines"),
+    [("a b c\n\nd e\n", 3), ("a b\nc d", 2), ("", 0), ("\n\n", 2), ("a b\r\n   \nc\n", 3)],
+)
+def test_translate_gives_a_line_for_a_line(
+    in_process: Any, bundle: Path, stdin: str, lines: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin, newline="\n"))
+    code, out, err = in_process("translate", bundle)
+    assert (code, err) == (0, "")
+    found = out.split("\n")
+    assert found.pop() == ""
+    assert len(found) == lines
+    given = stdin.split("\n")[:lines]
+    assert [not line for line in found] == [not line.strip() for line in given]
+
+
+def test_translate_keeps_line_separators_of_unicode_inside_a_line(cli: Cli, bundle: Path) -> None:
+    done = cli("translate", bundle, "--json", "beam=2", stdin="a b\u2028c d\x0b\x85e\nf\n")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.split("\n")[:-1]]
+    assert [row["source"] for row in rows] == ["a b\u2028c d\x0b\x85e", "f"]
+
+
+def test_evaluate_scores_a_split(in_process: Any, bundle: Path, files: Any) -> None:
+    code, out, _ = in_process("evaluate", bundle, files("task.json"), "split=dev", "--json")
+    scores = json.loads(out)
+    assert code == 0
+    assert (scores["split"], scores["sentences"]) == ("dev", 40)
+    trained = json.loads((bundle.parent / "outcome.json").read_text())["scores"]
+    assert scores["per"] == pytest.approx(trained["per"])
+    code, out, err = in_process("evaluate", bundle, files("task.json"), "--json")
+    assert (code, out) == (2, "")
+    assert "test" in err
+
+
+@pytest.mark.parametrize("name", ["transformer-tiny", "rnn-small", "listener", "conv-small", "rnn"])
+def test_describe_a_model(in_process: Any, name: str) -> None:
+    words = (name, "source=31", "target=43", "dropout=0.2")
+    code, out, err = in_process("describe", *words, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["parameters"] == sum(part["parameters"] for part in found["parts"]) > 10_000
+    assert found["model"]["dropout"] == 0.2
+    assert found["vocabulary"] == {"source": 31, "target": 43, "joint": False, "features": 0}
+    code, out, err = in_process("describe", *words)
+    assert (code, err) == (0, "")
+    assert f"{found['parameters']:,} parameters, all trainable" in out
+    assert "source 31, target 43 (sizes as given)" in out
+
+
+def test_describe_an_experiment_by_its_shards(
+    in_process: Any, files: Any, reversal: ShardSet, tmp_path: Path
+) -> None:
+    code, out, _ = in_process("describe", files("experiment.json"), "model.dropout=0.1")
+    assert code == 0
+    assert "assumed" in out
+    shutil.copytree(reversal.folder, tmp_path / "space" / "shards" / reversal.folder.name)
+    code, out, _ = in_process("describe", files("experiment.json"), "--json")
+    assert json.loads(out)["vocabulary"]["source"] == reversal.source_size
+    code, out, _ = in_process("describe", files("experiment.json"), "model=rnn-small", "--json")
+    assert json.loads(out)["model"]["kind"] == "trainables.attention_rnn"
+
+
+def test_describe_shards_and_bundles(
+    in_process: Any, reversal: ShardSet, bundle: Path, tmp_path: Path
+) -> None:
+    code, out, err = in_process("describe", reversal.folder, "tokens=64")
+    assert (code, err) == (0, "")
+    for word in ("train", "400", "real tokens of 64", "known", "repeat an earlier pair"):
+        assert word in out
+    pictures = sorted((tmp_path / "pictures").iterdir())
+    assert [path.read_bytes()[:4] for path in pictures] == [b"\x89PNG"] * 3
+    code, out, _ = in_process("describe", reversal.folder, "pictures=", "--json")
+    assert json.loads(out)["account"]["train"]["rows_out"] == 400
+    assert json.loads(out)["pictures"] == []
+    code, out, _ = in_process("describe", bundle, "--json")
+    assert json.loads(out)["vocabulary"]["target"] == reversal.target_size
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("transformer-smal",), ("there is no model", "did you mean transformer-small?")),
+        (("rnn-small", "dropuot=1"), ("did you mean dropout?",)),
+        (("rnn-small", "sorce=3"), ("sorce: unknown key",)),
+        (("transformer-tiny", "tie=all", "source=8", "target=9"), ("tie: all", "joint=true")),
+        ((".",), ("neither a shard set nor a model",)),
+        (("none.yaml",), ("none.yaml", "no such file")),
+    ],
+    ids=lambda value: value[0],
+)
+def test_describe_says_what_is_wrong(in_process: Any, words: Any, parts: Any) -> None:
+    code, out, err = in_process("describe", *words)
+    assert (code, out) == (2, ""), err
+    assert is_clear(err), err
+    assert all(part in err for part in parts), err
+
+
+def test_attend_draws_and_measures_every_head(
+    in_process: Any, bundle: Path, tmp_path: Path
+) -> None:
+    code, out, err = in_process("attend", bundle, "a b c", "c b a", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["is_forced"] is True
+    assert list(found["modules"]) == [
+        "encoder.0.enc_self",
+        "decoder.0.dec_self",
+        "decoder.0.dec_enc",
+    ]
+    assert found["modules"]["decoder.0.dec_enc"]["rows"] == ["c", "b", "a", "</s>"]
+    assert found["best"]["module"] == "decoder.0.dec_enc"
+    assert [(tmp_path / name).read_bytes()[:4] for name in found["pictures"]] == [b"\x89PNG"] * 3
+    with np.load(tmp_path / found["maps"], allow_pickle=False) as maps:
+        np.testing.assert_allclose(maps["decoder.0.dec_enc"].sum(-1), 1, atol=1e-5)
+        assert list(maps["decoder.0.dec_enc.columns"]) == ["a", "b", "c", "</s>"]
+    code, out, err = in_process("attend", bundle, "a b c", "--out", tmp_path / "seen")
+    assert (code, err) == (0, "")
+    assert "decoder.0.dec_enc   output at source" in out
+    assert len(list((tmp_path / "seen").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    "words", [("no/such/folder", "a"), ("BUNDLE", ""), ("BUNDLE", "a", "b " * 40)]
+)
+def test_attend_refuses_in_one_line_and_leaves_nothing(
+    in_process: Any, bundle: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    code, out, err = in_process("attend", *(bundle if w == "BUNDLE" else w for w in words))
+    assert (code, out) == (2, ""), err
+    assert is_clear(err), err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_doctor_tries_every_part(cli: Cli) -> None:
+    done = cli("doctor", "--json")
+    parts = {row["part"]: row["works"] for row in json.loads(done.stdout)}
+    assert {"python", "torch", "ray", "mlflow", "workspace", "shared memory"} <= set(parts)
+    assert done.returncode == (0 if all(parts.values()) else 3)
+    assert parts["ray"]
+    assert parts["mlflow"]
+
+
+@pytest.mark.slow
+def test_train_tells_how_far_it_is_and_keeps_stdout_for_the_result(
+    in_process: Any, files: Any
+) -> None:
+    code, out, err = in_process("train", files("experiment.json"), "--json")
+    assert code == 0, err
+    assert set(json.loads(out)) == {"bundle", "scores"}
+    assert re.search(r"s  step \d+/60  epoch \d\.\d+  loss \d\.\d\d  [\d.k]+ tok/s", err), err
+    assert "step 60/60  per" in err
+    assert "\x1b" not in err
+
+
+@pytest.mark.slow
+def test_train_on_a_terminal_has_a_bar_and_gives_the_cursor_back(
+    files: Any, environment: Mapping[str, str], tmp_path: Path
+) -> None:
+    main, side = pty.openpty()
+    words = [*MAIN, "train", str(files("experiment.json"))]
+    process = subprocess.Popen(
+        words, env={**environment, "TERM": "xterm", "COLUMNS": "80"}, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=side, text=True,
+    )  # fmt: skip
+    os.close(side)
+    seen = bytearray()
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while part := os.read(main, 1 << 16):
+            seen += part
+    os.close(main)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, seen.decode()
+    assert Path(out.strip()).is_dir()
+    text = seen.decode()
+    assert "━" in text
+    assert "/60" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    # Evaluations stand in whole lines of their own.
+    lines = [line for line in text.split("\r\n") if "teacher-forced" in line]
+    assert [line for line in lines if re.search(r"step (20|40|60)/60  per", line)] == lines
+    assert len(lines) == 3
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stopped_training_goes_on_with_the_same_command(
+    cli: Cli, files: Any, environment: Mapping[str, str], tmp_path: Path,
+    tiny_study: dict[str, Any], number: signal.Signals, code: int,
+) -> None:  # fmt: skip
+    slow = {"steps": 1200, "checkpoint_every": 100, "evaluation": {"times": 2}}
+    words = ("train", files("experiment.json", {**tiny_study["base"], **slow}))
+    process = subprocess.Popen(
+        [*MAIN, *map(str, words)], env=environment, cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("space/runs/*/checkpoints/step-*")) and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert "checkpoint at step" in err
+    assert ("Ctrl-C again" in err) == (number == signal.SIGINT)
+    assert out == ""
+    assert "the same command goes on" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    store = tracking.store_for(tmp_path / "space", "reversal")
+    assert [run.state for run in tracking.leaderboard(store)] == ["KILLED"]
+    if number == signal.SIGINT:
+        return  # going on is the same after both
+
+    done = cli(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stderr
+    result = json.loads(done.stdout)
+    assert Path(result["bundle"]).is_dir()
+    assert [run.state for run in tracking.leaderboard(store)] == ["FINISHED"]

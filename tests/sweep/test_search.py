@@ -1,0 +1,515 @@
+"""Searches on a real local Ray, with Optuna's journal and MLflow's SQLite behind them."""
+
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from filelock import FileLock
+from optuna.distributions import FloatDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from vinedresser import tracking
+from vinedresser.config.study import Study
+from vinedresser.data.shards import ShardSet
+from vinedresser.distributed import Site
+from vinedresser.errors import BusyError, ConfigError, TrainingError
+from vinedresser.sweep import Searcher, SweepOutcome, TrialRow, mend_journal, rank, sweep
+from vinedresser.tracking import RunRow, Store
+from vinedresser.workspace.commit import commit
+
+# MLflow's and Optuna's own imports warn; none of it is ours to change.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _no_user_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+# --- the searcher, without Ray -------------------------------------------------------------------
+
+
+def searcher(metric: "str | list[str]" = "best/per") -> Searcher:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    modes = ["min"] * len(metric) if isinstance(metric, list) else "min"
+    return Searcher(
+        {"optim.lr": FloatDistribution(1e-4, 1e-2)}, metric=metric, mode=modes, study_name="s"
+    )
+
+
+def report(value: float, step: int, **more: Any) -> dict[str, Any]:
+    return {"best/per": value, "step": float(step), "is_last": 0.0, **more}
+
+
+def trials_of(one: Searcher) -> list[FrozenTrial]:
+    return one._ot_study.trials
+
+
+def test_a_trial_that_ended_is_complete_with_its_last_value() -> None:
+    one = searcher()
+    one.suggest("a")
+    one.on_trial_result("a", report(30.0, 10))
+    one.on_trial_complete("a", {**report(20.0, 20), "is_last": 1.0, "run/bundle": "/b"})
+    (trial,) = trials_of(one)
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 20.0)
+    assert trial.user_attrs["outcome"]["run/bundle"] == "/b"
+
+
+def test_a_stopped_trial_is_pruned_with_the_value_it_was_stopped_at() -> None:
+    one = searcher()
+    one.suggest("a")
+    one.on_trial_result("a", report(30.0, 10))
+    one.on_trial_complete("a", report(25.0, 20))
+    (trial,) = trials_of(one)
+    assert trial.state == TrialState.PRUNED
+    assert trial.intermediate_values == {10: 30.0, 20: 25.0}
+    assert trial.value == 25.0
+
+
+@pytest.mark.parametrize("result", [None, {}, {"step": 3.0}, report(math.nan, 3, is_last=1.0)])
+def test_a_trial_without_a_finite_metric_fails_and_says_so(result: Any) -> None:
+    one = searcher()
+    one.suggest("a")
+    one.on_trial_complete("a", result)
+    (trial,) = trials_of(one)
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["reason"] == "best/per is missing or not finite"
+
+
+def test_nan_and_missing_values_on_the_way_are_passed_over() -> None:
+    one = searcher()
+    one.suggest("a")
+    one.on_trial_result("a", report(math.nan, 10))
+    one.on_trial_result("a", {"step": 15.0})
+    one.on_trial_result("a", report(25.0, 20))
+    assert trials_of(one)[0].intermediate_values == {20: 25.0}
+
+
+def test_terminal_states_are_final() -> None:
+    one = searcher()
+    one.suggest("a")
+    one.on_trial_complete("a", {**report(20.0, 20), "is_last": 1.0})
+    one.on_trial_complete("a", report(99.0, 30))
+    one.on_trial_complete("a", error=True)
+    one.on_trial_result("a", report(98.0, 40))
+    (trial,) = trials_of(one)
+    assert (trial.state, trial.value, trial.intermediate_values) == (TrialState.COMPLETE, 20.0, {})
+    one.on_trial_complete("nobody", report(1.0, 1))
+    assert len(trials_of(one)) == 1
+
+
+@pytest.mark.parametrize(
+    ("ended", "reason"),
+    [
+        ({"error": True}, "process died"),
+        ({"result": {"reason": "step 20: loss nan"}}, "^step 20: loss nan$"),
+    ],
+)
+def test_an_error_is_told_with_its_reason(ended: dict[str, Any], reason: str) -> None:
+    one = searcher()
+    one.suggest("a")
+    one.on_trial_result("a", report(30.0, 10))
+    one.on_trial_complete("a", **ended)
+    (trial,) = trials_of(one)
+    assert trial.state == TrialState.FAIL
+    assert re.search(reason, trial.user_attrs["reason"])
+
+
+def test_two_objectives_are_told_at_the_end_only() -> None:
+    one = searcher(["dev/per", "dev/heads"])
+    one.suggest("a")
+    one.on_trial_result("a", {"dev/per": 30.0, "dev/heads": 8.0, "step": 1.0})
+    one.on_trial_complete("a", {"dev/per": 20.0, "dev/heads": 4.0, "step": 2.0, "is_last": 1.0})
+    (trial,) = trials_of(one)
+    assert trial.values == [20.0, 4.0]
+
+
+# --- the journal, ranks and fronts ---------------------------------------------------------------
+
+
+def test_a_torn_last_record_is_cut_at_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+
+    def load() -> optuna.Study:
+        storage = JournalStorage(JournalFileBackend(str(path)))
+        return optuna.create_study(storage=storage, study_name="s", load_if_exists=True)
+
+    study = load()
+    for value in (1.0, 2.0):
+        study.add_trial(create_trial(value=value))
+    whole = path.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    assert mend_journal(path) == 0
+    for cut in range(last, len(whole)):
+        path.write_bytes(whole[:cut])
+        assert mend_journal(path) == cut - last
+        assert path.read_bytes() == whole[:last]
+    assert [trial.value for trial in load().trials] == [1.0]
+    load().add_trial(create_trial(value=3.0))
+    assert [trial.value for trial in load().trials] == [1.0, 3.0]
+    assert mend_journal(tmp_path / "none.log") == 0
+
+
+def row(number: int, value: float, heads: float | None = None, state: str = "complete") -> TrialRow:
+    return TrialRow(number, state, {}, value, heads, "")
+
+
+@pytest.mark.parametrize("metric", ["per", "bleu"])
+def test_the_front_is_what_brute_force_finds(metric: str) -> None:
+    draw, sign = random.Random(3), 1 if metric == "per" else -1
+    for _ in range(50):
+        points = [(draw.randint(0, 6), draw.randint(0, 6)) for _ in range(draw.randint(1, 12))]
+        rows = [row(i, float(v), float(h)) for i, (v, h) in enumerate(points)]
+        rows.append(row(99, 0.0, 0.0, state="pruned"))
+        front = SweepOutcome("", "", metric, rows, "").pareto()
+        expected = {
+            i
+            for i, (v, h) in enumerate(points)
+            if not any(
+                sign * w <= sign * v and g <= h and (sign * w < sign * v or g < h)
+                for w, g in points
+            )
+        }
+        assert {one.number for one in front} == expected
+        assert [one.heads for one in front] == sorted(one.heads for one in front)
+
+
+@pytest.mark.parametrize(("metric", "best_first"), [("per", [1, 0]), ("bleu", [0, 1])])
+def test_complete_trials_come_first_and_best_first(metric: str, best_first: list[int]) -> None:
+    def trial(number: int, state: TrialState, value: float | None) -> FrozenTrial:
+        made = create_trial(state=state, value=value)
+        made.number = number
+        return made
+
+    ranked = rank(
+        [
+            trial(0, TrialState.COMPLETE, 40.0),
+            trial(2, TrialState.FAIL, None),
+            trial(1, TrialState.COMPLETE, 30.0),
+        ],
+        metric,
+    )
+    assert [one.number for one in ranked] == [*best_first, 2]
+    assert math.isnan(ranked[-1].value)
+
+
+# --- studies -------------------------------------------------------------------------------------
+
+
+def test_a_study_survives_json(tiny_study: Mapping[str, Any]) -> None:
+    study = Study.from_json(tiny_study)
+    assert Study.from_json(json.loads(json.dumps(study.to_json()))) == study
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"space": {"optim.lrr": {"type": "float", "low": 1, "high": 2}}}, "did you mean lr"),
+        ({"space": {"optim.lr": {"type": "float", "low": 0, "high": 1}}}, r"optim\.lr at 0"),
+        ({"space": {"optim.lr": {"type": "flota", "low": 0, "high": 1}}}, "wanted one of float"),
+        ({"space": {"optim.lr": {"type": "float", "low": 2, "high": 1}}}, "low"),
+        ({"space": {}}, "space is empty"),
+        ({"objective": "inferred_and_heads"}, "stopping: null"),
+        ({"num_trials": 0}, "num_trials"),
+    ],
+)
+def test_a_wrong_study_is_refused_before_it_starts(
+    tiny_study: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Study.from_json({**tiny_study, **change})
+
+
+# --- searches on Ray -----------------------------------------------------------------------------
+
+
+def site_of(workspace: Path, shards: ShardSet) -> Site:
+    store = tracking.store_for(workspace, "reversal")
+    return Site(str(shards.folder), str(workspace), store, kind="trial")
+
+
+def board(store: Store) -> list[RunRow]:
+    return tracking.leaderboard(store, experiment="reversal", limit=100)
+
+
+@pytest.fixture
+def search(tmp_path: Path, reversal: ShardSet, tiny_study: dict[str, Any]) -> Any:
+    """Runs a changed tiny study; the outcome and what was said."""
+
+    def run(workspace: Path = tmp_path, **changes: Any) -> tuple[SweepOutcome, list[str]]:
+        study, said = Study.from_json(tiny_study).override(changes), list[str]()
+        site = site_of(workspace, reversal)
+        return sweep(study, site, shards_digest=reversal.digest, say=said.append), said
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_hopeless_trials_are_stopped_and_everything_is_on_record(
+    search: Any, tmp_path: Path, reversal: ShardSet
+) -> None:
+    # One trial at a time, so that the order is the seed's: 1e-9, 8e-3, and 1e-8 is hopeless.
+    rates = {"type": "categorical", "choices": [8e-3, 1e-9, 1e-8]}
+    changes = {
+        "space": {"optim.lr": rates}, "num_trials": 5, "stopping": {"factor": 2}, "concurrent": 1,
+    }  # fmt: skip
+    outcome, said = search(**changes)
+    states = Counter(trial.state for trial in outcome.trials)
+    assert states["pruned"] >= 1
+    assert states["complete"] >= 1
+    assert states.total() == 5
+    assert [t.state for t in outcome.trials] == sorted(t.state for t in outcome.trials)
+    assert outcome.best.params == {"optim.lr": 8e-3}
+    assert all(math.isfinite(trial.value) for trial in outcome.trials)
+    assert all(Path(trial.bundle).is_dir() for trial in outcome.complete)
+    assert any("stopped early" in line for line in said)
+    journal = JournalStorage(JournalFileBackend(str(Path(outcome.folder) / "journal.log")))
+    kept = optuna.load_study(storage=journal, study_name="tiny-lr").trials
+    assert {t.number: t.state.name.lower() for t in kept} == {
+        t.number: t.state for t in outcome.trials
+    }
+
+    rows = board(tracking.store_for(tmp_path, "reversal"))
+    (parent,) = [one for one in rows if one.kind == "sweep"]
+    assert (parent.state, parent.parent, parent.run_id) == ("FINISHED", None, outcome.run_id)
+    children = [one for one in rows if one.kind == "trial"]
+    assert {one.parent for one in children} == {parent.run_id}
+    assert len(children) == len({tuple(t.params.items()) for t in outcome.trials})
+    finished = {Path(t.bundle).parent.name for t in outcome.complete}
+    assert {one.name for one in children if one.state == "FINISHED"} == finished
+    assert {one.state for one in children} <= {"FINISHED", "KILLED"}
+
+    again, said = search(**changes)
+    assert again == outcome
+    assert said == [f"{Path(outcome.folder).name}: unchanged, 5 trials known"]
+    with FileLock(Path(outcome.folder) / ".lock"), pytest.raises(BusyError, match="wait"):
+        search(**changes)
+
+    # In a workspace that was moved nothing is trained again, whether its outcome is there or not.
+    new = tmp_path / "moved"
+    entries = list(tmp_path.iterdir())
+    new.mkdir()
+    for entry in entries:
+        entry.rename(new / entry.name)
+    moved, said = search(new, **changes)
+    assert said == [f"{Path(outcome.folder).name}: unchanged, 5 trials known"]
+    assert moved.folder == str(new / Path(outcome.folder).relative_to(tmp_path))
+    there = [t.bundle and str(new / Path(t.bundle).relative_to(tmp_path)) for t in outcome.trials]
+    assert [t.bundle for t in moved.trials] == there
+    assert all(Path(trial.bundle).is_dir() for trial in moved.complete)
+    (Path(moved.folder) / "outcome.json").unlink()
+    assert search(new, **changes)[0] == moved
+
+
+def test_a_study_is_named_by_the_content_that_it_starts_from(
+    reversal: ShardSet, tiny_study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def folder_of(init: Path) -> str:
+        study = Study.from_json(tiny_study).override({"base.init": str(init)})
+        site = site_of(tmp_path, reversal)
+        return str(sweep(study, site, shards_digest=reversal.digest, say=print))
+
+    # What runs the trials tells the folder instead.
+    monkeypatch.setattr("vinedresser.sweep.search._sweep", lambda *given: given[2].name)
+    for name in ("one", "two"):
+        with commit(tmp_path / name) as staging:
+            (staging.path / "weights").write_text(name)
+    before = folder_of(tmp_path / "one")
+    assert folder_of(tmp_path / "two") != before
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert folder_of(tmp_path / "moved") == before
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_a_failing_trial_says_why_and_the_search_goes_on(search: Any, tmp_path: Path) -> None:
+    # At 1e30 the first update makes every weight infinite.
+    rates = {"type": "categorical", "choices": [5e-3, 1e30]}
+    outcome, said = search(
+        **{"space": {"optim.lr": rates}, "num_trials": 5, "stopping": None, "base.steps": 20}
+    )
+    failed = [trial for trial in outcome.trials if trial.state == "fail"]
+    assert failed
+    assert outcome.complete
+    assert all(trial.params["optim.lr"] == 1e30 for trial in failed)
+    assert all("lower optim.lr" in trial.reason and "\n" not in trial.reason for trial in failed)
+    # Equal proposals are one run: its fourth attempt is refused, with the same reason.
+    told = [line for line in said if "failed: " in line]
+    assert len(told) == len(failed)
+    assert all("step 2: loss nan" in line for line in told)
+    assert sum("failed 3 times" in line for line in told) == max(0, len(failed) - 3)
+    states = Counter(one.state for one in board(tracking.store_for(tmp_path, "reversal")))
+    assert states == {"FINISHED": 2, "FAILED": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_where_all_trials_fail_the_search_fails_with_the_reasons(
+    search: Any, tmp_path: Path
+) -> None:
+    rates = {"type": "categorical", "choices": [1e30, 2e30]}
+    with pytest.raises(TrainingError, match=r"none of 2 trials.*lower optim\.lr") as caught:
+        search(**{"space": {"optim.lr": rates}, "num_trials": 2, "base.steps": 20})
+    assert caught.value.exit_code == 4
+    states = {one.kind: one.state for one in board(tracking.store_for(tmp_path, "reversal"))}
+    assert states == {"sweep": "FAILED", "trial": "FAILED"}
+    assert not list(tmp_path.glob("sweeps/*/outcome.json"))
+
+
+# --- a killed driver -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path, tiny_study: dict[str, Any]) -> Iterator[Any]:
+    """Starts `vinedresser sweep` of the tiny study in a session of its own."""
+    file = tmp_path / "study.json"
+    started: list[psutil.Process] = []
+    environment = {**os.environ, "VINEDRESSER_WORKSPACE": str(tmp_path / "space")}
+    environment.pop("RAY_ADDRESS", None)
+
+    def start(study: Mapping[str, Any]) -> psutil.Process:
+        file.write_text(json.dumps(study))
+        words = [sys.executable, "-c", "import sys; from vinedresser.cli import main; ",
+                 "sweep", str(file), "--json"]  # fmt: skip
+        words[2] += "sys.exit(main())"
+        log = (tmp_path / f"log-{len(started)}").open("wb")
+        process = psutil.Popen(
+            words, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(psutil.Error):
+            for child in process.children(recursive=True):
+                child.kill()
+            process.kill()
+
+
+def journal_states(workspace: Path) -> dict[int, str]:
+    """Trials by number, read from a copy: the journal is another process's."""
+    found = list(workspace.glob("sweeps/*/journal.log"))
+    if not found:
+        return {}
+    copy = shutil.copy(found[0], workspace.parent / "journal.copy")
+    mend_journal(Path(copy))
+    storage = JournalStorage(JournalFileBackend(str(copy)))
+    with contextlib.suppress(KeyError):
+        trials = optuna.load_study(storage=storage, study_name="tiny-lr").trials
+        return {trial.number: trial.state.name for trial in trials}
+    return {}
+
+
+def wait_until(condition: Any, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def is_gone(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_after_kill_9_the_same_command_goes_on(
+    command: Any, tmp_path: Path, tiny_study: dict[str, Any]
+) -> None:
+    study = {**tiny_study, "num_trials": 3, "concurrent": 2, "stopping": None}
+    study["base"] = {**study["base"], "steps": 300, "checkpoint_every": 100}
+    workspace = tmp_path / "space"
+    driver = command(study)
+
+    def is_under_way() -> bool:
+        assert driver.poll() is None, (tmp_path / "log-0").read_text()
+        states = Counter(journal_states(workspace).values())
+        return states["COMPLETE"] >= 1 and states["RUNNING"] >= 1
+
+    assert wait_until(is_under_way, 90), (tmp_path / "log-0").read_text()
+    # Ray's two agents hold nothing of ours; they need a minute to notice that they are alone.
+    agents = ("DashboardAgent", "RuntimeEnvAgent")
+    children = [child for child in driver.children(recursive=True)
+                if not any(agent in " ".join(child.cmdline()) for agent in agents)]  # fmt: skip
+    assert any("ray::" in " ".join(child.cmdline()) for child in children)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert wait_until(lambda: all(is_gone(child) for child in children), 15), [
+        child for child in children if not is_gone(child)
+    ]
+    before = {n: state for n, state in journal_states(workspace).items() if state == "COMPLETE"}
+    times = {path: path.stat().st_mtime_ns for path in workspace.glob("runs/*/outcome.json")}
+    assert len(times) >= len(before) >= 1
+
+    again = command(study)
+    assert again.wait(timeout=120) == 0, (tmp_path / "log-1").read_text()
+    log = (tmp_path / "log-1").read_text()
+    assert f"{len(before)} of 3 trials known, going on" in log
+    assert "of a killed process closed" in log
+    after = journal_states(workspace)
+    assert {n: after[n] for n in before} == before
+    assert Counter(after.values())["COMPLETE"] == 3
+    assert "RUNNING" not in after.values()
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    rows = board(tracking.store_for(workspace, "reversal"))
+    assert {one.state for one in rows} == {"FINISHED"}
+    assert Counter(one.kind for one in rows) == {"sweep": 1, "trial": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_told_to_stop_trials_write_checkpoints_and_go_on_from_them(
+    command: Any, tmp_path: Path, tiny_study: dict[str, Any]
+) -> None:
+    """Fault T09 in a sweep: without a periodic checkpoint, only that of the stop can be there."""
+    study = {**tiny_study, "num_trials": 2, "concurrent": 2, "stopping": None}
+    study["base"] = {**study["base"], "steps": 3000, "checkpoint_every": 3000}
+    study["base"]["evaluation"] = {"times": 10}
+    driver = command(study)
+
+    def lines(log: str, wanted: str) -> list[str]:
+        return [line for line in (tmp_path / log).read_text().splitlines() if wanted in line]
+
+    def both_train() -> bool:
+        assert driver.poll() is None, (tmp_path / "log-0").read_text()
+        return len({line.split()[2] for line in lines("log-0", "/3000")}) == 2
+
+    assert wait_until(both_train, 120), (tmp_path / "log-0").read_text()
+    driver.terminate()
+    assert driver.wait(timeout=60) == 75, (tmp_path / "log-0").read_text()
+    runs = tmp_path / "space" / "runs"
+    stored = {path.parents[1].name for path in runs.glob("*/checkpoints/step-*")}
+    assert len(stored) == 2
+    assert Counter(journal_states(tmp_path / "space").values())["COMPLETE"] == 0
+    # The same proposals are made again, in the same folders.
+    again = command(study)
+    assert wait_until(lambda: len(lines("log-1", "starts with")) == 2, 90)
+    again.kill()
+    proposed = [{line.split(" with ")[1] for line in lines(f"log-{i}", " with ")} for i in (0, 1)]
+    assert proposed[0] == proposed[1]
+    assert {path.name for path in runs.iterdir()} == stored

@@ -1,0 +1,387 @@
+"""Runs in a real SQLite store and on a real server on loopback, and what happens without one."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from vinedresser import tracking
+from vinedresser.errors import BusyError, ConfigError, MachineError
+from vinedresser.tracking import MemoryTracker, MlflowTracker, NullTracker, Store, remote, store
+from vinedresser.tracking.runs import flat
+from vinedresser.workspace.commit import this_process
+
+# MLflow's own imports warn (sqlalchemy's noload, pydantic, ...); none of it is ours to change.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _no_user_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("with space ü")
+
+
+@pytest.fixture
+def sqlite(workspace: Path, request: pytest.FixtureRequest, monkeypatch) -> Store:
+    """A database for the module, an experiment for the test."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tracking.store_for(workspace, request.node.name)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    url: str
+    process: "subprocess.Popen[bytes]"
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def wait_for(url: str, process: "subprocess.Popen[bytes]", seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{url} did not come up")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/s.db"]
+    command += ["--artifacts-destination", str(folder / "files")]
+    environment = {**os.environ, **store.DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=log, stderr=log
+        )
+    started = Server(f"http://127.0.0.1:{port}", process)
+    try:
+        wait_for(f"{started.url}/health", process)
+        yield started
+    finally:
+        started.kill()
+
+
+def test_importing_tracking_imports_no_mlflow_and_no_torch() -> None:
+    code = "import sys, vinedresser.tracking; print({'mlflow', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_store_is_the_users_or_the_workspaces(tmp_path, monkeypatch) -> None:
+    own = tracking.store_for(tmp_path, "e")
+    assert own.uri == f"sqlite:///{tmp_path}/mlflow.db"
+    assert own.artifacts == (tmp_path / "mlartifacts").as_uri()
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@example.org:5000/x?y=1")
+    users = tracking.store_for(tmp_path, "e")
+    assert users.artifacts is None
+    assert users.shown == "https://example.org:5000/x"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///mlruns")
+    with pytest.raises(ConfigError, match="sqlite"):
+        tracking.store_for(tmp_path, "e")
+
+
+def test_params_become_dotted_keys_and_json() -> None:
+    params = {
+        "optim": {"lr": 1e-3, "betas": [0.9, 0.98], "none": None},
+        "name": "a",
+        "long": "x" * 9000,
+    }
+    got = dict(flat(params))
+    assert got["optim.lr"] == "0.001"
+    assert got["optim.betas"] == "[0.9, 0.98]"
+    assert got["optim.none"] == "null"
+    assert len(got.pop("long")) == 6000
+
+
+def test_metrics_tags_and_artifacts_arrive_in_few_batches(sqlite: Store) -> None:
+    from matplotlib.figure import Figure
+
+    tracker = tracking.open_run(sqlite, key="a", name="n", params={f"p{i}": i for i in range(250)})
+    assert isinstance(tracker, MlflowTracker)
+    batches = []
+    send = tracker._client.log_batch
+    tracker._client.log_batch = lambda run_id, metrics=(), **rest: (
+        batches.append(len(metrics)), send(run_id, metrics=metrics, **rest),
+    )  # fmt: skip
+    for step in range(1, 301):
+        tracker.log({f"train/m{i}": step + i for i in range(10)}, step)
+    tracker.log({"bad": float("nan"), "worse": float("inf"), "odd@name": 1.0}, 301)
+    tracker.tag({"dataset": "d1"})
+    tracker.text("hello", "notes/a.txt")
+    tracker.table({"trial": [1, 2], "per": [0.5, 0.25]}, "trials.json")
+    tracker.figure(Figure(), "plots/a.png")
+    tracker.close("FINISHED")
+    tracker.close("FAILED", "second call does not count")
+
+    client = store.connect(sqlite)
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/m3"] == 303
+    assert run.data.metrics["odd_name"] == 1.0
+    assert "bad" not in run.data.metrics
+    assert (tracker.skipped, tracker.dropped, tracker.pending) == (2, 0, 0)
+    assert run.data.tags["vinedresser.skipped_metrics"] == "2"
+    assert run.data.tags["dataset"] == "d1"
+    assert len(run.data.params) == 250
+    assert len(client.get_metric_history(tracker.run_id, "train/m0")) == 300
+    assert sum(batches) == 3001
+    assert max(batches) <= 1000
+    assert sum(size > 0 for size in batches) <= 3001 / 200 + 2
+    root = Path(sqlite.artifacts.removeprefix("file://").replace("%20", " ").replace("%C3%BC", "ü"))
+    files = root / tracker.run_id / "artifacts"
+    assert (files / "notes/a.txt").read_text() == "hello"
+    assert json.loads((files / "trials.json").read_text())["data"] == [[1, 0.5], [2, 0.25]]
+    assert (files / "plots/a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_key_is_reopened_and_never_duplicated(sqlite: Store) -> None:
+    first = tracking.open_run(sqlite, key="k1", name="n", params={"lr": 1, "same": 2})
+    first.close("FAILED", "power cut")
+    second = tracking.open_run(sqlite, key="k1", name="n", params={"lr": 3, "same": 2, "new": 4})
+    client = store.connect(sqlite)
+    run = client.get_run(second.run_id)
+    assert second.run_id == first.run_id
+    assert run.info.status == "RUNNING"
+    assert run.data.params == {"lr": "1", "same": "2", "new": "4"}
+    assert run.data.tags["resume.1.lr"] == "3"
+    assert run.data.tags["vinedresser.resumed"] == "1"
+    assert "power cut" not in run.data.tags.values()
+    second.close("FINISHED")
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+    with pytest.raises(ValueError, match="run key"):
+        tracking.open_run(sqlite, key="a' or '1", name="n")
+
+
+def test_leaderboard_puts_sweeps_first_then_the_best(sqlite: Store) -> None:
+    def run(
+        name: str, kind: str, metric: str, value: float | None, parent: str | None = None
+    ) -> str:
+        tags = {"vinedresser.kind": kind, "vinedresser.metric": metric}
+        tracker = tracking.open_run(sqlite, key=name, name=name, parent=parent, tags=tags)
+        if value is not None:
+            tracker.log({f"best/{metric}": value}, 1)
+        tracker.tag({"vinedresser.folder": f"/runs/{name}"})
+        tracker.close("FINISHED")
+        return tracker.run_id
+
+    sweep = run("sweep", "sweep", "per", 0.2)
+    run("worse", "trial", "per", 0.3, sweep)
+    best = run("better", "trial", "per", 0.2, sweep)
+    run("none", "trial", "per", None, sweep)
+    run("low", "train", "bleu", 10.0)
+    run("high", "train", "bleu", 30.0)
+    rows = tracking.leaderboard(sqlite)
+    assert [row.name for row in rows] == ["sweep", "high", "low", "better", "worse", "none"]
+    assert rows[3].parent == sweep
+    assert rows[3].value == 0.2
+    assert rows[3].started.tzinfo is not None
+    assert 0 <= rows[3].seconds < 60
+    assert len(tracking.leaderboard(sqlite, limit=2)) == 2
+    assert tracking.run_folder(sqlite, best) == Path("/runs/better")
+    with pytest.raises(ConfigError, match="no run"):
+        tracking.run_folder(sqlite, "0" * 32)
+    with pytest.raises(ConfigError, match="no experiment"):
+        tracking.leaderboard(sqlite, experiment="nothing")
+
+
+OPEN_AND_WAIT = """
+import sys, time
+from pathlib import Path
+from vinedresser import tracking
+store = tracking.store_for(Path(sys.argv[1]), sys.argv[2])
+print(tracking.open_run(store, key="orphan", name="orphan").run_id, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_run_that_reap_closes_and_a_key_reopens(sqlite: Store) -> None:
+    mine = tracking.open_run(sqlite, key="mine", name="mine")
+    client = store.connect(sqlite)
+    foreign = client.create_run(tracking.initialise(sqlite)).info.run_id
+    arguments = [sys.executable, "-c", OPEN_AND_WAIT, str(sqlite.locks.parent), sqlite.experiment]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        orphan = process.stdout.readline().strip()
+        assert tracking.reap(sqlite) == []
+        process.kill()
+    assert client.get_run(orphan).info.status == "RUNNING"
+    assert tracking.reap(sqlite) == [orphan]
+    run = client.get_run(orphan)
+    assert run.info.status == "KILLED"
+    assert "ended without closing" in run.data.tags["vinedresser.reason"]
+    assert client.get_run(mine.run_id).info.status == "RUNNING"
+    assert client.get_run(foreign).info.status == "RUNNING"
+    again = tracking.open_run(sqlite, key="orphan", name="orphan")
+    assert again.run_id == orphan
+    assert client.get_run(orphan).data.tags["vinedresser.owner"] == this_process()
+    assert tracking.reap(sqlite) == []
+    again.close("FINISHED")
+    mine.close("FINISHED")
+
+
+@pytest.mark.slow
+def test_four_processes_may_create_the_store_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from vinedresser import tracking;"
+        "print(tracking.initialise(tracking.store_for(Path(sys.argv[1]), 'e')))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    answers = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * 4, answers
+    assert len({out.strip() for out, _ in answers}) == 1
+
+
+def test_a_busy_lock_is_said_not_waited_for(tmp_path: Path) -> None:
+    one = Store("sqlite:///x", "e", None, tmp_path)
+    with (
+        store.locked(one, "model m", seconds=1),
+        pytest.raises(BusyError, match="model m"),
+        store.locked(one, "model m", seconds=0.1),
+    ):
+        pass
+
+
+def test_an_absent_server_neither_stops_nor_blocks(tmp_path, caplog, monkeypatch) -> None:
+    absent = Store(f"http://u:secret@127.0.0.1:{free_port()}", "e", None, tmp_path)
+    start = time.monotonic()
+    with caplog.at_level(logging.WARNING, "vinedresser"):
+        tracker = tracking.open_run(absent, key="k", name="n")
+        assert isinstance(tracker, NullTracker)
+        assert "without tracking" in caplog.text
+        # A server that was there when the run was opened, and is not now.
+        monkeypatch.setattr(remote, "KEPT_METRICS", 50)
+        orphan = MlflowTracker(absent, "0" * 32)
+        begun = time.monotonic()
+        for step in range(300):
+            orphan.log({"m": 1.0}, step)
+        orphan.tag({"a": "b"})
+        orphan.text("t", "a.txt")
+        assert time.monotonic() - begun < 0.5
+        orphan.close("FINISHED")
+    assert time.monotonic() - start < 10
+    assert orphan.pending == 50
+    assert orphan.dropped == 250
+    assert caplog.text.count("metrics wait in memory") == 1
+    assert "secret" not in caplog.text
+    with pytest.raises(MachineError, match="tracking store"):
+        tracking.initialise(absent)
+
+
+def test_memory_tracker_keeps_what_it_is_told() -> None:
+    tracker = MemoryTracker()
+    tracker.log({"a": 1}, 2)
+    tracker.tag({"t": "u"})
+    tracker.table({"x": [1]}, "x.json")
+    tracker.close("KILLED", "stopped")
+    tracker.close("FINISHED")
+    assert tracker.metrics == [("a", 1.0, 2)]
+    assert (tracker.state, tracker.reason) == ("KILLED", "stopped")
+
+
+def test_ui_refuses_a_port_in_use_and_a_remote_store(sqlite: Store) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(MachineError, match="in use; name another"):
+            tracking.serve_ui(sqlite, taken.getsockname()[1])
+    with pytest.raises(ConfigError, match="open that address"):
+        tracking.serve_ui(replace(sqlite, uri="http://example.org"), 5000)
+
+
+@pytest.mark.slow
+def test_ui_answers_and_ends_whole_on_interrupt(sqlite: Store) -> None:
+    port = free_port()
+    code = (
+        "import sys; from pathlib import Path; from vinedresser import tracking;"
+        "s = tracking.store_for(Path(sys.argv[1]), 'e');"
+        "sys.exit(tracking.serve_ui(s, int(sys.argv[2])))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(sqlite.locks.parent), str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.slow
+def test_a_server_keeps_runs_children_and_files(server: Server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    there = tracking.store_for(tmp_path, "served")
+    parent = tracking.open_run(there, key="p", name="parent", description="*why*")
+    child = tracking.open_run(there, key="c", name="child", parent=parent.run_id)
+    child.log({"dev/per": 0.5}, 1)
+    child.text("hello", "notes/a.txt")
+    child.close("FINISHED")
+    parent.close("FAILED", "no reason")
+    again = tracking.open_run(there, key="c", name="child")
+    assert again.run_id == child.run_id
+    again.close("FINISHED")
+    client = store.connect(there)
+    run = client.get_run(child.run_id)
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert run.data.metrics == {"dev/per": 0.5}
+    assert [file.path for file in client.list_artifacts(child.run_id, "notes")] == ["notes/a.txt"]
+    assert client.get_run(parent.run_id).data.tags["mlflow.note.content"] == "*why*"
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_the_middle_stops_nothing(server: Server, tmp_path, monkeypatch) -> None:
+    """The last test that uses the server."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    tracker = tracking.open_run(tracking.store_for(tmp_path, "killed"), key="p", name="n")
+    assert isinstance(tracker, MlflowTracker)
+    tracker.log({"m": 1.0}, 1)
+    server.kill()
+    longest = 0.0
+    for step in range(2, 500):
+        start = time.monotonic()
+        tracker.log({"m": 1.0}, step)
+        longest = max(longest, time.monotonic() - start)
+    start = time.monotonic()
+    tracker.close("FINISHED")
+    assert longest < 0.05
+    assert time.monotonic() - start < 10
+    assert tracker.pending > 0

@@ -1,0 +1,82 @@
+"""What a run tells while it goes: where it stands, and where its model looks."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.short_run import a_run, experiment, killed_run
+from vinedresser.data.batching.reader import Batches
+from vinedresser.data.shards import ShardSet
+from vinedresser.tracking import MemoryTracker, NullTracker
+from vinedresser.training.progress import Best, Progress
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_progress_from_the_first_update_to_the_last(reversal: ShardSet, tmp_path: Path):
+    config = experiment(reversal, **{"batch.per_update": 2})
+    tracker, told = MemoryTracker(), list[Progress]()
+    outcome = a_run(config, reversal, tmp_path, tracker=tracker, tell=told.append).execute()
+    assert outcome is not None
+    per_epoch = Batches(reversal, config.batch, seed=1).per_epoch
+    assert [p.step for p in told if p.phase == "training" and p.step % 8] == [
+        step for step in range(25) if step % 8
+    ]
+    assert all(p.steps == 24 and p.epoch == pytest.approx(2 * p.step / per_epoch) for p in told)
+    assert [(p.step, p.evaluations_left) for p in told if p.phase == "evaluating"] == [
+        (8, 3), (16, 2), (24, 1)
+    ]  # fmt: skip
+    assert (told[0].step, told[0].evaluations_left, told[0].best) == (0, 3, None)
+    assert (told[-1].step, told[-1].evaluations_left) == (24, 0)
+    # Every log line's loss is the one that was logged, and no other step waits for its own.
+    logged = [
+        (step, value) for key, value, step in tracker.metrics if key == "train/nats_per_token"
+    ]
+    assert [(p.step, p.loss) for p in told if p.loss is not None] == logged
+    improved, lowest = [], math.inf
+    for entry in outcome.history:
+        if entry["value"] < lowest:
+            lowest = entry["value"]
+            improved.append(Best("per", lowest, int(entry["step"])))
+    assert list(dict.fromkeys(p.best for p in told if p.best)) == improved
+    assert told[-1].best == Best("per", outcome.value, outcome.best_step)
+
+
+def test_a_resumed_run_stands_where_it_was(reversal: ShardSet, tmp_path: Path):
+    config = experiment(reversal)
+    killed_run(config, reversal, tmp_path, 16)
+    told = list[Progress]()
+    run = a_run(config, reversal, tmp_path, tell=told.append)
+    assert run.execute() is not None
+    first = told[0]
+    assert (first.step, first.evaluations_left) == (15, 2)
+    assert first.epoch == pytest.approx(15 / run.batches.per_epoch)
+    assert first.best is not None
+    assert first.best.step == 8
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, []), (1, [8, 16, 24]), (2, [16]), (3, [24])])
+def test_attention_is_pictured_at_every_so_many_evaluations(
+    reversal: ShardSet, tmp_path: Path, every: int, steps: list[int]
+):
+    config = experiment(reversal, **{"evaluation.attention_every": every})
+    tracker = MemoryTracker()
+    assert a_run(config, reversal, tmp_path, tracker=tracker).execute() is not None
+    found = [(value, step) for key, value, step in tracker.metrics if key == "dev/diagonality"]
+    assert [step for _, step in found] == steps
+    assert all(-1 <= value <= 1 for value, _ in found)
+    pictures = {name for name in tracker.artifacts if name.startswith("attention/")}
+    assert pictures == {f"attention/decoder.0.dec_enc/step-{step:08d}.png" for step in steps}
+
+
+def test_nothing_is_drawn_for_nobody(
+    reversal: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("vinedresser.figures.attention_maps.figure", refuse)
+    config = experiment(reversal, **{"evaluation.attention_every": 1})
+    assert a_run(config, reversal, tmp_path, tracker=NullTracker()).execute() is not None

@@ -1,0 +1,539 @@
+"""The loop: gradients, seeds, averages, windows, order of effects."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from trainables.transformer import TransformerConfig
+from vinedresser.batch import EOS, Batch, pad_ids
+from vinedresser.config import Compute, Experiment, Objective, Optim, ScheduledSampling
+from vinedresser.errors import (
+    ConfigError,
+    DivergedError,
+    InterruptedRunError,
+    MachineError,
+    TrainingError,
+)
+from vinedresser.model import Seq2Seq, Vocabulary
+from vinedresser.nn.gates import HeadGates, expected_open_share
+from vinedresser.training.checkpoint import optimizer_tensors
+from vinedresser.training.device import Place, place, seed_step
+from vinedresser.training.fit import AveragedWeights, Effects, Window, evaluation_steps, fit
+from vinedresser.training.optimizer import build_optimizer, freeze
+from vinedresser.training.step import Step, Trainee, training_steps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HERE = Place(torch.device("cpu"), None)
+TINY = {"d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+ROWS = [[4, 5, 6, 7, 8, EOS], [5, EOS], [6, 6, EOS], [7, 4, EOS], [EOS], [8, 7, 6, EOS]]
+
+
+def experiment(**changes: object) -> Experiment:
+    corpus = {"train": {"source": "a", "target": "b"}, "dev": {"source": "c", "target": "d"}}
+    task = {"name": "t", "corpus": corpus, "tokenizer": {"kind": "symbols"}, "metric": "per"}
+    base = Experiment.from_json({"task": task, "model": {"kind": "transformer", **TINY}})
+    return base.override({"steps": 8, "optim.warmup_steps": 0, "evaluation.times": 1, **changes})
+
+
+def built(config: Experiment, seed: int = 0) -> Seq2Seq:
+    torch.manual_seed(seed)
+    return config.model.build(Vocabulary(10, 10))
+
+
+def batch_of(rows: list[list[int]]) -> Batch:
+    padded = pad_ids(rows)
+    return Batch(*padded, *padded, torch.arange(len(rows)))
+
+
+def endless() -> Iterator[Batch]:
+    while True:
+        yield batch_of(ROWS[:3])
+        yield batch_of(ROWS[3:])
+
+
+def trained(config: Experiment, *, place: Place = HERE) -> tuple[Seq2Seq, list[Step]]:
+    model = built(config)
+    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    return model, list(training_steps(model, endless(), optimizer, config, place=place))
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+class TestGradients:
+    def gradient(
+        self, objective: Objective, parts: list[tuple[Batch, float]]
+    ) -> list[torch.Tensor]:
+        """Averaged over parts, as data-parallel training does; each part has its divisor."""
+        gated = experiment(**{"model.concrete_heads": ["enc_self"]})
+        model = built(gated).eval()
+        trainee = Trainee(model, objective)
+        for batch, tokens in parts:
+            _, goal = trainee(batch, 1.0, torch.tensor(tokens))
+            (goal / len(parts)).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    @pytest.mark.parametrize("l0", [0.0, 0.7])
+    def test_ranks_with_unequal_tokens_equal_one_whole_batch(self, l0):
+        objective = Objective(l0=l0, label_smoothing=0.1)
+        whole, left, right = batch_of(ROWS), batch_of(ROWS[:1]), batch_of(ROWS[1:])
+        total = float(whole.tokens)
+        assert float(left.tokens) != float(right.tokens)
+        wanted = self.gradient(objective, [(whole, total)])
+        found = self.gradient(objective, [(left, total / 2), (right, total / 2)])
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+        own = [(left, float(left.tokens)), (right, float(right.tokens))]  # means of means
+        naive = self.gradient(objective, own)
+        assert max(float((a - b).abs().max()) for a, b in zip(naive, wanted, strict=True)) > 1e-3
+
+    def test_what_is_reported_is_the_sum_of_nats_alone(self):
+        model = built(experiment(**{"model.concrete_heads": ["enc_self"]})).eval()
+        batch = batch_of(ROWS)
+        nats, goal = Trainee(model, Objective(l0=2.0))(batch, 1.0, batch.tokens)
+        share = expected_open_share(model).item()
+        assert goal.item() == pytest.approx(nats.item() / int(batch.tokens) + 2 * share, rel=1e-6)
+        assert not nats.requires_grad
+
+
+class TestSteps:
+    def test_sampling_at_p_0_is_bit_identical_to_teacher_forcing(self):
+        plain, _ = trained(experiment())
+        off = experiment(
+            **{"objective.sampling": {"probability": 0.0, "decay": "constant", "decay_steps": 3}}
+        )
+        assert same_weights(trained(off)[0], plain)
+        on = experiment(**{"objective.sampling": {"probability": 0.5, "decay": "constant"}})
+        assert not same_weights(trained(on)[0], plain)
+
+    def test_a_run_is_a_function_of_its_seed(self):
+        one, again, other = (trained(experiment(seed=s))[0] for s in (1, 1, 2))
+        assert same_weights(one, again)
+        assert not same_weights(one, other)
+
+    def test_a_run_in_two_halves_is_the_run(self):
+        config = experiment(**{"objective.sampling": {"probability": 0.5, "decay_steps": 4}})
+        whole, steps = trained(config)
+        model = built(config)
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        source = endless()
+        torch.manual_seed(99)
+        first = training_steps(model, source, optimizer, config, place=HERE)
+        halves = [next(first) for _ in range(4)]
+        torch.manual_seed(77)
+        halves += training_steps(model, source, optimizer, config, place=HERE, start=4)
+        assert same_weights(model, whole)
+        assert [s.index for s in halves] == [s.index for s in steps] == list(range(1, 9))
+
+    def test_each_step_tells_its_rate_share_and_tokens(self):
+        sampling = ScheduledSampling(probability=0.8, decay_steps=8)
+        config = experiment(
+            **{"optim.warmup_steps": 2, "optim.anneal": 0, "objective.sampling": sampling.to_json()}
+        )
+        _, steps = trained(config)
+        rate = config.optim.lr
+        assert [s.learning_rate for s in steps] == pytest.approx([rate / 2] + [rate] * 7)
+        assert [s.epsilon for s in steps] == pytest.approx([1 - 0.1 * i for i in range(8)])
+        assert [int(s.tokens) for s in steps[:2]] == [11, 8]
+
+    def test_gradients_are_clipped_to_the_norm(self):
+        config = experiment(steps=1, **{"optim.clip_norm": 0.01})
+        model = built(config)
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        (step,) = training_steps(model, endless(), optimizer, config, place=HERE)
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        assert float(step.gradient_norm) > 0.01
+        assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+    def test_bf16_learns_too(self):
+        config = experiment(steps=60, **{"optim.lr": 5e-3, "model.dropout": 0})
+        _, steps = trained(config, place=Place(torch.device("cpu"), torch.bfloat16))
+        assert float(steps[-1].nats) < 0.5 * float(steps[1].nats)
+
+    def test_a_rank_draws_its_own_numbers(self):
+        def drawn(seed: int, step: int, rank: int) -> float:
+            seed_step(seed, step, rank)
+            return float(torch.rand(()))
+
+        triples = [(s, t, r) for s in range(3) for t in range(30) for r in range(3)]
+        values = [drawn(*triple) for triple in triples]
+        assert len(set(values)) == len(values)
+        torch.rand(5)
+        assert [drawn(*triple) for triple in reversed(triples)] == values[::-1]
+
+
+class TestWindow:
+    def step(self, index: int, nats: float, tokens: int, norm: float) -> Step:
+        scalars = [torch.tensor(float(nats)), torch.tensor(tokens), torch.tensor(float(norm))]
+        return Step(index, *scalars, learning_rate=index / 10, epsilon=1 - index / 100)
+
+    def test_sums_travel(self):
+        window = Window(clip_norm=1.0)
+        window.add(self.step(1, 10.0, 2, 0.5))
+        window.add(self.step(2, 8.0, 16, 3.0))
+        logged = window.close()
+        assert logged.pop("train/tokens_per_second") > 0
+        assert logged.pop("train/seconds_per_step") > 0
+        assert logged == pytest.approx(
+            {
+                "train/nats_per_token": 1.0,
+                "train/learning_rate": 0.2,
+                "train/gradient_norm_max": 3.0,
+                "train/gradient_norm_mean": 1.75,
+                "train/skipped_updates": 0.0,
+                "train/clipped_share": 0.5,
+                "train/gold_share": 0.98,
+            }
+        )
+
+    def test_loss_and_speed_are_those_of_all_ranks(self):
+        alone = Window(clip_norm=1.0)
+        window = Window(clip_norm=1.0, total=lambda sums: sums + torch.tensor([30.0, 10.0]))
+        for each in (alone, window):
+            each.add(self.step(1, 6.0, 2, 0.5))
+        assert alone.close()["train/nats_per_token"] == 3
+        logged = window.close()
+        assert logged["train/nats_per_token"] == 3  # (6 + 30) / (2 + 10)
+        made = logged["train/tokens_per_second"] * logged["train/seconds_per_step"]
+        assert made == pytest.approx(12)
+
+    def test_a_closed_window_is_empty(self):
+        window = Window(clip_norm=1.0)
+        window.add(self.step(1, 100.0, 1, 1.0))
+        window.close()
+        window.add(self.step(2, 3.0, 3, 1.0))
+        assert window.close()["train/nats_per_token"] == 1.0
+
+    @pytest.mark.parametrize(("nats", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.inf)])
+    def test_what_is_not_finite_stops_the_run(self, nats, norm):
+        window = Window(clip_norm=1.0)
+        window.add(self.step(1, 1.0, 1, 1.0))
+        window.add(self.step(2, nats, 1, norm))
+        window.add(self.step(3, 1.0, 1, 1.0))
+        with pytest.raises(TrainingError, match=r"step 2: .*lower optim\.lr"):
+            window.close()
+
+
+class TestAverage:
+    def model(self, value: float) -> nn.Linear:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(model.weight, value)
+        return model
+
+    def test_no_decay_is_the_models_own_weights(self):
+        model = self.model(1.0)
+        averaged = AveragedWeights(model, 0.0)
+        for step in range(1, 4):
+            nn.init.constant_(model.weight, 0.1 * step)
+            averaged.update(step)
+            assert torch.equal(averaged.tensors["weight"], model.weight)
+
+    def test_recursion_by_hand(self):
+        model = self.model(1.0)
+        averaged = AveragedWeights(model, 0.5)
+        wanted = 1.0
+        for step in range(1, 31):
+            nn.init.constant_(model.weight, float(step))
+            averaged.update(step)
+            decay = min(0.5, step / (step + 10))
+            wanted = decay * wanted + (1 - decay) * step
+            assert averaged.tensors["weight"].item() == pytest.approx(wanted, rel=1e-5)
+
+    def test_constant_weights_stay(self):
+        model = self.model(0.3)
+        averaged = AveragedWeights(model, 0.99)
+        for step in range(1, 200):
+            averaged.update(step)
+        assert averaged.tensors["weight"].item() == pytest.approx(0.3, rel=1e-5)
+
+    def test_it_is_a_copy_and_follows_the_optimizer(self):
+        model, _ = trained(experiment())
+        averaged = AveragedWeights(model, 0.9)
+        before = {name: t.clone() for name, t in averaged.tensors.items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1
+        assert all(torch.equal(averaged.tensors[n], t) for n, t in before.items())
+        averaged.update(1000)
+        for name, tensor in before.items():
+            torch.testing.assert_close(averaged.tensors[name], tensor + 0.1)
+
+
+@given(steps=st.integers(1, 5000), data=st.data())
+def test_evaluations_are_spread_and_the_last_is_at_the_end(steps, data):
+    times = data.draw(st.integers(1, min(steps, 200)))
+    base = experiment(steps=max(steps, 8), **{"evaluation.times": 1})
+    found = sorted(evaluation_steps(base.override({"steps": steps, "evaluation.times": times})))
+    assert len(found) == times
+    assert found[0] >= 1
+    assert found[-1] == steps
+    gaps = [b - a for a, b in zip([0, *found], found, strict=False)]
+    assert max(gaps) - min(gaps) <= 2
+
+
+def effects(notes: list[tuple[str, int]], **changes: object) -> Effects:
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        notes.append(("log", step))
+
+    given = {
+        "log": log,
+        "evaluate": lambda step: notes.append(("evaluate", step)),
+        "checkpoint": lambda step: notes.append(("checkpoint", step)),
+        "tell_bad": lambda step: notes.append(("bad", step.index)),
+        "log_every": 3,
+        "evaluate_at": frozenset({4, 8}),
+        "checkpoint_every": 4,
+    }
+    return Effects(**{**given, **changes})
+
+
+def test_a_step_is_logged_then_judged_then_stored():
+    config, notes = experiment(), []
+    model = built(config)
+    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    steps = training_steps(model, endless(), optimizer, config, place=HERE)
+    fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), effects(notes))
+    logged = [("log", 3), ("log", 4), ("evaluate", 4), ("checkpoint", 4)]
+    assert notes == [*logged, ("log", 6), ("log", 8), ("evaluate", 8), ("checkpoint", 8)]
+
+
+def test_every_step_is_told_and_its_loss_where_it_is_logged():
+    config, notes, told = experiment(), [], []
+    model = built(config)
+    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    steps = training_steps(model, endless(), optimizer, config, place=HERE)
+    asked = effects(notes, tell=lambda step, logged: told.append((step, set(logged))))
+    fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), asked)
+    assert [step for step, _ in told] == list(range(1, 9))
+    assert {step for step, logged in told if logged} == {3, 4, 6, 8}
+    assert {"train/nats_per_token", "train/tokens_per_second"} <= told[2][1]
+
+
+def test_a_run_that_diverges_stops_before_it_is_judged():
+    config = experiment(**{"optim.lr": 1e30, "optim.clip_norm": 1e30})
+    notes: list[tuple[str, int]] = []
+    model = built(config)
+    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    steps = training_steps(model, endless(), optimizer, config, place=HERE)
+    with pytest.raises(TrainingError, match=r"step 2: loss (nan|inf)"):
+        fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), effects(notes))
+    assert notes == [("bad", 2), ("bad", 3)]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_run_that_explodes_with_finite_numbers_stops_too():
+    uniform, notes = math.log(10), []
+    losses = [uniform, 1.0, 5.0 * uniform]
+    steps = (
+        Step(i, torch.tensor(loss * 7), torch.tensor(7), torch.tensor(1.0), 0.1, 1.0)
+        for i, loss in enumerate(losses, 1)
+    )
+    window = Window(1.0, uniform=uniform)
+    often = effects(notes, log_every=1)
+    with pytest.raises(DivergedError, match=r"step 3: loss 11.5 nats a token, it was 1, and 2.3"):
+        fit(steps, AveragedWeights(nn.Linear(1, 1), 0.9), window, often)
+    assert notes == [("log", 1), ("log", 2)]
+
+
+class Poisoned:
+    """Batches of which some make the gradient NaN, by a weight that is NaN while they pass."""
+
+    def __init__(self, model: Seq2Seq, at: set[int]) -> None:
+        self.model, self.at = model, at
+
+    def __iter__(self) -> Iterator[Batch]:
+        weight = next(self.model.parameters())
+        for index, batch in enumerate(endless(), 1):
+            hook = None
+            if index in self.at:
+                hook = weight.register_hook(lambda grad: grad * math.nan)
+            yield batch
+            if hook is not None:
+                hook.remove()
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_weights_or_moments():
+    config = experiment(**{"optim.anneal": 0})
+    model = built(config)
+    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    steps = training_steps(model, iter(Poisoned(model, {3})), optimizer, config, place=HERE)
+    next(steps), next(steps)
+    before = [p.detach().clone() for p in model.parameters()]
+    kept = {k: v.clone() for k, v in optimizer_tensors(optimizer).items()}
+    assert not math.isfinite(float(next(steps).gradient_norm))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    after = optimizer_tensors(optimizer)
+    assert all(torch.equal(kept[name], after[name]) for name in kept)
+    assert math.isfinite(float(next(steps).gradient_norm))
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_skips_are_allowed_as_many_as_are_named():
+    def run(allowed: int) -> list[tuple[str, int]]:
+        config, notes = experiment(), []
+        model = built(config)
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        bad = iter(Poisoned(model, {2, 5}))
+        steps = training_steps(model, bad, optimizer, config, place=HERE)
+        window = Window(1.0, max_skipped=allowed)
+        fit(steps, AveragedWeights(model, 0.9), window, effects(notes))
+        assert window.skipped == 2
+        return notes
+
+    assert [step for what, step in run(2) if what == "bad"] == [2, 5]
+    with pytest.raises(DivergedError, match="step 5"):
+        run(1)
+
+
+def test_told_to_stop_it_stores_and_ends():
+    config, notes = experiment(), []
+    model = built(config)
+    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    asked = iter([False, False, False, False, True])
+    steps = training_steps(
+        model, endless(), optimizer, config, place=HERE, should_stop=lambda: next(asked)
+    )
+    with pytest.raises(InterruptedRunError, match="checkpoint at step 5"):
+        fit(steps, AveragedWeights(model, 0.9), Window(1.0), effects(notes))
+    assert notes[-2:] == [("log", 5), ("checkpoint", 5)]
+
+
+class TestOutOfMemory:
+    def trained(self, limit: int, error: Exception, steps: int = 1) -> tuple[Seq2Seq, list[Step]]:
+        """A run in which a pass over more than `limit` padded tokens raises."""
+        config = experiment(
+            **{"model.dropout": 0, "model.attention_dropout": 0, "optim.clip_norm": 1e9}
+        ).override({"steps": steps})
+        model = built(config)
+        whole = model.encode
+
+        def encode(source_BS: torch.Tensor, lengths_B: torch.Tensor) -> object:
+            if source_BS.numel() > limit:
+                raise error
+            return whole(source_BS, lengths_B)
+
+        model.encode = encode
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        return model, list(training_steps(model, endless(), optimizer, config, place=HERE))
+
+    @pytest.mark.parametrize(
+        "error",
+        [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 GB")],
+    )
+    def test_batches_go_in_parts_with_the_same_gradients(self, error, caplog):
+        plain, wanted = self.trained(10**6, error)
+        assert not caplog.records
+        parted, found = self.trained(12, error)
+        assert "out of memory at 3 x 6 source and 3 x 6 target tokens" in caplog.text
+        assert float(found[0].nats) == pytest.approx(float(wanted[0].nats), rel=1e-6)
+        assert int(found[0].tokens) == int(wanted[0].tokens)
+        for a, b in zip(parted.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-5)
+
+    def test_once_found_the_limit_stays(self, caplog):
+        _, steps = self.trained(12, torch.OutOfMemoryError("CUDA out of memory"), steps=6)
+        assert len(steps) == 6
+        assert len(caplog.records) == 1
+
+    def test_a_single_row_that_does_not_fit_is_told(self):
+        with pytest.raises(MachineError, match=r"out of memory at 1 x 6 .*GiB.*lower batch.tokens"):
+            self.trained(2, torch.OutOfMemoryError("CUDA out of memory"))
+
+    def test_other_errors_pass(self):
+        with pytest.raises(RuntimeError, match="shape"):
+            self.trained(2, RuntimeError("shape mismatch"))
+
+
+class TestAccumulation:
+    @pytest.mark.parametrize("l0", [0.0, 0.5])
+    def test_two_batches_an_update_are_one_large_batch(self, l0):
+        """methods.md 34, through the real loop; the penalty counts once."""
+        changes = {
+            "model.dropout": 0,
+            "model.attention_dropout": 0,
+            "model.concrete_heads": ["enc_self"],
+            "objective.l0": l0,
+            "steps": 1,
+            "optim.clip_norm": 1e9,
+        }
+
+        def gradient(batches: list[Batch], per_update: int) -> list[torch.Tensor]:
+            config = experiment(**changes, **{"batch.per_update": per_update})
+            model = built(config)
+            for gate in model.modules():
+                if isinstance(gate, HeadGates):
+                    gate.eval()  # no noise, which would differ by batch
+            optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+            list(training_steps(model, iter(batches), optimizer, config, place=HERE))
+            return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+        whole = gradient([batch_of(ROWS)], 1)
+        parted = gradient([batch_of(ROWS[:1]), batch_of(ROWS[1:])], 2)
+        for a, b in zip(parted, whole, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+    def test_an_update_that_is_not_whole_is_not_made(self):
+        config = experiment(**{"batch.per_update": 2})
+        model = built(config)
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        three = iter([batch_of(ROWS)] * 3)
+        assert len(list(training_steps(model, three, optimizer, config, place=HERE))) == 1
+
+    def test_workers_must_divide_what_they_share(self):
+        with pytest.raises(ConfigError, match=r"per_update 3 is no multiple .* 2; set it to 2"):
+            experiment(**{"batch.per_update": 3, "compute.workers": 2})
+        config = experiment(**{"batch.per_update": 6, "compute.workers": 2})
+        assert (config.batches_an_update, config.batches_a_rank) == (6, 3)
+        assert experiment(**{"compute.workers": 3}).batches_an_update == 3
+
+
+class TestFreezing:
+    def test_frozen_tensors_stay_bit_identical_and_the_rest_moves(self):
+        config = experiment(**{"optim.freeze": ["source_embedding*", "encoder.*"]})
+        model = built(config)
+        frozen = freeze(model, config.optim.freeze)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        list(training_steps(model, endless(), optimizer, config, place=HERE))
+        assert frozen
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before[name]) == (name in frozen), name
+
+    def test_a_pattern_that_names_nothing_is_an_error(self):
+        with pytest.raises(ConfigError, match=r"no parameter is called encodr\.\*"):
+            freeze(built(experiment()), ["encodr.*"])
+        with pytest.raises(ConfigError, match="covers every parameter"):
+            freeze(built(experiment()), ["*"])
+
+
+class TestPlace:
+    def test_a_worker_computes_on_the_gpu_that_it_was_given(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        assert place(Compute(workers=4), rank=1).device == torch.device("cuda", 3)
+        assert place(Compute(workers=4, device="cpu"), rank=1).device == torch.device("cpu")
+
+    def test_resolves_what_is_here(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        found = place(Compute(threads=1, precision="fp32", workers=2), rank=1)
+        assert found == Place(torch.device("cpu"), None, 1, 2)
+        assert place(Compute(precision="bf16")).autocast_dtype is torch.bfloat16
+
+    def test_refuses_what_is_not(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(MachineError, match=r"compute\.device=cpu"):
+            place(Compute(device="cuda"))
+
+
+def test_defaults_build():
+    assert isinstance(experiment().optim, Optim)
+    assert isinstance(experiment().model, TransformerConfig)
