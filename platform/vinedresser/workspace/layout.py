@@ -1,0 +1,137 @@
+"""Layout of a workspace: the names of all folders and files of runs, sweeps, models and stores.
+
+Values only: nothing here touches the disk. A run, a sweep, a model and a shard set are named by
+what they are called and by the digest of their content.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# Digits of a digest in the name of a folder.
+_DIGITS = 12
+
+
+class _Entry:
+    """A path inside a folder, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, folder: "Workspace | RunFolder | SweepFolder", owner: type) -> Path:
+        return folder.path / self._name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Folder of one run.
+
+    Names that begin with a dot outlive `--from-scratch`.
+    """
+
+    path: Path
+
+    experiment = _Entry("experiment.json")
+    outcome = _Entry("outcome.json")
+    bundle = _Entry("bundle")
+    checkpoints = _Entry("checkpoints")
+    # Failures, rollbacks and deaths of workers so far; see history.py.
+    history = _Entry("history.json")
+    # Stacks of ranks that hung, one file per hang and rank.
+    hangs = _Entry("hangs")
+    # Exclusive work on the folder by one command, and the right of one (re)start to write.
+    command_lease = _Entry(".command.json")
+    writer_lease = _Entry(".writer.json")
+    # Present while a stop is requested.
+    stop = _Entry("stop")
+    # Of a worker group: rank 0's progress, the log of all ranks, Ray Train's own files.
+    progress = _Entry(".progress.json")
+    worker_log = _Entry("workers.log")
+    ray_scratch = _Entry("group")
+
+    @property
+    def name(self) -> str:
+        """Name of the folder: the experiment's name and the beginning of the run's key."""
+        return self.path.name
+
+    @property
+    def key(self) -> str:
+        """Beginning of the run's key."""
+        return self.path.name.rpartition("-")[2]
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint after a step."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def not_finite(self, step: int, rank: int) -> Path:
+        """Return the file with the rows of an update that was left out."""
+        return self.path / f"not-finite-{step:08d}-{rank}.json"
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """Folder of one sweep."""
+
+    path: Path
+
+    outcome = _Entry("outcome.json")
+    # Optuna's record of trials.
+    journal = _Entry("journal.log")
+    lease = _Entry(".command.json")
+    # Ray Tune's own files.
+    ray_scratch = _Entry("tune")
+
+    @property
+    def name(self) -> str:
+        """Name of the folder: the study's name and the beginning of the sweep's key."""
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Folder of shard sets, runs, sweeps, models and the tracking database."""
+
+    path: Path
+
+    shards = _Entry("shards")
+    runs = _Entry("runs")
+    sweeps = _Entry("sweeps")
+    # Models that are made of others, as by pruning; committed bundles.
+    models = _Entry("models")
+    # Bundles of the registry, by digest.
+    cache = _Entry("cache")
+    leases = _Entry(".leases")
+    database = _Entry("mlflow.db")
+    artifacts = _Entry("mlartifacts")
+
+    def run(self, name: str, key: str) -> RunFolder:
+        """Return the folder of a run, by its experiment's name and its key."""
+        return RunFolder(self.runs / f"{name}-{key[:_DIGITS]}")
+
+    def sweep(self, name: str, key: str) -> SweepFolder:
+        """Return the folder of a sweep, by its study's name and its key."""
+        return SweepFolder(self.sweeps / f"{name}-{key[:_DIGITS]}")
+
+    def model(self, name: str, digest: str) -> Path:
+        """Return the folder of a model that is made of the bundle with the digest."""
+        return self.models / f"{name}-{digest[:_DIGITS]}"
+
+    def shard_set(self, task: str, digest: str) -> Path:
+        """Return the folder of a task's shard set, by the digest of its inputs."""
+        return self.shards / f"{task}-{digest[:_DIGITS]}"
+
+    def pipeline_table(self, name: str) -> Path:
+        """Return the file with the closing table of a pipeline."""
+        return self.path / f"{name}.json"
+
+
+def checkpoint_step(path: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def runs_of(workspace: Workspace, name: str) -> list[RunFolder]:
+    """Return the folders of all runs of an experiment's name, sorted."""
+    if not workspace.runs.is_dir():
+        return []
+    folders = (p for p in workspace.runs.iterdir() if p.name.rpartition("-")[0] == name)
+    return [RunFolder(path) for path in sorted(folders)]
