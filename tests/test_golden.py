@@ -38,10 +38,11 @@ def trained(task: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) 
         folder: of shards and run.
     """
     from vinedresser.config import Experiment, Task
-    from vinedresser.data.shards.shard_set import prepare
-    from vinedresser.run import Run, run_folder
+    from vinedresser.data.shards import prepare
     from vinedresser.tracking import MemoryTracker
-    from vinedresser.train import Place
+    from vinedresser.training.device import Place
+    from vinedresser.training.outcome import run_folder
+    from vinedresser.training.run import Run
 
     shards = prepare(Task.from_json(task), folder / "shards", executor="in_process")
     common = {
