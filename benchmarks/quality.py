@@ -39,7 +39,7 @@ from vinedresser.data.shards import open_shards, prepare, tokenizers
 from vinedresser.evaluate import evaluate
 from vinedresser.metrics import measure
 from vinedresser.model import Vocabulary
-from vinedresser.training.device import place, seed_step
+from vinedresser.training.device import resolve_device, seed_step
 from vinedresser.training.fit import AveragedWeights
 from vinedresser.training.optimizer import build_optimizer, learning_rate
 from vinedresser.training.step import training_steps
@@ -118,7 +118,7 @@ def rates(steps: int) -> list[float]:
 def train_ours(job: Job) -> dict[str, Any]:
     """The loop is training_steps() with averaged weights, as a run has it."""
     experiment, shards = experiment_of(job), open_shards(Path(job.shards))
-    here = place(experiment.compute)
+    here = resolve_device(experiment.compute)
     seed_step(job.seed, 0, 0)
     vocabulary = Vocabulary(shards.source_size, shards.target_size, joint=True)
     model = experiment.model.build(vocabulary).train()
@@ -126,7 +126,7 @@ def train_ours(job: Job) -> dict[str, Any]:
     averaged = AveragedWeights(model, experiment.optim.average)
     batches = stream(shards, experiment.batch, seed=job.seed)
     begun, tokens = time.process_time(), 0
-    for step in training_steps(model, batches, optimizer, experiment, place=here):
+    for step in training_steps(model, batches, optimizer, experiment, device=here):
         averaged.update(step.index)
         tokens += int(step.tokens)
     seconds = time.process_time() - begun

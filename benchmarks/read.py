@@ -36,7 +36,7 @@ class Trainer:
         from vinedresser.bundle import vocabulary_of
         from vinedresser.config import Compute, Experiment
         from vinedresser.data.shards import tokenizers
-        from vinedresser.training.device import place
+        from vinedresser.training.device import resolve_device
         from vinedresser.training.optimizer import build_optimizer
 
         model = {"kind": "transformer", "d_model": 256, "num_heads": 4, "d_ff": 1024,
@@ -51,7 +51,7 @@ class Trainer:
             }
         )
         threads = os.cpu_count() or 1
-        self.place = place(Compute(device="cpu", precision="bf16", threads=threads))
+        self.device = resolve_device(Compute(device="cpu", precision="bf16", threads=threads))
         vocabulary = vocabulary_of(*tokenizers(shards), joint=True)
         self.model = self.experiment.model.build(vocabulary).train()
         self.optimizer = build_optimizer(self.model, self.experiment.optim, gate_lr_factor=1.0)
@@ -65,7 +65,7 @@ class Trainer:
         # From memory: training shall not pay for what it is compared with.
         batches = stream(load_split(shards, "train"), self.experiment.batch, seed=1)
         return training_steps(
-            self.model, batches, self.optimizer, self.experiment, place=self.place
+            self.model, batches, self.optimizer, self.experiment, device=self.device
         )
 
     def rate(self, steps: int) -> float:
@@ -207,14 +207,14 @@ def plan_longer(folder: Path, rows: int) -> None:
     table = table.filter(pc.equal(table["split"].cast("string"), "train"))
     blocks = table["block"].to_numpy().max() + 1
     many = max(1, 100_000_000 // rows)
-    with tempfile.TemporaryDirectory() as place:
-        with pq.ParquetWriter(Path(place) / "lengths.parquet", table.schema) as writer:
+    with tempfile.TemporaryDirectory() as device:
+        with pq.ParquetWriter(Path(device) / "lengths.parquet", table.schema) as writer:
             column = table.schema.get_field_index("block")
             for times in range(many):
                 shifted = pc.add(table["block"], int(times * blocks)).cast("int32")
                 writer.write_table(table.set_column(column, "block", shifted))
         print(f"\n{len(table):,} cells of blocks, {len(table) / rows:.3f} a row")
-        found = alone("--plan", folder, "--longer", place, "--rows", many * rows)
+        found = alone("--plan", folder, "--longer", device, "--rows", many * rows)
     for times, one in (
         (1, alone("--plan", folder, "--longer", folder, "--rows", rows)),
         (many, found),

@@ -159,7 +159,7 @@ def work(plain: str, shards: str, rank: int, seconds: float) -> None:
     from vinedresser.data.batching.reader import stream
     from vinedresser.data.shards import open_shards
     from vinedresser.model import Vocabulary
-    from vinedresser.training.device import place
+    from vinedresser.training.device import resolve_device
     from vinedresser.training.optimizer import build_optimizer
     from vinedresser.training.step import training_steps
 
@@ -167,13 +167,13 @@ def work(plain: str, shards: str, rank: int, seconds: float) -> None:
     opened, workers = open_shards(Path(shards)), experiment.compute.workers
     if workers > 1:
         dist.init_process_group("gloo")
-    here = place(experiment.compute, rank=rank)
+    here = resolve_device(experiment.compute, rank=rank)
     torch.manual_seed(1)
     model = experiment.model.build(Vocabulary(opened.source_size, opened.source_size, joint=True))
     optimizer = build_optimizer(model.train(), experiment.optim, gate_lr_factor=1.0)
     batches = stream(opened, experiment.batch, seed=experiment.seed, rank=rank, of=workers)
     begun, spent, tokens, over = 0.0, 0.0, 0, torch.zeros(1)
-    for step in training_steps(model, batches, optimizer, experiment, place=here):
+    for step in training_steps(model, batches, optimizer, experiment, device=here):
         if step.index == WARM_UP:
             _meet()
             begun, spent = time.perf_counter(), time.process_time()

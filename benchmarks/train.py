@@ -170,7 +170,7 @@ def work(model: str, precision: str, seconds: float, shards: Path, seed: int) ->
     from vinedresser.data.batching.reader import stream
     from vinedresser.data.shards import open_shards
     from vinedresser.model import Vocabulary
-    from vinedresser.training.device import place
+    from vinedresser.training.device import resolve_device
     from vinedresser.training.optimizer import build_optimizer
     from vinedresser.training.step import training_steps
 
@@ -185,14 +185,14 @@ def work(model: str, precision: str, seconds: float, shards: Path, seed: int) ->
         "seed": seed,
     }
     experiment = Experiment.from_json(plain)
-    here = place(experiment.compute)
+    here = resolve_device(experiment.compute)
     torch.manual_seed(seed)
     size = opened.source_size
     built = experiment.model.build(Vocabulary(size, size, joint=True)).train()
     optimizer = build_optimizer(built, experiment.optim, gate_lr_factor=1.0)
     batches = stream(opened, tokens=4096, seed=seed)
     marks, tokens = [], 0
-    for step in training_steps(built, batches, optimizer, experiment, place=here):
+    for step in training_steps(built, batches, optimizer, experiment, device=here):
         tokens += int(step.tokens)
         marks.append((time.process_time(), tokens))
         if len(marks) > WARM_UP + 1 and marks[-1][0] - marks[WARM_UP][0] > seconds:

@@ -41,7 +41,7 @@ from vinedresser.data.batching.reader import Batches, load_split, stream
 from vinedresser.data.shards import ShardSet, prepare, tokenizers
 from vinedresser.evaluate import Scores, evaluate
 from vinedresser.tracking import NullTracker
-from vinedresser.training.device import Place, place
+from vinedresser.training.device import Device, resolve_device
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.run import Run
 from vinedresser.training.step import training_steps
@@ -170,7 +170,7 @@ class Clock(NullTracker):
 def run(job: Job) -> dict[str, Any]:
     """Trains one entrant within the budget and scores it on the test split."""
     experiment = job.experiment()
-    where = place(experiment.compute)
+    where = resolve_device(experiment.compute)
     shards = prepare(experiment.task, Path(job.workspace) / "shards", executor="in_process")
     epoch = Batches(shards, experiment.batch, seed=experiment.seed).per_epoch
     seconds_a_step = probe(experiment, shards, where, _PROBE * job.seconds)
@@ -180,7 +180,7 @@ def run(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=job.workspace) as folder:
         clock = Clock()
         outcome = Run(
-            experiment.override(change), shards, Path(folder) / "run", place=where, tracker=clock,
+            experiment.override(change), shards, Path(folder) / "run", device=where, tracker=clock,
             report=lambda _: None,
         ).execute()  # fmt: skip
         assert outcome is not None
@@ -223,7 +223,7 @@ def target_tokens(shards: ShardSet) -> int:
     return int(pc.sum(pc.multiply(train["target"], train["count"])).as_py())
 
 
-def probe(experiment: Experiment, shards: ShardSet, where: Place, seconds: float) -> float:
+def probe(experiment: Experiment, shards: ShardSet, where: Device, seconds: float) -> float:
     """CPU seconds of an update, over about `seconds` of them and 8 at least."""
     vocabulary = vocabulary_of(*tokenizers(shards), joint=shards.task.has_joint_vocabulary)
     model = experiment.model.build(vocabulary).train()
@@ -231,7 +231,7 @@ def probe(experiment: Experiment, shards: ShardSet, where: Place, seconds: float
     endless = experiment.override({"steps": 1_000_000})
     started = 0.0
     with contextlib.closing(stream(shards, experiment.batch, seed=99)) as batches:
-        for step in training_steps(model, batches, optimizer, endless, place=where):
+        for step in training_steps(model, batches, optimizer, endless, device=where):
             spent = time.process_time() - started
             if step.index == 3:  # buffers and kernels are there
                 started = time.process_time()

@@ -14,11 +14,11 @@ from vinedresser.config import Experiment
 from vinedresser.data.shards import ShardSet
 from vinedresser.tracking import MemoryTracker
 from vinedresser.training.checkpoint import optimizer_tensors
-from vinedresser.training.device import Place
+from vinedresser.training.device import Device
 from vinedresser.training.outcome import Outcome, finished, run_folder
 from vinedresser.training.run import Run
 
-HERE = Place(torch.device("cpu"), None)
+HERE = Device(torch.device("cpu"), None)
 TRANSFORMER = {
     "kind": "transformer", "d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1,
     "decoder_layers": 1,
@@ -57,7 +57,7 @@ def a_run(
 ) -> Run:
     """The run that `vinedresser train` would make, in this process."""
     folder, given = run_folder(config, shards, workspace), {"tracker": MemoryTracker(), **more}
-    return Run(config, shards, folder, place=HERE, report=report, **given)
+    return Run(config, shards, folder, device=HERE, report=report, **given)
 
 
 class KilledError(Exception):
@@ -103,11 +103,11 @@ from vinedresser.errors import VinedresserError
 from vinedresser.training.run import Run
 from vinedresser.training.outcome import run_folder
 from vinedresser.tracking import NullTracker
-from vinedresser.training.device import Place
+from vinedresser.training.device import Device
 torch.set_num_threads(1)
 config, shards = Experiment.from_json(json.loads(sys.argv[1])), open_shards(Path(sys.argv[2]))
-def a_run(folder, place=Place(torch.device("cpu"), None), report=lambda _: None):
-    return Run(config, shards, folder, place=place, tracker=NullTracker(), report=report)
+def a_run(folder, device=Device(torch.device("cpu"), None), report=lambda _: None):
+    return Run(config, shards, folder, device=device, tracker=NullTracker(), report=report)
 """
     plain = json.dumps(config.to_json())
     return [sys.executable, "-c", begin + code, plain, str(shards.folder), *map(str, words)]

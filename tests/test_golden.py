@@ -40,7 +40,7 @@ def trained(task: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) 
     from vinedresser.config import Experiment, Task
     from vinedresser.data.shards import prepare
     from vinedresser.tracking import MemoryTracker
-    from vinedresser.training.device import Place
+    from vinedresser.training.device import Device
     from vinedresser.training.outcome import run_folder
     from vinedresser.training.run import Run
 
@@ -63,7 +63,7 @@ def trained(task: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) 
         experiment,
         shards,
         run_folder(experiment, shards, folder),
-        place=Place(torch.device("cpu"), None),
+        device=Device(torch.device("cpu"), None),
         tracker=tracker,
         report=lambda _: None,
     )

@@ -19,7 +19,7 @@ from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError, MachineError
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.gates import head_gates
-from vinedresser.training.device import place
+from vinedresser.training.device import resolve_device
 from vinedresser.training.step import Trainee
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +68,7 @@ class Crossings(TorchDispatchMode):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("features", [0, 6])
 def test_only_the_memory_crosses(name, features):
-    model = build(name, features).place(encoder=CPU, decoder=META)
+    model = build(name, features).to_devices(encoder=CPU, decoder=META)
     assert model.device == META
     source, lengths = batch_of().source_BS, batch_of().source_lengths_B
     if features:
@@ -96,7 +96,7 @@ def test_encode_uses_all_of_the_encoders_weights_and_no_other(name):
     memory = model.encode(batch_of().source_BS, batch_of().source_lengths_B)
     (memory.states_BSD * torch.randn_like(memory.states_BSD)).sum().backward()
     used = {n for n, p in model.named_parameters() if p.grad is not None}
-    model.place(encoder=CPU, decoder=META)
+    model.to_devices(encoder=CPU, decoder=META)
     assert used == {n for n, p in model.named_parameters() if p.device == CPU}
     assert used
     assert len(used) < len(list(model.parameters()))
@@ -105,7 +105,7 @@ def test_encode_uses_all_of_the_encoders_weights_and_no_other(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_encoder_moves_as_a_whole(name):
-    model = build(name).place(encoder=META, decoder=CPU)
+    model = build(name).to_devices(encoder=META, decoder=CPU)
     assert model.device == CPU
     with pytest.raises(NotImplementedError, match="meta tensor"):  # the way back to numbers
         model.encode(batch_of().source_BS, batch_of().source_lengths_B)
@@ -114,7 +114,7 @@ def test_the_encoder_moves_as_a_whole(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_one_device_is_as_it_was(name):
     batch = batch_of()
-    plain, placed = build(name), build(name).place(encoder=CPU, decoder=CPU)
+    plain, placed = build(name), build(name).to_devices(encoder=CPU, decoder=CPU)
     assert placed.devices is None
     with Crossings() as crossings:
         assert torch.equal(placed(batch), plain(batch))
@@ -125,7 +125,7 @@ def test_a_shared_embedding_cannot_be_on_two_devices():
     config = model_config_class("transformer")().override({"d_model": 32, "tie": "all"})
     model = config.build(Vocabulary(11, 11, joint=True))
     with pytest.raises(ConfigError, match=r"share the embedding; Fix: set model\.tie=output"):
-        model.place(encoder=CPU, decoder=META)
+        model.to_devices(encoder=CPU, decoder=META)
     assert {p.device for p in model.parameters()} == {CPU}
 
 
@@ -145,13 +145,13 @@ def test_what_cannot_be_placed_is_refused(changes, message):
 
 def test_devices_are_resolved_on_this_machine():
     both = {"encoder": "cpu", "decoder": "cpu"}
-    where = place(Compute.from_json({"devices": both}))
-    assert (where.of_encoder, where.device) == (CPU, CPU)
-    assert place(Compute(device="cpu")).of_encoder == CPU
+    where = resolve_device(Compute.from_json({"devices": both}))
+    assert (where.encoder_device, where.device) == (CPU, CPU)
+    assert resolve_device(Compute(device="cpu")).encoder_device == CPU
     far = Compute.from_json({"devices": {**both, "encoder": "cuda:99"}})
     assert far.needs_gpu
     with pytest.raises(MachineError, match=r"compute\.devices names cuda:99"):
-        place(far)
+        resolve_device(far)
 
 
 @pytest.mark.gpu
@@ -163,7 +163,7 @@ def test_outputs_and_gradients_are_the_same_on_two_devices(name, sides):
     changes = {"concrete_heads": kinds} if name == "transformer" else {}
     one, two = build(name, **changes), build(name, **changes)
     encoder, decoder = (torch.device(side) for side in sides)
-    two.place(encoder=encoder, decoder=decoder)
+    two.to_devices(encoder=encoder, decoder=decoder)
     found = []
     for model in (one, two):
         batch = batch_of().to(model.device)

@@ -23,7 +23,7 @@ from vinedresser.data.tokenizers.frames import features
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.evaluate import evaluate, tokenized
 from vinedresser.tracking import NullTracker
-from vinedresser.training.device import Place
+from vinedresser.training.device import Device
 from vinedresser.training.run import Run
 
 soundfile = pytest.importorskip("soundfile", reason="the extra `speech` is not installed")
@@ -141,9 +141,9 @@ def bundle(task, shards, one_thread, tmp_path_factory: pytest.TempPathFactory) -
         }
     )  # fmt: skip
     workspace = tmp_path_factory.mktemp("space")
-    place = Place(torch.device("cpu"), None)
+    device = Device(torch.device("cpu"), None)
     run = Run(
-        experiment, shards, workspace / "run", place=place, tracker=NullTracker(), report=print
+        experiment, shards, workspace / "run", device=device, tracker=NullTracker(), report=print
     )
     outcome = run.execute()
     assert outcome is not None

@@ -39,7 +39,7 @@ from vinedresser.tracking import NullTracker, store_for
 from vinedresser.training import evaluator as judging
 from vinedresser.training import run as runner
 from vinedresser.training.checkpoint import optimizer_tensors
-from vinedresser.training.device import place
+from vinedresser.training.device import resolve_device
 from vinedresser.training.outcome import Outcome, run_folder
 from vinedresser.training.run import Run
 from vinedresser.training.step import Step
@@ -187,7 +187,7 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def train(job: Job, at: Blow | None, counts: Path | None = None) -> None:
-    """Trains to the end, in place, as `vinedresser train` does below its tracking."""
+    """Trains to the end, in device, as `vinedresser train` does below its tracking."""
     logging.getLogger("vinedresser").setLevel(logging.ERROR)  # tiny models have many symptoms
     points, runs = Points(at), list[Run]()
     watch(points, job.trace)
@@ -244,7 +244,7 @@ def _be(rank: int, job: Job) -> None:
         config,
         shards,
         run_folder(config, shards, job.workspace),
-        place=place(config.compute, rank=rank),
+        device=resolve_device(config.compute, rank=rank),
         tracker=NullTracker(),
         report=lambda _: None,
     )

@@ -14,7 +14,7 @@ from vinedresser.config import Experiment
 from vinedresser.data.batching.reader import stream
 from vinedresser.data.shards import prepare
 from vinedresser.tracking import NullTracker
-from vinedresser.training.device import place
+from vinedresser.training.device import resolve_device
 from vinedresser.training.outcome import run_folder
 from vinedresser.training.run import Run
 from vinedresser.training.step import training_steps
@@ -53,12 +53,12 @@ def _one(config: Experiment, folder: Path, count: int) -> dict[str, float]:
         config,
         shards,
         where,
-        place=place(config.compute),
+        device=resolve_device(config.compute),
         tracker=NullTracker(),
         report=lambda _: None,
     )
     batches = stream(shards, config.batch, seed=config.seed)
-    steps = training_steps(run.model, batches, run.optimizer, config, place=run.place)
+    steps = training_steps(run.model, batches, run.optimizer, config, device=run.device)
     for _ in range(_WARM_UP):
         run.averaged.update(next(steps).index)
     began = time.perf_counter()

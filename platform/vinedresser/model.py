@@ -72,10 +72,10 @@ class Seq2Seq(nn.Module):
     sentence depends on its batch mates or on padding.
 
     What only `encode` uses is held in attributes named `source_...`, `encoder...` or `front_end`,
-    so that `place` can tell it from the rest.
+    so that `to_devices` can tell it from the rest.
 
     Attributes:
-        devices: encoder's and decoder's, where `place` parted them.
+        devices: encoder's and decoder's, where `to_devices` parted them.
         is_recurrent: whether a step of the decoder costs the same at any position. Scheduled
             sampling then feeds it step by step, else in two passes (objectives/sampling.py).
     """
@@ -132,7 +132,7 @@ class Seq2Seq(nn.Module):
         states_BD, state = self.advance(state, tokens_B)
         return self.logits(states_BD), state
 
-    def place(self, *, encoder: torch.device, decoder: torch.device) -> Self:
+    def to_devices(self, *, encoder: torch.device, decoder: torch.device) -> Self:
         """Moves the weights; the encoder's may live on another device (methods.md 36).
 
         Batches, states and logits are on the decoder's device. Per source, its ids or frames and

@@ -18,7 +18,7 @@ from vinedresser.health.monitor import Diagnosis
 from vinedresser.health.rules import Finding
 from vinedresser.model import Memory
 from vinedresser.tracking import MemoryTracker
-from vinedresser.training.device import Place
+from vinedresser.training.device import Device
 from vinedresser.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,8 +37,8 @@ def run_of(shards: ShardSet, folder: Path, **changes: object) -> Run:
         "evaluation": {"times": 2}, "compute": {"device": "cpu", "precision": "fp32"},
     }  # fmt: skip
     config = Experiment.from_json({**base, **changes})
-    here, tracker = Place(torch.device("cpu"), None), MemoryTracker()
-    return Run(config, shards, folder, place=here, tracker=tracker, report=lambda _: None)
+    here, tracker = Device(torch.device("cpu"), None), MemoryTracker()
+    return Run(config, shards, folder, device=here, tracker=tracker, report=lambda _: None)
 
 
 def told(run: Run) -> set[str]:

@@ -15,13 +15,13 @@ from vinedresser.config import Experiment
 from vinedresser.health.activations import Activations, watching
 from vinedresser.health.monitors import Monitor, layer_of
 from vinedresser.model import Seq2Seq, Vocabulary
-from vinedresser.training.device import Place
+from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer, freeze
 from vinedresser.training.step import training_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HERE = Place(torch.device("cpu"), None)
+HERE = Device(torch.device("cpu"), None)
 SMALL = {"d_model": 16, "d_ff": 24, "num_heads": 2, "encoder_layers": 2, "decoder_layers": 2}
 RNN = {"kind": "attention_rnn", "width": 16, "encoder_units": 8}
 MODELS = {
@@ -63,7 +63,7 @@ def endless() -> Iterator[Batch]:
 
 def trained(model: Seq2Seq, config: Experiment, monitor: Monitor | None) -> None:
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, endless(), optimizer, config, place=HERE, monitor=monitor)
+    steps = training_steps(model, endless(), optimizer, config, device=HERE, monitor=monitor)
     assert len(list(steps)) == config.steps
 
 

@@ -91,7 +91,7 @@ import torch.distributed as dist
 rank, folder = int(sys.argv[4]), Path(sys.argv[5])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
 try:
-    a_run(folder, Place(torch.device("cpu"), None, rank, 2)).execute()
+    a_run(folder, Device(torch.device("cpu"), None, rank, 2)).execute()
 except VinedresserError as error:
     print(error.exit_code, error.args[0], flush=True)
 os._exit(0)

@@ -424,7 +424,7 @@ def train(rank, workers, until, workspace, store):
     if until == "judged":
         judge.evaluate = told_to_stop
     try:
-        a_run(folder, Place(torch.device("cpu"), None, rank, workers)).execute()
+        a_run(folder, Device(torch.device("cpu"), None, rank, workers)).execute()
     except InterruptedRunError as error:
         with (workspace / f"stopped-{rank}").open("a") as stopped:
             print(error.args[0], file=stopped)

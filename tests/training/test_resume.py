@@ -1,7 +1,7 @@
 """Killed runs: wherever the kill strikes, losses and final weights are those of a whole run.
 
 The processes that train and die are those of `make bench NAME=resume`, which draws its kills at
-random; here each strikes at a named place.
+random; here each strikes at a named device.
 """
 
 import json

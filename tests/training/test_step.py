@@ -22,14 +22,14 @@ from vinedresser.errors import (
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.gates import HeadGates, expected_open_share
 from vinedresser.training.checkpoint import optimizer_tensors
-from vinedresser.training.device import Place, place, seed_step
+from vinedresser.training.device import Device, resolve_device, seed_step
 from vinedresser.training.fit import AveragedWeights, Effects, Window, evaluation_steps, fit
 from vinedresser.training.optimizer import build_optimizer, freeze
 from vinedresser.training.step import Step, Trainee, training_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HERE = Place(torch.device("cpu"), None)
+HERE = Device(torch.device("cpu"), None)
 TINY = {"d_model": 16, "d_ff": 32, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
 ROWS = [[4, 5, 6, 7, 8, EOS], [5, EOS], [6, 6, EOS], [7, 4, EOS], [EOS], [8, 7, 6, EOS]]
 
@@ -57,10 +57,10 @@ def endless() -> Iterator[Batch]:
         yield batch_of(ROWS[3:])
 
 
-def trained(config: Experiment, *, place: Place = HERE) -> tuple[Seq2Seq, list[Step]]:
+def trained(config: Experiment, *, device: Device = HERE) -> tuple[Seq2Seq, list[Step]]:
     model = built(config)
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    return model, list(training_steps(model, endless(), optimizer, config, place=place))
+    return model, list(training_steps(model, endless(), optimizer, config, device=device))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -126,10 +126,10 @@ class TestSteps:
         optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
         source = endless()
         torch.manual_seed(99)
-        first = training_steps(model, source, optimizer, config, place=HERE)
+        first = training_steps(model, source, optimizer, config, device=HERE)
         halves = [next(first) for _ in range(4)]
         torch.manual_seed(77)
-        halves += training_steps(model, source, optimizer, config, place=HERE, start=4)
+        halves += training_steps(model, source, optimizer, config, device=HERE, start=4)
         assert same_weights(model, whole)
         assert [s.index for s in halves] == [s.index for s in steps] == list(range(1, 9))
 
@@ -148,14 +148,14 @@ class TestSteps:
         config = experiment(steps=1, **{"optim.clip_norm": 0.01})
         model = built(config)
         optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-        (step,) = training_steps(model, endless(), optimizer, config, place=HERE)
+        (step,) = training_steps(model, endless(), optimizer, config, device=HERE)
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
         assert float(step.gradient_norm) > 0.01
         assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
     def test_bf16_learns_too(self):
         config = experiment(steps=60, **{"optim.lr": 5e-3, "model.dropout": 0})
-        _, steps = trained(config, place=Place(torch.device("cpu"), torch.bfloat16))
+        _, steps = trained(config, device=Device(torch.device("cpu"), torch.bfloat16))
         assert float(steps[-1].nats) < 0.5 * float(steps[1].nats)
 
     def test_a_rank_draws_its_own_numbers(self):
@@ -299,7 +299,7 @@ def test_a_step_is_logged_then_judged_then_stored():
     config, notes = experiment(), []
     model = built(config)
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, endless(), optimizer, config, place=HERE)
+    steps = training_steps(model, endless(), optimizer, config, device=HERE)
     fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), effects(notes))
     logged = [("log", 3), ("log", 4), ("evaluate", 4), ("checkpoint", 4)]
     assert notes == [*logged, ("log", 6), ("log", 8), ("evaluate", 8), ("checkpoint", 8)]
@@ -309,7 +309,7 @@ def test_every_step_is_told_and_its_loss_where_it_is_logged():
     config, notes, told = experiment(), [], []
     model = built(config)
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, endless(), optimizer, config, place=HERE)
+    steps = training_steps(model, endless(), optimizer, config, device=HERE)
     asked = effects(notes, tell=lambda step, logged: told.append((step, set(logged))))
     fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), asked)
     assert [step for step, _ in told] == list(range(1, 9))
@@ -322,7 +322,7 @@ def test_a_run_that_diverges_stops_before_it_is_judged():
     notes: list[tuple[str, int]] = []
     model = built(config)
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, endless(), optimizer, config, place=HERE)
+    steps = training_steps(model, endless(), optimizer, config, device=HERE)
     with pytest.raises(TrainingError, match=r"step 2: loss (nan|inf)"):
         fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), effects(notes))
     assert notes == [("bad", 2), ("bad", 3)]
@@ -364,7 +364,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_weights_or_moments():
     config = experiment(**{"optim.anneal": 0})
     model = built(config)
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, iter(Poisoned(model, {3})), optimizer, config, place=HERE)
+    steps = training_steps(model, iter(Poisoned(model, {3})), optimizer, config, device=HERE)
     next(steps), next(steps)
     before = [p.detach().clone() for p in model.parameters()]
     kept = {k: v.clone() for k, v in optimizer_tensors(optimizer).items()}
@@ -382,7 +382,7 @@ def test_skips_are_allowed_as_many_as_are_named():
         model = built(config)
         optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
         bad = iter(Poisoned(model, {2, 5}))
-        steps = training_steps(model, bad, optimizer, config, place=HERE)
+        steps = training_steps(model, bad, optimizer, config, device=HERE)
         window = Window(1.0, max_skipped=allowed)
         fit(steps, AveragedWeights(model, 0.9), window, effects(notes))
         assert window.skipped == 2
@@ -399,7 +399,7 @@ def test_told_to_stop_it_stores_and_ends():
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
     asked = iter([False, False, False, False, True])
     steps = training_steps(
-        model, endless(), optimizer, config, place=HERE, should_stop=lambda: next(asked)
+        model, endless(), optimizer, config, device=HERE, should_stop=lambda: next(asked)
     )
     with pytest.raises(InterruptedRunError, match="checkpoint at step 5"):
         fit(steps, AveragedWeights(model, 0.9), Window(1.0), effects(notes))
@@ -422,7 +422,7 @@ class TestOutOfMemory:
 
         model.encode = encode
         optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-        return model, list(training_steps(model, endless(), optimizer, config, place=HERE))
+        return model, list(training_steps(model, endless(), optimizer, config, device=HERE))
 
     @pytest.mark.parametrize(
         "error",
@@ -472,7 +472,7 @@ class TestAccumulation:
                 if isinstance(gate, HeadGates):
                     gate.eval()  # no noise, which would differ by batch
             optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-            list(training_steps(model, iter(batches), optimizer, config, place=HERE))
+            list(training_steps(model, iter(batches), optimizer, config, device=HERE))
             return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
         whole = gradient([batch_of(ROWS)], 1)
@@ -485,7 +485,7 @@ class TestAccumulation:
         model = built(config)
         optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
         three = iter([batch_of(ROWS)] * 3)
-        assert len(list(training_steps(model, three, optimizer, config, place=HERE))) == 1
+        assert len(list(training_steps(model, three, optimizer, config, device=HERE))) == 1
 
     def test_workers_must_divide_what_they_share(self):
         with pytest.raises(ConfigError, match=r"per_update 3 is no multiple .* 2; set it to 2"):
@@ -502,7 +502,7 @@ class TestFreezing:
         frozen = freeze(model, config.optim.freeze)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-        list(training_steps(model, endless(), optimizer, config, place=HERE))
+        list(training_steps(model, endless(), optimizer, config, device=HERE))
         assert frozen
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, before[name]) == (name in frozen), name
@@ -514,24 +514,26 @@ class TestFreezing:
             freeze(built(experiment()), ["*"])
 
 
-class TestPlace:
+class TestDevice:
     def test_a_worker_computes_on_the_gpu_that_it_was_given(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-        assert place(Compute(workers=4), rank=1).device == torch.device("cuda", 3)
-        assert place(Compute(workers=4, device="cpu"), rank=1).device == torch.device("cpu")
+        assert resolve_device(Compute(workers=4), rank=1).primary == torch.device("cuda", 3)
+        assert resolve_device(Compute(workers=4, device="cpu"), rank=1).primary == torch.device(
+            "cpu"
+        )
 
     def test_resolves_what_is_here(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        found = place(Compute(threads=1, precision="fp32", workers=2), rank=1)
-        assert found == Place(torch.device("cpu"), None, 1, 2)
-        assert place(Compute(precision="bf16")).autocast_dtype is torch.bfloat16
+        found = resolve_device(Compute(threads=1, precision="fp32", workers=2), rank=1)
+        assert found == Device(torch.device("cpu"), None, 1, 2)
+        assert resolve_device(Compute(precision="bf16")).autocast_dtype is torch.bfloat16
 
     def test_refuses_what_is_not(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(MachineError, match=r"compute\.device=cpu"):
-            place(Compute(device="cuda"))
+            resolve_device(Compute(device="cuda"))
 
 
 def test_defaults_build():

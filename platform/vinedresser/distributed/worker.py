@@ -10,7 +10,7 @@ from vinedresser.distributed.site import Site
 from vinedresser.errors import DivergedError, MachineError
 from vinedresser.figures.corpus import picture
 from vinedresser.tracking import LaterTracker, NullTracker, Tracker, ending, open_run, reap
-from vinedresser.training.device import place
+from vinedresser.training.device import resolve_device
 from vinedresser.training.outcome import Outcome, finished
 from vinedresser.training.progress import Tell, untold
 from vinedresser.training.run import Report, RolledBackError, Run
@@ -32,19 +32,19 @@ def execute(
         report(done.final_report if rank == 0 else {})
         return done if rank == 0 else None
     shards = open_shards(Path(site.shards), task=experiment.task)
-    where = place(experiment.compute, rank=rank)
+    where = resolve_device(experiment.compute, rank=rank)
     # MLflow is imported while the first updates are made, and not before.
     tracker = LaterTracker(lambda: _open(experiment, site, folder)) if rank == 0 else NullTracker()
     with ending(tracker):
         while True:
             run = Run(
-                experiment, shards, folder, place=where, tracker=tracker, report=report, tell=tell
+                experiment, shards, folder, device=where, tracker=tracker, report=report, tell=tell
             )
             try:
                 outcome = run.execute()
                 break
             except RolledBackError as error:
-                if where.workers > 1:  # the group starts anew, all ranks together
+                if where.world_size > 1:  # the group starts anew, all ranks together
                     raise
                 _log.warning("%s", error.args[0])
             except DivergedError:

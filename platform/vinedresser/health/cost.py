@@ -21,7 +21,7 @@ from vinedresser.evaluate import evaluate
 from vinedresser.figures.corpus import histogram_of
 from vinedresser.health.verdict import Check
 from vinedresser.model import Seq2Seq
-from vinedresser.training.device import Place
+from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.step import training_steps
 
@@ -94,7 +94,7 @@ class Pace:
     tokens_per_update: float
 
 
-def pace(model: Seq2Seq, batches: Iterator[Batch], experiment: Experiment, place: Place) -> Pace:
+def pace(model: Seq2Seq, batches: Iterator[Batch], experiment: Experiment, device: Device) -> Pace:
     """Times updates on real batches, in the experiment's precision, threads and objective."""
     count = experiment.batches_a_rank
     alone = experiment.model_copy(
@@ -108,7 +108,7 @@ def pace(model: Seq2Seq, batches: Iterator[Batch], experiment: Experiment, place
     seconds: list[float] = []
     tokens: list[int] = []
     since = begun = time.perf_counter()
-    for step in training_steps(model, batches, optimizer, alone, place=place):
+    for step in training_steps(model, batches, optimizer, alone, device=device):
         tokens.append(int(step.tokens + 0 * step.nats))  # waits for the device
         now = time.perf_counter()
         seconds.append(now - since)

@@ -18,7 +18,7 @@ from vinedresser.health.verdict import Check
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.norms import PowerNorm
 from vinedresser.objectives import likelihood
-from vinedresser.training.device import Place, seed_step
+from vinedresser.training.device import Device, seed_step
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.step import training_steps
 
@@ -147,7 +147,7 @@ def gradients(model: Seq2Seq, batch: Batch) -> Check:
     return Check("gradients reach", passed, found, "9 of 10 or more, finite", pointer, figures)
 
 
-def overfit(model: Seq2Seq, sentences: Sequence[Sentence], place: Place, *, cap: int) -> Check:
+def overfit(model: Seq2Seq, sentences: Sequence[Sentence], device: Device, *, cap: int) -> Check:
     """Learns a few sentences by heart and decodes them (methods.md 99).
 
     Adam at 0.3 / width, at most 3e-3, 10 updates of warm-up, gradients clipped at 1, no dropout:
@@ -156,12 +156,12 @@ def overfit(model: Seq2Seq, sentences: Sequence[Sentence], place: Place, *, cap:
     Args:
         model: fresh, on its device, in training mode, without dropout; trained further.
         sentences: of distinct sources.
-        place: device and precision.
+        device: device and precision.
         cap: no output is longer.
     """
-    batch = together(sentences).to(place.device)
+    batch = together(sentences).to(device.primary)
     loss, right, updates = math.inf, 0, 0
-    for updates in _overfitting(model, batch, place):  # noqa: B007 - how far it came
+    for updates in _overfitting(model, batch, device):  # noqa: B007 - how far it came
         model.eval()
         with torch.no_grad():
             loss = float(likelihood(model, model(batch), batch).mean)
@@ -181,7 +181,7 @@ def overfit(model: Seq2Seq, sentences: Sequence[Sentence], place: Place, *, cap:
     )  # fmt: skip
 
 
-def _overfitting(model: Seq2Seq, batch: Batch, place: Place) -> Iterator[int]:
+def _overfitting(model: Seq2Seq, batch: Batch, device: Device) -> Iterator[int]:
     """Yields the number of updates each time the loss may be low enough, and at the end."""
     width = model(batch).shape[-1]
     rate = min(3e-3, 0.3 / width)
@@ -191,7 +191,7 @@ def _overfitting(model: Seq2Seq, batch: Batch, place: Place) -> Iterator[int]:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, update / 10)
         seed_step(0, update, 0)
-        with place.autocast():
+        with device.autocast():
             loss = likelihood(model, model(batch), batch).mean
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -222,7 +222,7 @@ def conditioning(
     batches: Iterator[Batch],
     dev: Sequence[Batch],
     experiment: Experiment,
-    place: Place,
+    device: Device,
     *,
     vocabulary: int,
 ) -> Check:
@@ -236,7 +236,7 @@ def conditioning(
         batches: of train.
         dev: held-out batches.
         experiment: steps and warm-up as `short` makes them.
-        place: device and precision.
+        device: device and precision.
         vocabulary: ids of the target side.
     """
     if not any(len(batch.rows_B) > 1 for batch in dev):
@@ -247,7 +247,7 @@ def conditioning(
     optimizer = build_optimizer(
         model, experiment.optim, gate_lr_factor=experiment.objective.gate_lr_factor
     )
-    steps = training_steps(model, batches, optimizer, experiment, place=place)
+    steps = training_steps(model, batches, optimizer, experiment, device=device)
     since, loss, result = time.perf_counter(), 0.0, None
     updates, is_late = 0, False
     for updates in itertools.count():

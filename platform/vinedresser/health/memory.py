@@ -14,7 +14,7 @@ from vinedresser.batch import Batch
 from vinedresser.config import Experiment
 from vinedresser.health.verdict import Check
 from vinedresser.model import Seq2Seq
-from vinedresser.training.device import Place
+from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.step import training_steps
 
@@ -25,14 +25,14 @@ BLOCKS, UPDATES_A_BLOCK = 8, 25
 MAX_SLOPE = 16 * 1024
 
 
-def memory_slope(model: Seq2Seq, batch: Batch, experiment: Experiment, place: Place) -> Check:
+def memory_slope(model: Seq2Seq, batch: Batch, experiment: Experiment, device: Device) -> Check:
     """Resident and GPU memory over updates of one and the same shape (methods.md 37).
 
     Args:
         model: on its device, in training mode; trained further.
         batch: on the CPU; each update gets it again.
         experiment: as it is trained; its `steps` are what growth is projected to.
-        place: device and precision.
+        device: device and precision.
     """
     updates = UPDATES_A_BLOCK * (BLOCKS + 1)
     once = experiment.model_copy(
@@ -45,10 +45,10 @@ def memory_slope(model: Seq2Seq, batch: Batch, experiment: Experiment, place: Pl
     optimizer = build_optimizer(model, once.optim, gate_lr_factor=once.objective.gate_lr_factor)
     process = psutil.Process()
     read: dict[str, Callable[[], int]] = {"RSS": lambda: int(process.memory_info().rss)}
-    if place.device.type == "cuda":
-        read["GPU"] = lambda: torch.cuda.memory_allocated(place.device)
+    if device.primary.type == "cuda":
+        read["GPU"] = lambda: torch.cuda.memory_allocated(device.primary)
     seen: dict[str, list[int]] = {name: [] for name in read}
-    for step in training_steps(model, itertools.repeat(batch), optimizer, once, place=place):
+    for step in training_steps(model, itertools.repeat(batch), optimizer, once, device=device):
         if step.index % UPDATES_A_BLOCK == 0:
             _give_back()
             for name, gauge in read.items():

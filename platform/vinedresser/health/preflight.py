@@ -18,7 +18,7 @@ from vinedresser.health.memory import memory_slope
 from vinedresser.health.sentences import Sentence, distinct, sentences_of, spread, together
 from vinedresser.health.verdict import Check
 from vinedresser.model import Seq2Seq
-from vinedresser.training.device import place, seed_step
+from vinedresser.training.device import resolve_device, seed_step
 from vinedresser.training.optimizer import freeze
 
 # Batches that sentences are taken from, each of one length: enough for all lengths.
@@ -68,7 +68,7 @@ class _Subject:
 
     def __init__(self, experiment: Experiment, shards: ShardSet) -> None:
         self.experiment, self.shards = experiment, shards
-        self.place = place(experiment.compute.model_copy(update={"workers": 1}))
+        self.device = resolve_device(experiment.compute.model_copy(update={"workers": 1}))
         self.encoders = tokenizers(shards)
         self.vocabulary = vocabulary_of(*self.encoders, joint=shards.task.has_joint_vocabulary)
         self.dev = load_split(shards, "dev")
@@ -90,7 +90,9 @@ class _Subject:
             bundle = load_bundle(Path(experiment.init))
             refuse_other_pieces(bundle, *self.encoders)
             warm_start(model, bundle, config, partial=experiment.init_partial)
-        return model.place(encoder=self.place.of_encoder, decoder=self.place.device).train()
+        return model.to_devices(
+            encoder=self.device.encoder_device, decoder=self.device.primary
+        ).train()
 
     @property
     def short_tokens(self) -> int:
@@ -134,7 +136,7 @@ def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[Check]:
         )  # fmt: skip
         return
     yield overfit(
-        model, spread(able[: max(_BY_HEART, len(able) // 2)], _BY_HEART), subject.place,
+        model, spread(able[: max(_BY_HEART, len(able) // 2)], _BY_HEART), subject.device,
         cap=subject.cap,
     )  # fmt: skip
 
@@ -147,14 +149,14 @@ def _is_in_reach(sentence: Sentence, cap: int) -> bool:
 
 def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Check]:
     """With dropout, precision, objective and optimizer as they are meant."""
-    experiment, shards, place = subject.experiment, subject.shards, subject.place
+    experiment, shards, device = subject.experiment, subject.shards, subject.device
     model = subject.build(experiment.model, is_warm=True)
     freeze(model, experiment.optim.freeze)
     begin("a short training")
     brief = short(experiment, tokens=subject.short_tokens)
     dev = list(in_order(subject.dev, tokens=experiment.evaluation.tokens, sentences=_ASKED))
     with closing(stream(shards, brief.batch, seed=experiment.seed)) as batches:
-        yield conditioning(model, batches, dev, brief, place, vocabulary=subject.vocabulary.target)
+        yield conditioning(model, batches, dev, brief, device, vocabulary=subject.vocabulary.target)
     begin("batch invariance")
     assert subject.dry is not None
     compared = spread(subject.sample, _COMPARED)
@@ -162,10 +164,10 @@ def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Che
         model, subject.dry, compared, vocabulary=subject.vocabulary.source, cap=subject.cap
     )
     begin("memory")
-    yield memory_slope(model, together(compared[: _COMPARED // 2]), experiment, place)
+    yield memory_slope(model, together(compared[: _COMPARED // 2]), experiment, device)
     begin("speed")
     with closing(stream(shards, experiment.batch, seed=experiment.seed)) as batches:
-        found = cost.pace(model, batches, experiment, place)
+        found = cost.pace(model, batches, experiment, device)
     begin("one evaluation")
     seconds = cost.evaluation_seconds(model, subject.dev, subject.encoders[1], experiment)
     yield cost.cost(experiment, shards, found, seconds, price=price)

@@ -19,42 +19,42 @@ _log = logging.getLogger("vinedresser")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one worker of a run computes.
+class Device:
+    """The device, precision and rank of one worker of a run.
 
     Attributes:
-        device: of the weights, of the batch and of the loss.
+        primary: the device of the weights, of the batch and of the loss.
         autocast_dtype: bfloat16, or None for plain fp32.
         rank: this worker, 0-based.
-        workers: how many there are.
-        encoder: another device, of the encoder's weights (methods.md 36).
+        world_size: number of workers.
+        encoder: a device for the encoder's weights alone (methods.md 36); None for `primary`.
     """
 
-    device: torch.device
+    primary: torch.device
     autocast_dtype: torch.dtype | None
     rank: int = 0
-    workers: int = 1
+    world_size: int = 1
     encoder: torch.device | None = None
 
     @property
-    def of_encoder(self) -> torch.device:
-        """Where the encoder's weights are."""
-        return self.encoder or self.device
+    def encoder_device(self) -> torch.device:
+        """The device of the encoder's weights."""
+        return self.encoder or self.primary
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The precision of a training step."""
+        """Return the precision context of a training step."""
         if self.autocast_dtype is None:
             return nullcontext()
         stack = ExitStack()
-        for name in sorted({self.device.type, self.of_encoder.type}):
+        for name in sorted({self.primary.type, self.encoder_device.type}):
             stack.enter_context(torch.autocast(name, self.autocast_dtype))
         return stack
 
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks, on all of them; each waits for the last."""
-        if self.workers == 1:
+    def all_sum(self, values: Tensor) -> Tensor:
+        """Return the sum over ranks, on every rank; a barrier."""
+        if self.world_size == 1:
             return values
-        summed = values.to(self.device, copy=True)
+        summed = values.to(self.primary, copy=True)
         dist.all_reduce(summed)
         return summed
 
@@ -66,7 +66,7 @@ def has_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def place(compute: Compute, *, rank: int = 0) -> Place:
+def resolve_device(compute: Compute, *, rank: int = 0) -> Device:
     """Resolves `auto` on this machine and sets the number of threads.
 
     Raises:
@@ -85,7 +85,7 @@ def place(compute: Compute, *, rank: int = 0) -> Place:
     _keep_freed_memory()
     is_native = has_bf16(device) and (encoder is None or has_bf16(encoder))
     is_bf16 = compute.precision == "bf16" or (compute.precision == "auto" and is_native)
-    return Place(device, torch.bfloat16 if is_bf16 else None, rank, compute.workers, encoder)
+    return Device(device, torch.bfloat16 if is_bf16 else None, rank, compute.workers, encoder)
 
 
 def _device(name: str) -> torch.device:

@@ -19,7 +19,7 @@ from vinedresser.figures.attention_maps import AttentionWatch, Tokenizers
 from vinedresser.metrics import is_better, is_lower_better, measure, worst
 from vinedresser.nn.gates import head_gates
 from vinedresser.tracking import NullTracker, Tracker
-from vinedresser.training.device import Place
+from vinedresser.training.device import Device
 from vinedresser.training.progress import Best
 
 # Dev sentences whose sources are exchanged at each evaluation: the standard error of the gap is
@@ -43,7 +43,7 @@ class Judge:
         shards: ShardSet,
         tokenizers: Tokenizers,
         *,
-        place: Place,
+        device: Device,
         tracker: Tracker,
     ) -> None:
         self._experiment, self._tokenizers, self._tracker = experiment, tokenizers, tracker
@@ -52,14 +52,14 @@ class Judge:
         self.best_scores: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self._watch: AttentionWatch | None = None
-        if place.rank > 0:
+        if device.rank > 0:
             return
         self._dev = load_split(shards, "dev")
         if not isinstance(tracker, NullTracker):
             self._watch = AttentionWatch(self._dev, tokenizers)
         joint = shards.task.has_joint_vocabulary
         self.model = experiment.model.build(vocabulary_of(*tokenizers, joint=joint))
-        self.model.place(encoder=place.of_encoder, decoder=place.device).eval()
+        self.model.to_devices(encoder=device.encoder_device, decoder=device.primary).eval()
 
     @property
     def step(self) -> int:

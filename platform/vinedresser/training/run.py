@@ -38,7 +38,7 @@ from vinedresser.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from vinedresser.training.device import Place, seed_step
+from vinedresser.training.device import Device, seed_step
 from vinedresser.training.evaluator import Judge
 from vinedresser.training.fit import AveragedWeights, Effects, Window, evaluation_steps, fit
 from vinedresser.training.optimizer import build_optimizer, freeze
@@ -70,24 +70,24 @@ class Run:
         shards: ShardSet,
         folder: Path,
         *,
-        place: Place,
+        device: Device,
         tracker: Tracker,
         report: Report,
         tell: Tell = untold,
     ) -> None:
         self.experiment, self.shards, self.folder = experiment, shards, folder
-        self.place, self.tracker, self.report = place, tracker, report
+        self.device, self.tracker, self.report = device, tracker, report
         self.batches = Batches(shards, experiment.batch, seed=experiment.seed)
         self.teller = Teller(tell, experiment, batches_an_epoch=self.batches.per_epoch)
         self.should_stop = StopRequest(folder)
         self.attempt: Attempt | None = None
         self.clock = Clock(
             folder,
-            rank=place.rank,
-            workers=place.workers,
+            rank=device.rank,
+            workers=device.world_size,
             seconds=experiment.compute.hang_seconds,
         )
-        self.pace = Pace(rank=place.rank, workers=place.workers)
+        self.pace = Pace(rank=device.rank, workers=device.world_size)
         self.rollbacks = rollbacks(folder)
         self.tokenizers = tokenizers(shards)
         seed_step(experiment.seed, 0, 0)
@@ -99,11 +99,11 @@ class Run:
             account = warm_start(
                 self.model, bundle, experiment.model, partial=experiment.init_partial
             )
-            if place.rank == 0:
+            if device.rank == 0:
                 _log.info("%s", account)
-        if (frozen := freeze(self.model, experiment.optim.freeze)) and place.rank == 0:
+        if (frozen := freeze(self.model, experiment.optim.freeze)) and device.rank == 0:
             _log.info("frozen: %d tensors (%s ...)", len(frozen), ", ".join(frozen[:3]))
-        self.model.place(encoder=place.of_encoder, decoder=place.device).train()
+        self.model.to_devices(encoder=device.encoder_device, decoder=device.primary).train()
         self.optimizer = build_optimizer(
             self.model, experiment.optim, gate_lr_factor=experiment.objective.gate_lr_factor
         )
@@ -112,7 +112,7 @@ class Run:
             experiment.optim.clip_norm,
             max_skipped=experiment.optim.max_skipped,
             uniform=math.log(self.tokenizers[1].size),
-            total=place.total,
+            total=device.all_sum,
         )
         self.log_every = max(1, experiment.steps // _LOG_LINES)
         self.diagnosis = Diagnosis(
@@ -121,7 +121,7 @@ class Run:
             tracker,
             every=self.log_every,
         )
-        self.judge = Judge(experiment, shards, self.tokenizers, place=place, tracker=tracker)
+        self.judge = Judge(experiment, shards, self.tokenizers, device=device, tracker=tracker)
         self.step = 0
         self.last_report: dict[str, float] = {}
         self.seconds_before, self.started = 0.0, time.perf_counter()
@@ -135,14 +135,14 @@ class Run:
             RolledBackError: diverged, and the next Run may go on from the last checkpoint.
             TrainingError: diverged, or failed before in the same way.
         """
-        if self.place.rank == 0:
+        if self.device.rank == 0:
             self.attempt = Attempt(self.folder)
         try:
             return self._execute()
         except (BusyError, InterruptedRunError, MachineError):
             raise
         except Exception as error:
-            if isinstance(error, DivergedError) and self.place.rank == 0:
+            if isinstance(error, DivergedError) and self.device.rank == 0:
                 is_finite = not self.window.bad
                 self.diagnosis.diverged(error.args[0], self.step, is_finite=is_finite)
             allowed = self.experiment.optim.rollbacks
@@ -156,19 +156,19 @@ class Run:
             raise
 
     def _execute(self) -> Outcome | None:
-        experiment, place = self.experiment, self.place
+        experiment, device = self.experiment, self.device
         start = self._resume()
         at = start * experiment.batches_a_rank
-        batches = prefetched(self.batches.steps(rank=place.rank, of=place.workers, at=at))
+        batches = prefetched(self.batches.steps(rank=device.rank, of=device.world_size, at=at))
         # Each rollback halves the rate.
         rate = experiment.optim.lr / 2**self.rollbacks
-        is_first = place.rank == 0
+        is_first = device.rank == 0
         steps = training_steps(
             self.model,
             batches,
             self.optimizer,
             experiment.override({"optim.lr": rate}) if self.rollbacks else experiment,
-            place=place,
+            device=device,
             start=start,
             monitor=self.diagnosis.monitor if is_first else None,
             should_stop=self.should_stop,
@@ -212,7 +212,7 @@ class Run:
         """At a log line, on all ranks; rank 0 writes it."""
         if slow := self.pace.compare():
             _log.warning("step %d: %s", step, slow)
-        if self.place.rank == 0:
+        if self.device.rank == 0:
             self.diagnosis.note(metrics, step)
 
     def _tell_bad(self, step: Step) -> None:
@@ -228,7 +228,7 @@ class Run:
                 batch.rows_B, batch.source_BS, batch.target_BT, strict=True
             )
         ]
-        path = self.folder / f"not-finite-{step.index:08d}-{self.place.rank}.json"
+        path = self.folder / f"not-finite-{step.index:08d}-{self.device.rank}.json"
         write_file(path, json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
         _log.warning("step %d is not finite and was left out; its rows: %s", step.index, path)
 
@@ -259,7 +259,7 @@ class Run:
 
     def _agree_to_stop(self, *, here: bool) -> bool:
         """Whether rank 0 was told to stop while it evaluated; the others wait for it here."""
-        return bool(self.place.total(torch.tensor(float(here))) > 0)
+        return bool(self.device.all_sum(torch.tensor(float(here))) > 0)
 
     def _follow(self, step: int) -> None:
         """What ranks other than 0 do meanwhile: each rank reports equally often."""
@@ -302,19 +302,19 @@ class Run:
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "workers": self.place.workers,
-            "device": self.place.device.type,
-            "precision": str(self.place.autocast_dtype or torch.float32).removeprefix("torch."),
+            "workers": self.device.world_size,
+            "device": self.device.primary.type,
+            "precision": str(self.device.autocast_dtype or torch.float32).removeprefix("torch."),
         }
 
     def _resume(self) -> int:
         """Restores the newest good checkpoint; returns the updates done so far."""
-        is_first = self.place.rank == 0
+        is_first = self.device.rank == 0
         checkpoint = newest_checkpoint(self.folder / "checkpoints", is_first=is_first)
         step = checkpoint.step if checkpoint else 0
-        if self.place.total(torch.tensor(step)) != step * self.place.workers:
+        if self.device.all_sum(torch.tensor(step)) != step * self.device.world_size:
             raise MachineError(
-                f"{self.folder}: ranks read different checkpoints, rank {self.place.rank} that of "
+                f"{self.folder}: ranks read different checkpoints, rank {self.device.rank} that of "
                 f"step {step}. Fix: let all machines read that folder and run the command again"
             )
         if checkpoint is None:
@@ -325,7 +325,7 @@ class Run:
             for name, tensor in checkpoint.tensors["average"].items():
                 self.averaged.tensors[name].copy_(tensor)
         scalars, judge = checkpoint.scalars, self.judge
-        judge.best = {n: t.to(self.place.device) for n, t in checkpoint.tensors["best"].items()}
+        judge.best = {n: t.to(self.device.primary) for n, t in checkpoint.tensors["best"].items()}
         judge.best_step, judge.best_scores = scalars["best_step"], scalars["best_scores"]
         judge.history, self.seconds_before = scalars["history"], scalars["seconds"]
         self.last_report = scalars["last_report"]

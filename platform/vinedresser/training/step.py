@@ -22,7 +22,7 @@ from vinedresser.errors import MachineError
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.gates import expected_open_share
 from vinedresser.objectives import gold_share, likelihood, mixed_inputs
-from vinedresser.training.device import Place, is_out_of_memory, peak_memory, seed_step
+from vinedresser.training.device import Device, is_out_of_memory, peak_memory, seed_step
 from vinedresser.training.optimizer import learning_rate, set_learning_rate
 
 _log = logging.getLogger("vinedresser")
@@ -108,7 +108,7 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
     optimizer: torch.optim.Optimizer,
     experiment: Experiment,
     *,
-    place: Place,
+    device: Device,
     start: int = 0,
     monitor: Monitor | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -124,7 +124,7 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
         batches: this rank's, from the first that was not yet used.
         optimizer: over the model's trainable parameters.
         experiment: steps, seed, rates, objective, and how many batches an update takes.
-        place: device, precision and rank.
+        device: device, precision and rank.
         start: updates done before.
         monitor: looks on.
         should_stop: asked once an update; true on any rank ends all ranks after the same update.
@@ -133,11 +133,11 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
         MachineError: out of memory with a single row, or beside other ranks.
     """
     trainee: nn.Module = Trainee(model, experiment.objective)
-    if place.workers > 1:
+    if device.world_size > 1:
         # DDP sorts its buckets anew after its first update, in each process that resumes too. Two
         # addends commute; three are rounded by the ring in the order of the buckets.
-        trainee = DistributedDataParallel(trainee, find_unused_parameters=place.workers > 2)
-    updater = _Updater(trainee, place, experiment.seed, monitor)
+        trainee = DistributedDataParallel(trainee, find_unused_parameters=device.world_size > 2)
+    updater = _Updater(trainee, device, experiment.seed, monitor)
     parameters = [p for p in model.parameters() if p.requires_grad]
     count = experiment.batches_a_rank
     for index in range(start + 1, experiment.steps + 1):
@@ -146,7 +146,7 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
         reading = time.perf_counter() - begun
         if len(hosted) < count:
             return
-        tokens, is_last = _agree(index, hosted, should_stop(), place)
+        tokens, is_last = _agree(index, hosted, should_stop(), device)
         rate = learning_rate(experiment.optim, step=index, steps=experiment.steps)
         set_learning_rate(optimizer, rate)
         epsilon = gold_share(experiment.objective.sampling, index - 1)
@@ -171,27 +171,27 @@ _ASK_EVERY_ON_GPU = 16
 
 
 def _agree(
-    index: int, hosted: Sequence[Batch], wants_stop: bool, place: Place
+    index: int, hosted: Sequence[Batch], wants_stop: bool, device: Device
 ) -> tuple[Tensor, bool]:
     """Tokens of the update over the number of ranks, and whether all ranks stop after it.
 
     DDP averages gradients over ranks, tokens must weigh them.
     """
     tokens = torch.stack([batch.tokens for batch in hosted]).sum()
-    if place.workers == 1:
-        return tokens.to(place.device), wants_stop
-    both = place.total(torch.stack([tokens, torch.tensor(int(wants_stop))]))
-    is_asked = place.device.type == "cpu" or index % _ASK_EVERY_ON_GPU == 0
-    return both[0] / place.workers, is_asked and bool(both[1] > 0)
+    if device.world_size == 1:
+        return tokens.to(device.primary), wants_stop
+    both = device.all_sum(torch.stack([tokens, torch.tensor(int(wants_stop))]))
+    is_asked = device.primary.type == "cpu" or index % _ASK_EVERY_ON_GPU == 0
+    return both[0] / device.world_size, is_asked and bool(both[1] > 0)
 
 
 class _Updater:
     """Accumulates the gradient of an update; batches that do not fit in memory go in halves."""
 
     def __init__(
-        self, trainee: nn.Module, place: Place, seed: int, monitor: Monitor | None
+        self, trainee: nn.Module, device: Device, seed: int, monitor: Monitor | None
     ) -> None:
-        self._trainee, self._place, self._seed, self._monitor = trainee, place, seed, monitor
+        self._trainee, self._device, self._seed, self._monitor = trainee, device, seed, monitor
         # Padded tokens a pass; lowered when memory runs out.
         self._fits: int | None = None
         # Of the last update.
@@ -223,7 +223,7 @@ class _Updater:
         shape = " x ".join(map(str, largest.source_BS.shape[:2])) + " source and "
         shape += " x ".join(map(str, largest.target_BT.shape)) + " target"
         is_uncut = self._fits is not None and largest.padded > self._fits  # no memory even for that
-        if self._place.workers > 1 or len(largest.rows_B) == 1 or is_uncut:
+        if self._device.world_size > 1 or len(largest.rows_B) == 1 or is_uncut:
             raise MachineError(
                 f"step {index}: out of memory at {shape} tokens, peak {peak_memory()}; "
                 "lower batch.tokens, or the task's max_source_length and max_target_length"
@@ -239,18 +239,18 @@ class _Updater:
     def _pass(self, index: int, pieces: Sequence[Batch], epsilon: float, tokens: Tensor) -> Tensor:
         for parameter in self._trainee.parameters():
             parameter.grad = None
-        place, found = self._place, []
+        device, found = self._device, []
         self.forward_seconds = 0.0
         for number, piece in enumerate(pieces):
-            seed_step(self._seed, index, number * place.workers + place.rank)
-            is_synced = number == len(pieces) - 1 or place.workers == 1
+            seed_step(self._seed, index, number * device.world_size + device.rank)
+            is_synced = number == len(pieces) - 1 or device.world_size == 1
             sync = nullcontext() if is_synced else self._trainee.no_sync()  # type: ignore[operator]
             look = self._monitor.watching(index) if self._monitor and number == 0 else nullcontext()
             with sync:
                 begun = time.perf_counter()
-                with look, place.autocast():
+                with look, device.autocast():
                     nats, goal = self._trainee(
-                        piece.to(place.device), epsilon, tokens, 1 / len(pieces)
+                        piece.to(device.primary), epsilon, tokens, 1 / len(pieces)
                     )
                 self.forward_seconds += time.perf_counter() - begun
                 goal.backward()
