@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from vinedresser.batch import Batch
-from vinedresser.config.experiment import named_model
+from vinedresser.config.kinds import named_model
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.objectives import likelihood
 

@@ -296,11 +296,11 @@ def all_forms() -> list[object]:
 
 
 def test_every_trainable_has_curves() -> None:
-    from vinedresser.config.experiment import zoo_modules
+    from vinedresser.config.kinds import ZOO, kinds
 
-    missing = sorted(set(zoo_modules()) - set(FORMS))
+    missing = sorted(set(kinds(ZOO)) - set(FORMS))
     assert not missing, f"no golden curve of {missing}: add two forms to FORMS and record them"
-    assert sorted(FORMS) == sorted(zoo_modules())
+    assert sorted(FORMS) == sorted(kinds(ZOO))
     assert all("default" in forms and len(forms) > 1 for forms in FORMS.values())
     files = {path.stem for path in CURVES.glob("*.json")}
     assert files == {f"{module}-{form}" for module, forms in FORMS.items() for form in forms}

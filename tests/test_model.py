@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import trainables
 from vinedresser.batch import EOS, Batch, pad_ids
 from vinedresser.config import Compute, Objective
-from vinedresser.config.experiment import model_config_class
+from vinedresser.config.kinds import ZOO, ModelConfig, kind_class
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError, MachineError
 from vinedresser.model import Seq2Seq, Vocabulary
@@ -31,7 +31,9 @@ MODELS = [info.name for info in pkgutil.iter_modules(trainables.__path__)]
 def build(name: str, features: int = 0, **changes) -> Seq2Seq:
     torch.manual_seed(0)
     variants = importlib.import_module(f"trainables.{name}").VARIANTS
-    config = model_config_class(name)().override({**next(iter(variants.values())), **changes})
+    config = kind_class(ZOO, name, ModelConfig)().override(
+        {**next(iter(variants.values())), **changes}
+    )
     return config.build(Vocabulary(0 if features else 13, 11, features=features)).eval()
 
 
@@ -122,7 +124,7 @@ def test_one_device_is_as_it_was(name):
 
 
 def test_a_shared_embedding_cannot_be_on_two_devices():
-    config = model_config_class("transformer")().override({"d_model": 32, "tie": "all"})
+    config = kind_class(ZOO, "transformer", ModelConfig)().override({"d_model": 32, "tie": "all"})
     model = config.build(Vocabulary(11, 11, joint=True))
     with pytest.raises(ConfigError, match=r"share the embedding; Fix: set model\.tie=output"):
         model.to_devices(encoder=CPU, decoder=META)

@@ -348,5 +348,31 @@ def test_import_paths_that_lead_nowhere(given, name, words):
 def test_an_allowed_package_that_is_not_there():
     from vinedresser.config import Optim
 
-    with pytest.raises(ConfigError, match="given: there is no such module; a Optim is wanted"):
+    with pytest.raises(ConfigError, match="given: there is no such module; a Optim is expected"):
         resolve("given", [Optim])
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("1 / 0", "given.study raises ZeroDivisionError on import, at "),
+        ("import sys; sys.exit(0)", "SystemExit on import, at "),
+        ("x = (", "SyntaxError on import, at "),
+        ("import sys; sys.exit('a\\nb')", "a b; fix the module"),
+    ],
+)
+def test_a_module_that_raises_or_exits_on_import(given, lines, words):
+    from vinedresser.config import Optim
+
+    given(lines)
+    with pytest.raises(ConfigError) as caught:
+        resolve("given.study", [Optim])
+    assert words in caught.value.args[0]
+    assert "given.py:1: " in caught.value.args[0]
+    assert "\n" not in caught.value.args[0]
+
+
+@pytest.mark.parametrize("name", ["trainables.a.b", "trainables.a\0b.c", "trainables..x"])
+def test_names_that_no_module_can_have(name):
+    with pytest.raises(ConfigError, match="there is no such module"):
+        resolve(name, [Experiment])

@@ -10,7 +10,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from vinedresser.config import Experiment, parse_overrides
-from vinedresser.config.experiment import named_model, presets, zoo_modules
+from vinedresser.config.kinds import ZOO, kinds, named_model, presets
 from vinedresser.config.study import Study
 from vinedresser.errors import ConfigError
 
@@ -31,10 +31,10 @@ def test_the_presets_are_there_under_the_fields_names():
 
 
 def test_no_name_means_two_things():
-    names = [*zoo_modules(), *presets()]
+    names = [*kinds(ZOO), *presets()]
     assert len(names) == len(set(names))
     owners: list[str] = []
-    for module in zoo_modules():
+    for module in kinds(ZOO):
         held = getattr(sys.modules[f"trainables.{module}"], "PRESETS", {})
         owners += held
         assert all(presets()[name] == (module, held[name]) for name in held)
@@ -118,7 +118,7 @@ def test_a_typo_beside_a_preset_is_compared_with_that_models_keys(value):
 
 def test_a_module_by_name_imports_no_other_trainable():
     code = (
-        "import sys; from vinedresser.config.experiment import named_model\n"
+        "import sys; from vinedresser.config.kinds import named_model\n"
         "named_model('transformer')\n"
         "print([m for m in sys.modules if m.startswith('trainables.')])"
     )

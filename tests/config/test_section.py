@@ -127,10 +127,10 @@ def test_a_typo_in_the_model(experiment):
     ("model", "words"),
     [
         ({"layers": 2}, "`kind` is missing"),
-        ({"kind": "tiny_zoo.nothing"}, "there is no trainable tiny_zoo.nothing"),
-        ({"kind": "tiny_zoo.empty"}, "holds 0 model configurations"),
+        ({"kind": "tiny_zoo.nothing"}, "there is no module tiny_zoo.nothing"),
+        ({"kind": "tiny_zoo.empty"}, "defines 0 subclasses of ModelConfig"),
         ({"kind": "tiny_zoo.needy"}, "needs a_package_that_is_not_there, which is not installed"),
-        ({"kind": "os.path"}, "outside the allowed packages"),
+        ({"kind": "os.path"}, "not in the allowed packages"),
         ({"kind": None}, "there is no model None"),
         (3, "model"),
     ],

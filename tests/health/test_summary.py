@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vinedresser.config.experiment import named_model
+from vinedresser.config.kinds import named_model
 from vinedresser.health.summary import Summary, summarise
 from vinedresser.model import Vocabulary
 

@@ -9,7 +9,7 @@ import torch
 from trainables.transformer import TransformerConfig
 from vinedresser.batch import EOS, Batch, pad_ids
 from vinedresser.config import Experiment
-from vinedresser.config.experiment import model_config_class
+from vinedresser.config.kinds import ZOO, ModelConfig, kind_class
 from vinedresser.decode import greedy
 from vinedresser.errors import ConfigError, TrainingError
 from vinedresser.model import Seq2Seq, Vocabulary
@@ -107,7 +107,7 @@ def test_the_configuration_rebuilds_the_smaller_model(seed, batch):
     config = config_of()
     smaller_config, smaller = compact(gated(config, seed), config, VOCABULARY)
     plain = smaller_config.to_json()
-    again = model_config_class(plain["kind"]).from_json(plain)
+    again = kind_class(ZOO, plain["kind"], ModelConfig).from_json(plain)
     assert again == smaller_config
     torch.manual_seed(seed + 100)
     rebuilt = again.build(VOCABULARY).eval()

@@ -7,7 +7,7 @@ import pytest
 
 from search_spaces.architectures import STUDY
 from vinedresser import tracking
-from vinedresser.config.experiment import named_model
+from vinedresser.config.kinds import named_model
 from vinedresser.config.study import Study
 from vinedresser.data.shards import ShardSet
 from vinedresser.distributed import Site, train

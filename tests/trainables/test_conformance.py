@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import trainables
 from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
 from vinedresser.config import Experiment, ModelConfig, Objective, ScheduledSampling
-from vinedresser.config.experiment import model_config_class
+from vinedresser.config.kinds import ZOO, kind_class
 from vinedresser.decode import beam_search, greedy
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.record import recording
@@ -48,7 +48,7 @@ RECURRENT = {"trainables.rnn", "trainables.attention_rnn"}
 def all_forms() -> Iterator[tuple[str, str, ModelConfig]]:
     """(module, form, configuration) of the whole zoo; the default form has no name."""
     for info in pkgutil.iter_modules(trainables.__path__):
-        config = model_config_class(info.name)()
+        config = kind_class(ZOO, info.name, ModelConfig)()
         yield info.name, "", config
         holder = importlib.import_module(f"trainables.{info.name}")
         for name, changes in getattr(holder, "VARIANTS", {}).items():

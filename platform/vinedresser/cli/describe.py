@@ -12,7 +12,7 @@ from rich.table import Table
 from vinedresser.bundle import load_bundle
 from vinedresser.cli.show import print_json
 from vinedresser.config import Experiment, ModelConfig, Section, Task, parse_overrides, resolve
-from vinedresser.config.experiment import named_model, presets, zoo_modules
+from vinedresser.config.kinds import ZOO, kinds, named_model, presets
 from vinedresser.config.section import did_you_mean
 from vinedresser.config.study import Study
 from vinedresser.data.prepare.account import PADDING_TOKENS
@@ -53,7 +53,7 @@ def describe(what: str, overrides: list[str], workspace: Path, *, as_json: bool)
     words = parse_overrides(overrides)
     sizes = _Sizes().override({k: v for k, v in words.items() if k in _Sizes.model_fields})
     changes = {k: v for k, v in words.items() if k not in _Sizes.model_fields}
-    if what in zoo_modules() or what in presets() or what.startswith("trainables."):
+    if what in kinds(ZOO) or what in presets() or what.startswith("trainables."):
         model, task = _model(what, changes), None
     else:
         experiment = _experiment(what, changes)
@@ -79,10 +79,10 @@ def _model(name: str, changes: Mapping[str, Any]) -> ModelConfig:
 def _experiment(what: str, changes: Mapping[str, Any]) -> Experiment:
     """An experiment, or that of a study or a pipeline."""
     if "/" not in what and "." not in what:
-        names = [*zoo_modules(), *presets()]
+        names = [*kinds(ZOO), *presets()]
         raise ConfigError(f"{what}: there is no model of that name{did_you_mean(what, names)}")
-    kinds: list[type[Section]] = [Experiment, Study, Pipeline]
-    value = resolve(what, kinds)
+    wanted: list[type[Section]] = [Experiment, Study, Pipeline]
+    value = resolve(what, wanted)
     value = value.study if isinstance(value, Pipeline) else value
     value = value.base if isinstance(value, Study) else value
     assert isinstance(value, Experiment)

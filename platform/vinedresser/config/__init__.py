@@ -9,12 +9,12 @@ from vinedresser.config.experiment import (
     Evaluation,
     Experiment,
     Feedback,
-    ModelConfig,
     Objective,
     Optim,
     ScheduledSampling,
 )
 from vinedresser.config.files import parse_overrides, read_file, resolve
+from vinedresser.config.kinds import ModelConfig
 from vinedresser.config.section import Section
 from vinedresser.config.speech import DigitsCorpus, Frames, SpeechCorpus
 from vinedresser.config.task import MetricName, SafeName, Task, Tokenizer

@@ -1,12 +1,7 @@
 """Experiment: one run as one frozen value, and the sections it is made of."""
 
-import importlib
-import inspect
-import os
-import pkgutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -15,155 +10,19 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    SerializeAsAny,
     ValidationInfo,
-    model_serializer,
     model_validator,
 )
 
 from vinedresser.config.corpus import DataPath
-from vinedresser.config.section import Section, did_you_mean
+from vinedresser.config.kinds import AnyModel
+from vinedresser.config.section import Section
 from vinedresser.config.task import SafeName, Task
 from vinedresser.errors import ConfigError
-
-if TYPE_CHECKING:
-    from vinedresser.model import Seq2Seq, Vocabulary
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 BatchOrder = Literal["alternating_max", "bucket_by_source", "random"]
 Feedback = Literal["argmax", "sample"]
-
-
-class ModelConfig(Section):
-    """Base of a trainable's own configuration, which lives in the trainable's file.
-
-    In JSON and YAML it carries `kind`, the module that defines it, so that a run can be rebuilt.
-    """
-
-    def build(self, vocabulary: "Vocabulary") -> "Seq2Seq":
-        """The model with fresh weights, drawn from torch's global generator."""
-        raise NotImplementedError
-
-    def instantiate(self, vocabulary: "Vocabulary") -> "Seq2Seq":
-        """What `build` makes, for a user's own settings and corpus.
-
-        Raises:
-            ConfigError: the model refuses them, such as one table for two vocabularies.
-        """
-        try:
-            return self.build(vocabulary)
-        except ValueError as error:
-            raise ConfigError(f"model: {error}") from error
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_kind(cls, value: Any) -> Any:
-        """Takes its own `kind` back, so that `override` and `from_json` read what was written."""
-        if isinstance(value, Mapping) and value.get("kind") == cls.__module__:
-            return {key: item for key, item in value.items() if key != "kind"}
-        return value
-
-    @model_serializer(mode="wrap")
-    def _with_kind(self, handler: Any) -> dict[str, Any]:
-        return {"kind": type(self).__module__, **handler(self)}
-
-
-def allowed_packages() -> tuple[str, ...]:
-    """Packages whose modules a stored configuration may name; nothing else is ever imported.
-
-    `VINEDRESSER_PACKAGES` adds names, separated by commas.
-    """
-    more = os.environ.get("VINEDRESSER_PACKAGES", "")
-    own = ("trainables", "search_spaces", "pipelines", "vinedresser")
-    return (*own, *(name.strip() for name in more.split(",") if name.strip()))
-
-
-def model_config_class(kind: str) -> type[ModelConfig]:
-    """The configuration class that a trainable's module holds.
-
-    `transformer` is short for `trainables.transformer`.
-
-    Raises:
-        ValueError: outside the allowed packages, no such module, or not exactly one class in it.
-    """
-    name = kind if "." in kind else f"trainables.{kind}"
-    if name.split(".")[0] not in allowed_packages():
-        raise ValueError(f"{kind} is outside the allowed packages {', '.join(allowed_packages())}")
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{name}.".startswith(f"{error.name}."):
-            raise ValueError(f"{name} needs {error.name}, which is not installed") from None
-        raise ValueError(f"there is no trainable {kind}") from None
-    found = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, ModelConfig) and value.__module__ == name
-    ]
-    if len(found) != 1:
-        raise ValueError(f"{name} holds {len(found)} model configurations, one is wanted")
-    return found[0]
-
-
-def zoo_modules() -> list[str]:
-    """The trainables, by the names of their files; imports none of them."""
-    zoo = importlib.import_module("trainables")
-    return sorted(info.name for info in pkgutil.iter_modules(zoo.__path__))
-
-
-def presets() -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Preset's name -> the trainable that has it and what it changes; imports the whole zoo."""
-    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for module in zoo_modules():
-        holder = importlib.import_module(f"trainables.{module}")
-        found |= {
-            name: (module, changes) for name, changes in getattr(holder, "PRESETS", {}).items()
-        }
-    return found
-
-
-def named_model(name: str, changes: Mapping[str, Any] | None = None) -> ModelConfig:
-    """A model by the name of its module or of a preset, with some settings replaced.
-
-    Args:
-        name: `transformer`, `transformer-small`, or `my_zoo.mine` from an allowed package.
-        changes: field -> value. A section inside a preset keeps what `changes` do not name.
-
-    Raises:
-        ValueError: no such model (with the nearest name), or refused settings.
-    """
-    if "." in name or name in (modules := zoo_modules()):
-        return model_config_class(name).model_validate(changes or {})
-    known = presets()
-    if name not in known:
-        raise ValueError(f"there is no model {name}{did_you_mean(name, [*modules, *known])}")
-    module, settings = known[name]
-    base = model_config_class(module)().override(settings)
-    return type(base).model_validate(_merged(base.to_json(), changes or {}))
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, `above` where they differ; mappings inside both are merged in the same way."""
-    return {**below, **above} | {
-        key: _merged(below[key], item)
-        for key, item in above.items()
-        if isinstance(item, Mapping) and isinstance(below.get(key), Mapping)
-    }
-
-
-def _restore_model(value: Any) -> Any:
-    """A model by the name of its module or of a preset, alone or as `kind` beside its settings."""
-    if isinstance(value, str):
-        value = {"kind": value}
-    if not isinstance(value, Mapping):
-        return value
-    if "kind" not in value:
-        raise ValueError("`kind` is missing, for example `kind: transformer`")
-    changes = {key: item for key, item in value.items() if key != "kind"}
-    return named_model(str(value["kind"]), changes)
-
-
-AnyModel = Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_restore_model)]
 
 
 def _read_task(value: Any, info: ValidationInfo) -> Any:

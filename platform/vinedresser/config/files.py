@@ -4,7 +4,6 @@ YAML is read by the scalar rules of YAML 1.2: `no` and `on` are strings, `012` a
 numbers in decimal, `12:30` is a string. Duplicate keys, tags, anchors and aliases are refused.
 """
 
-import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from vinedresser.config.experiment import allowed_packages
+from vinedresser.config.kinds import allowed_packages, load_module
 from vinedresser.config.section import Section
 from vinedresser.errors import ConfigError
 
@@ -175,29 +174,23 @@ def _imported(name: str, kinds: Sequence[type[S]]) -> S:
         )
     module_name, attribute = name, ""
     try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        module_name, _, attribute = name.rpartition(".")
-        if not f"{name}.".startswith(f"{error.name or name}."):
-            raise ConfigError(f"{name} needs {error.name}, which is not installed") from None
-        if not module_name:
-            raise ConfigError(f"{name}: there is no such module; a {wanted} is wanted") from None
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError:
-            raise ConfigError(f"{name}: there is no such module; a {wanted} is wanted") from None
-    if attribute:
-        value = getattr(module, attribute, None)
-        for kind in kinds:
-            if isinstance(value, kind):
-                return value
-        raise ConfigError(f"{name}: {module_name} has no {wanted} called {attribute}")
+        module = load_module(name)
+        if module is None and "." in name:
+            module_name, _, attribute = name.rpartition(".")
+            module = load_module(module_name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if module is None:
+        raise ConfigError(f"{name}: there is no such module; a {wanted} is expected")
+    held = {key: value for key, value in vars(module).items() if not attribute or key == attribute}
     for kind in kinds:
-        held = {key: v for key, v in vars(module).items() if isinstance(v, kind)}
-        if len(held) == 1:
-            return next(iter(held.values()))
-        if held:
+        found = {key: value for key, value in held.items() if isinstance(value, kind)}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if found:
             raise ConfigError(
-                f"{name} holds {', '.join(sorted(held))}; name one, as {name}.{min(held)}"
+                f"{name} holds {', '.join(sorted(found))}; name one, as {name}.{min(found)}"
             )
+    if attribute:
+        raise ConfigError(f"{name}: {module_name} has no {wanted} called {attribute}")
     raise ConfigError(f"{name} holds no {wanted}")
