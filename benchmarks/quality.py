@@ -123,7 +123,7 @@ def train_ours(job: Job) -> dict[str, Any]:
     vocabulary = Vocabulary(shards.source_size, shards.target_size, joint=True)
     model = experiment.model.build(vocabulary).train()
     optimizer = build_optimizer(model, experiment.optim, gate_lr_factor=1.0)
-    averaged = AveragedWeights(model, experiment.optim.average)
+    averaged = AveragedWeights(model, experiment.optim.ema_decay)
     batches = stream(shards, experiment.batch, seed=job.seed)
     begun, tokens = time.process_time(), 0
     for step in training_steps(model, batches, optimizer, experiment, device=here):
@@ -274,7 +274,7 @@ def main() -> None:
     for seed, system in itertools.product(range(1, given.seeds + 1), given.systems):
         twin = "ours" if system == SAME_UPDATES else system
         job = Job(
-            system, seed, (), str(shards), str(folder), "", EXPERIMENT.batch.tokens,
+            system, seed, (), str(shards), str(folder), "", EXPERIMENT.batch.max_padded_tokens,
             EXPERIMENT.model.to_json()["dropout"],
         )  # fmt: skip
         if twin not in updates:

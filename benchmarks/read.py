@@ -81,7 +81,7 @@ def reading_rate(shards: Any, seed: int) -> float:
     from vinedresser.config import Batching
     from vinedresser.data.batching.reader import Batches, stream
 
-    batching = Batching(tokens=TOKENS)
+    batching = Batching(max_padded_tokens=TOKENS)
     count = Batches(shards, batching, seed=seed).per_epoch
     started, tokens = time.perf_counter(), 0
     batches = stream(shards, batching, seed=seed)
@@ -130,7 +130,7 @@ def first_batch(folder: Path) -> dict[str, float]:
     imported = time.perf_counter()
     shards = open_shards(folder)
     opened = time.perf_counter()
-    batches = Batches(shards, Batching(tokens=TOKENS), seed=1)
+    batches = Batches(shards, Batching(max_padded_tokens=TOKENS), seed=1)
     planned = time.perf_counter()
     first = next(batches.steps())
     done = time.perf_counter()
@@ -158,11 +158,11 @@ def planned_alone(folder: Path, longer: Path, rows: int) -> dict[str, float]:
     shards = open_shards(folder)
     shards = dataclasses.replace(shards, folder=longer, counts={"train": rows})
     started = time.perf_counter()
-    batches = Batches(shards, Batching(tokens=TOKENS), seed=1)
+    batches = Batches(shards, Batching(max_padded_tokens=TOKENS), seed=1)
     seconds = time.perf_counter() - started
     # Again for the memory: NumPy's own and Arrow's, at their highest, and what stays.
     tracemalloc.start()
-    again = Batches(shards, Batching(tokens=TOKENS), seed=1)
+    again = Batches(shards, Batching(max_padded_tokens=TOKENS), seed=1)
     held, peak = tracemalloc.get_traced_memory()
     assert again.per_epoch == batches.per_epoch
     arrow = pa.default_memory_pool().max_memory()

@@ -114,7 +114,7 @@ def base_of(task: str, data: Path) -> Experiment:
         "task.corpus": multi30k(test="test_2016_flickr").corpus.to_json(),
     }
     # The preset's own batches are for many more updates.
-    shared |= {"batch.tokens": 2048, "optim.anneal": 1 / 3}
+    shared |= {"batch.max_padded_tokens": 2048, "optim.anneal": 1 / 3}
     return translation.EXPERIMENT.override({"name": task, **shared, **corpus})
 
 

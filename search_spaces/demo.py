@@ -54,7 +54,7 @@ EXPERIMENT = Experiment(
     ),
     objective=Objective(sampling=ScheduledSampling(probability=0.1, decay_steps=400)),
     optim=Optim(lr=2e-3, warmup_steps=100),
-    batch=Batching(tokens=512),
+    batch=Batching(max_padded_tokens=512),
     # A quarter of the dev words ranks trials; the finalist is judged on all of them.
     evaluation=Evaluation(times=4, sentences=500),
     steps=800,

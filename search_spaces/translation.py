@@ -39,7 +39,7 @@ EXPERIMENT = Experiment(
     objective=Objective(label_smoothing=0.1),
     optim=Optim(lr=1.5e-3, warmup_steps=300, anneal=0.5),
     # So early, many small updates do more than few large ones, though a token costs a quarter more.
-    batch=Batching(tokens=1024),
+    batch=Batching(max_padded_tokens=1024),
     evaluation=Evaluation(times=4, sentences=500),
     # Of 29,000 sentence pairs (Multi30k De-En) six epochs in 498 s on two cores: BLEU
     # 38.4 greedy and 39.8 with beam 4 on test_2016_flickr (seed 1; on one thread 38.8 and 39.8).
@@ -54,7 +54,7 @@ STUDY = Study(
         {
             "compute.threads": 1,
             "steps": 500,
-            "batch.tokens": 2048,
+            "batch.max_padded_tokens": 2048,
             "optim.lr": 1.2e-3,
             "optim.warmup_steps": 150,
             "optim.anneal": 1 / 3,

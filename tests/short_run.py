@@ -37,7 +37,7 @@ def experiment(shards: ShardSet, **changes: Any) -> Experiment:
     settled = {
         "steps": 24,
         "checkpoint_every": 5,
-        "batch.tokens": 160,
+        "batch.max_padded_tokens": 160,
         "optim.warmup_steps": 4,
         "evaluation.times": 3,
         "evaluation.sentences": 10,

@@ -48,7 +48,7 @@ def trained(task: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) 
     common = {
         "steps": 50,
         "checkpoint_every": 20,
-        "batch.tokens": 128,
+        "batch.max_padded_tokens": 128,
         "optim.warmup_steps": 10,
         "evaluation.times": 2,
         "evaluation.attention_every": 0,
@@ -126,7 +126,7 @@ FORMS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
                     "probability": 0.5, "feedback": "sample", "decay": "inverse_sigmoid",
                     "decay_steps": 8,
                 },
-                "optim.average": 0.0,
+                "optim.ema_decay": 0.0,
                 "optim.freeze": ["source_embedding*"],
                 "seed": 7,
             },
@@ -164,7 +164,7 @@ FORMS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
                     "subsampling": {"layers": 2}, "encoder_layers": 3,
                 },
                 "objective.sampling": {"probability": 0.5, "decay": "exponential"},
-                "batch.tokens": 512,
+                "batch.max_padded_tokens": 512,
             },
         ),
         "feeding": (

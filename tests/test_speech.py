@@ -96,7 +96,7 @@ def test_shards_hold_the_frames(task, shards):
 
 
 def test_batches_keep_the_budget_in_frames(shards):
-    batches = Batches(shards, Batching(tokens=400), seed=1)
+    batches = Batches(shards, Batching(max_padded_tokens=400), seed=1)
     seen = []
     for index in range(batches.per_epoch):
         batch = batches[index]
@@ -110,7 +110,7 @@ def test_a_window_of_frames_has_so_many_bytes(shards, monkeypatch):
     assert len(ShardPool(shards, "train")) == 1
     monkeypatch.setattr(windows, "WINDOW_BYTES", 200 * mean * 20 * 2 + 1)
     assert len(ShardPool(shards, "train")) == 2
-    batches = Batches(shards, Batching(tokens=400), seed=1)
+    batches = Batches(shards, Batching(max_padded_tokens=400), seed=1)
     rows = [row for i in range(batches.per_epoch) for row in batches[i].rows_B.tolist()]
     assert sorted(rows) == list(range(300))
 

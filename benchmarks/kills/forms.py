@@ -21,7 +21,7 @@ _SAMPLED = {"probability": 0.5, "decay_steps": 20}
 SETTLED = {
     "steps": 60,
     "checkpoint_every": 7,
-    "batch.tokens": 160,
+    "batch.max_padded_tokens": 160,
     "optim.warmup_steps": 10,
     "evaluation.times": 4,
     "evaluation.sentences": 10,
@@ -51,7 +51,7 @@ FORMS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     ),
     "conv, sampled": ("symbols", _CONV, {"objective.sampling": _SAMPLED}),
     "transformer, unaveraged": (
-        "symbols", _TRANSFORMER, {"optim.average": 0, "optim.decay": "inverse_sqrt"},
+        "symbols", _TRANSFORMER, {"optim.ema_decay": 0, "optim.decay": "inverse_sqrt"},
     ),
     "transformer, gated, sampled": (
         "symbols", _GATED, {"objective.l0": 0.5, "objective.sampling": _SAMPLED},
@@ -62,7 +62,7 @@ FORMS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "transformer, accumulated, part frozen": (
         "symbols",
         _TRANSFORMER,
-        {"batch.per_update": 3, "batch.tokens": 64, "optim.freeze": ["encoder.*"]},
+        {"batch.per_update": 3, "batch.max_padded_tokens": 64, "optim.freeze": ["encoder.*"]},
     ),
     "transformer, BPE dropout": (
         "bpe", _TRANSFORMER, {"batch.subword_alpha": 0.1, "batch.subset": 0.7},

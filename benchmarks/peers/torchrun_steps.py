@@ -50,7 +50,9 @@ def main() -> None:
 
     trainee = DistributedDataParallel(Loss())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    batches = Batches(opened, Batching(tokens=experiment.batch.tokens), seed=1)
+    batches = Batches(
+        opened, Batching(max_padded_tokens=experiment.batch.max_padded_tokens), seed=1
+    )
     for batch in batches.steps(rank=dist.get_rank(), of=dist.get_world_size()):
         with torch.autocast("cpu", torch.bfloat16):
             loss = trainee(batch)

@@ -65,7 +65,9 @@ def test_a_failure_is_exit_code_4_and_nothing_is_left(
 
 @pytest.mark.slow
 def test_the_table_says_what_to_do(main: Main, file: Path) -> None:
-    code, out, _ = main("check", file, "optim.lr=1e5", "optim.clip_norm=1e5", "batch.tokens=64")
+    code, out, _ = main(
+        "check", file, "optim.lr=1e5", "optim.clip_norm=1e5", "batch.max_padded_tokens=64"
+    )
     assert code == 4
     lines = out.splitlines()
     assert lines[0] == "tiny: transformer on reversal"

@@ -129,7 +129,7 @@ def files(tmp_path: Path) -> dict[str, Any]:
         "decoder_layers": 1,
     }  # fmt: skip
     experiment = {
-        "name": "tiny", "task": "task.json", "model": model, "batch": {"tokens": 160},
+        "name": "tiny", "task": "task.json", "model": model, "batch": {"max_padded_tokens": 160},
         "optim": {"lr": 5e-3, "warmup_steps": 5},
         "evaluation": {"times": 2, "attention_every": 0},
         "compute": {"device": "cpu", "precision": "fp32"}, "steps": 40, "checkpoint_every": 20,

@@ -42,7 +42,7 @@ def _no_user_store(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def experiment(tiny_study: dict[str, Any]) -> Experiment:
     """Two workers, no dropout, fp32; the last weights ship, unaveraged."""
-    changes = {"compute.workers": 2, "optim.average": 0, "steps": 6, "evaluation.times": 1}
+    changes = {"compute.workers": 2, "optim.ema_decay": 0, "steps": 6, "evaluation.times": 1}
     return Experiment.from_json(tiny_study["base"]).override({**changes, "optim.warmup_steps": 2})
 
 
@@ -63,7 +63,9 @@ def reference(experiment: Experiment, shards: ShardSet) -> Mapping[str, torch.Te
     )
     optimizer = build_optimizer(model, experiment.optim, gate_lr_factor=1.0)
     ranks = [
-        stream(shards, tokens=experiment.batch.tokens, seed=experiment.seed, rank=rank, of=2)
+        stream(
+            shards, tokens=experiment.batch.max_padded_tokens, seed=experiment.seed, rank=rank, of=2
+        )
         for rank in (0, 1)
     ]
     for step in range(1, experiment.steps + 1):
@@ -112,7 +114,12 @@ def test_two_workers_take_the_steps_of_one_that_sees_both_batches(
 @pytest.fixture
 def long(experiment: Experiment) -> Experiment:
     """Steps slow enough for a fault to come between the first checkpoint and the last."""
-    bigger = {"model.d_model": 64, "model.d_ff": 256, "batch.tokens": 512, "optim.lr": 1e-3}
+    bigger = {
+        "model.d_model": 64,
+        "model.d_ff": 256,
+        "batch.max_padded_tokens": 512,
+        "optim.lr": 1e-3,
+    }
     dropout = {"model.dropout": 0.1, "batch.per_update": 2, "evaluation.times": 2}
     return experiment.override({**bigger, **dropout, "steps": 60, "checkpoint_every": 4})
 

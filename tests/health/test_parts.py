@@ -134,7 +134,7 @@ def experiment(tiny_study) -> Experiment:
 
 def test_time_and_money_add_up(experiment, reversal):
     changed = experiment.override(
-        {"steps": 1000, "evaluation.times": 5, "compute.workers": 2, "batch.tokens": 512}
+        {"steps": 1000, "evaluation.times": 5, "compute.workers": 2, "batch.max_padded_tokens": 512}
     )
     found = cost(changed, reversal, Pace(2000.0, 3.6, 7200.0), 60.0, price=2.0)
     figures = found.figures

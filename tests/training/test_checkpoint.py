@@ -324,7 +324,7 @@ def test_a_run_learns_to_reverse(reversal, tmp_path):
             "model.d_ff": 96,
             "model.dropout": 0,
             "model.attention_dropout": 0,
-            "batch.tokens": 512,
+            "batch.max_padded_tokens": 512,
             "optim.lr": 5e-3,
             "optim.warmup_steps": 50,
             "evaluation.sentences": 0,

@@ -263,7 +263,8 @@ except VinedresserError as error:
 def test_t04_a_limit_on_memory(reversal, tmp_path, room, ends):
     """An update wants over 500 MB beside 20 MB of weights; with less it goes in parts."""
     config = experiment(
-        reversal, steps=1, **{"model.d_ff": 20_000, "batch.tokens": 4096, "evaluation.times": 1,
+        reversal, steps=1, **{"model.d_ff": 20_000, "batch.max_padded_tokens": 4096,
+            "evaluation.times": 1,
                               "evaluation.tokens": 16, "optim.warmup_steps": 0}
     )  # fmt: skip
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
@@ -464,7 +465,7 @@ def nats_of(workspace: Path) -> dict[int, tuple[float, int]]:
 @pytest.mark.slow
 def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
     """Two batches an update, whoever reads them; dropout draws by batch, not by rank."""
-    config = experiment(reversal, **{"batch.per_update": 2, "batch.tokens": 80})
+    config = experiment(reversal, **{"batch.per_update": 2, "batch.max_padded_tokens": 80})
     parts = {
         "one": [(1, 0)],
         "two": [(2, 0)],
@@ -502,7 +503,7 @@ def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
 @pytest.mark.slow
 def test_t14_three_workers_go_on_with_the_same_bits(reversal, tmp_path):
     """Sums of three addends depend on their order, which DDP must not change on its way."""
-    config = experiment(reversal, **{"batch.per_update": 3, "batch.tokens": 80})
+    config = experiment(reversal, **{"batch.per_update": 3, "batch.max_padded_tokens": 80})
     parts = {"whole": [(3, 0)], "killed": [(3, 12), (3, 0)]}
     words = script(RANKS, config, reversal, tmp_path, json.dumps(parts))
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=580)
@@ -547,7 +548,7 @@ def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):
     [
         ("optim.lr", 0.01, "optim.lr 0.002 -> 0.01"),
         ("model.dropout", 0.3, "model.dropout 0.1 -> 0.3"),
-        ("batch.tokens", 80, "batch.tokens 160 -> 80"),
+        ("batch.max_padded_tokens", 80, "batch.max_padded_tokens 160 -> 80"),
         ("seed", 7, "seed 1 -> 7"),
         ("objective.label_smoothing", 0.1, "objective.label_smoothing 0.0 -> 0.1"),
     ],

@@ -444,7 +444,9 @@ class TestOutOfMemory:
         assert len(caplog.records) == 1
 
     def test_a_single_row_that_does_not_fit_is_told(self):
-        with pytest.raises(MachineError, match=r"out of memory at 1 x 6 .*GiB.*lower batch.tokens"):
+        with pytest.raises(
+            MachineError, match=r"out of memory at 1 x 6 .*GiB.*lower batch.max_padded_tokens"
+        ):
             self.trained(2, torch.OutOfMemoryError("CUDA out of memory"))
 
     def test_other_errors_pass(self):

@@ -70,7 +70,7 @@ class Optim(Section):
     rollbacks: NonNegativeInt = 0
     # Decay of the averaged weights that are evaluated and shipped; 0 switches averaging off.
     # Averaging gains 2 to 5 PER points before annealing and nothing after it.
-    average: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
 
 
 class ScheduledSampling(Section):
@@ -117,7 +117,7 @@ class Batching(Section):
     """How pairs become batches."""
 
     # Padded tokens of a batch: sentences x max(source, target) length. Never exceeded.
-    tokens: Annotated[int, Field(ge=16)] = 4096
+    max_padded_tokens: Annotated[int, Field(ge=16)] = 4096
     # Batches in one update, over all workers, each worker taking its share; 0 is one a worker.
     # Named, it makes the updates of a run the same on any number of workers that divides it.
     per_update: NonNegativeInt = 0
@@ -128,7 +128,7 @@ class Batching(Section):
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     # Another segmentation of each text each time it is read, for bpe and unigram: the share of
     # merges that BPE drops, or unigram's smoothing (0.1 to 0.5 in Kudo 2018). 0 is off. Batches
-    # then hold fewer rows, 0.55 of them at 0.1 with BPE, so that more pieces stay within `tokens`.
+    # then hold fewer rows, 0.55 of them at 0.1 with BPE, so that more pieces stay within `max_padded_tokens`.
     subword_alpha: Probability = 0.0
 
 

@@ -39,7 +39,7 @@ MAX_EVALUATION_SHARE = 0.5
 
 def lengths(shards: ShardSet, experiment: Experiment, dev: Split) -> Check:
     """Drops by length, the longest row against the budget, padding, references out of reach."""
-    account, tokens = shards.meta["account"]["train"], experiment.batch.tokens
+    account, tokens = shards.meta["account"]["train"], experiment.batch.max_padded_tokens
     dropped = sum(n for why, n in account["dropped"].items() if "long" in why)
     share = dropped / max(1, account["rows_in"])
     cells = histogram_of(shards, "train")
@@ -57,7 +57,7 @@ def lengths(shards: ShardSet, experiment: Experiment, dev: Split) -> Check:
     if longest * MIN_LONGEST_ROWS > tokens:
         pointers.append(
             f"the longest row has {longest} tokens and fills a batch of {tokens} alone; raise "
-            "batch.tokens or lower task.max_source_length, task.max_target_length"
+            "batch.max_padded_tokens or lower task.max_source_length, task.max_target_length"
         )
     if beyond > MAX_OUT_OF_REACH:
         pointers.append(
@@ -67,7 +67,7 @@ def lengths(shards: ShardSet, experiment: Experiment, dev: Split) -> Check:
     if real < MIN_REAL:
         pointers.append(
             "more than half of a batch is padding; set batch.order=alternating_max, or a larger "
-            "batch.tokens"
+            "batch.max_padded_tokens"
         )
     return Check(
         "lengths", not pointers,

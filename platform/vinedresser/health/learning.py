@@ -284,7 +284,7 @@ def judged(result: Conditioning, updates: int) -> Check:
         passed = None
         pointer = (
             f"{updates} updates in {_MAX_SECONDS:.0f} s are too few to tell; run it where it will "
-            "train, or with a smaller batch.tokens"
+            "train, or with a smaller batch.max_padded_tokens"
         )
     elif not passed and result.deviations >= _SOME_DEVIATIONS:
         passed = None
@@ -320,7 +320,9 @@ def short(experiment: Experiment, *, tokens: int) -> Experiment:
         update={
             "steps": LOOKS[-1],
             "optim": optim,
-            "batch": experiment.batch.model_copy(update={"tokens": tokens, "per_update": 0}),
+            "batch": experiment.batch.model_copy(
+                update={"max_padded_tokens": tokens, "per_update": 0}
+            ),
             "compute": experiment.compute.model_copy(update={"workers": 1}),
         }
     )

@@ -97,7 +97,7 @@ class _Subject:
     @property
     def short_tokens(self) -> int:
         """Budget of the short training's batches."""
-        tokens = self.experiment.batch.tokens
+        tokens = self.experiment.batch.max_padded_tokens
         longest = max(s.longest for s in self.sample)
         return min(tokens, max(int(_SHARE * tokens), _LONGEST_ROWS * longest))
 

@@ -99,7 +99,7 @@ class BatchNorm(_Running):
             if len(x_BTD) < 2:
                 raise TrainingError(
                     "batch normalisation got a batch of one sentence, at least 2 are wanted; "
-                    "Fix: raise batch.tokens, or set model.norm_kind=layer (or power)"
+                    "Fix: raise batch.max_padded_tokens, or set model.norm_kind=layer (or power)"
                 )
             real_BT1 = _weights(x_BTD, real_BT)
             count = real_BT1.sum()

@@ -107,7 +107,7 @@ class Run:
         self.optimizer = build_optimizer(
             self.model, experiment.optim, gate_lr_factor=experiment.objective.gate_lr_factor
         )
-        self.averaged = AveragedWeights(self.model, experiment.optim.average)
+        self.averaged = AveragedWeights(self.model, experiment.optim.ema_decay)
         self.window = Window(
             experiment.optim.clip_norm,
             max_skipped=experiment.optim.max_skipped,

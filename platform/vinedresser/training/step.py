@@ -226,7 +226,8 @@ class _Updater:
         if self._device.world_size > 1 or len(largest.rows_B) == 1 or is_uncut:
             raise MachineError(
                 f"step {index}: out of memory at {shape} tokens, peak {peak_memory()}; "
-                "lower batch.tokens, or the task's max_source_length and max_target_length"
+                "lower batch.max_padded_tokens, or the task's max_source_length and "
+                "max_target_length"
             )
         self._fits = largest.padded // 2
         _log.warning(

@@ -50,7 +50,7 @@ def test_padding_and_lengths():
 @given(st.integers(1, 80), st.integers(0, 3), st.integers(1, 4), st.integers(0, 40))
 def test_ranks_are_disjoint_complete_and_resumable(count, seed, of, at):
     split = split_of(count)
-    batches = Batches(split, Batching(tokens=60), seed=seed)
+    batches = Batches(split, Batching(max_padded_tokens=60), seed=seed)
     steps = 3 * batches.per_epoch
     by_rank = [rows(stream(split, tokens=60, seed=seed, rank=r, of=of), steps) for r in range(of)]
     together = [step for group in zip(*by_rank, strict=True) for step in group]
@@ -65,18 +65,18 @@ def test_ranks_are_disjoint_complete_and_resumable(count, seed, of, at):
 
 def test_a_batch_depends_on_seed_and_index_alone():
     split = split_of(300)
-    forward = Batches(split, Batching(tokens=60), seed=7)
-    backward = Batches(split, Batching(tokens=60), seed=7)
+    forward = Batches(split, Batching(max_padded_tokens=60), seed=7)
+    backward = Batches(split, Batching(max_padded_tokens=60), seed=7)
     indices = range(3 * forward.per_epoch)
     expected = [forward.rows(i).tolist() for i in indices]
     assert [backward.rows(i).tolist() for i in reversed(indices)][::-1] == expected
-    other = Batches(split, Batching(tokens=60), seed=8)
+    other = Batches(split, Batching(max_padded_tokens=60), seed=8)
     assert [other.rows(i).tolist() for i in indices] != expected
 
 
 def test_epochs_differ_in_composition_at_equal_cost():
     split = split_of(3000)
-    batches = Batches(split, Batching(tokens=200), seed=1)
+    batches = Batches(split, Batching(max_padded_tokens=200), seed=1)
     epochs = [
         [batches.rows(e * batches.per_epoch + i) for i in range(batches.per_epoch)] for e in (0, 1)
     ]
@@ -147,7 +147,7 @@ def test_a_subset_trains_on_some_rows_in_every_epoch(order):
     split = split_of(2000)
     used = []
     for share in (0.1, 0.5, 1.0):
-        batching = Batching(tokens=100, order=order, subset=share)
+        batching = Batching(max_padded_tokens=100, order=order, subset=share)
         batches = Batches(split, batching, seed=1)
         epochs = [
             np.concatenate([batches.rows(e * batches.per_epoch + i)
@@ -163,7 +163,7 @@ def test_a_subset_trains_on_some_rows_in_every_epoch(order):
 
 def test_a_subset_without_a_row_says_so():
     with pytest.raises(DataError, match=r"0 rows in a subset of 1e-09; .*raise batch\.subset"):
-        Batches(split_of(20), Batching(tokens=100, subset=1e-9), seed=1)
+        Batches(split_of(20), Batching(max_padded_tokens=100, subset=1e-9), seed=1)
 
 
 def test_neighbours_of_seeds_epochs_and_windows_draw_differently():

@@ -37,7 +37,7 @@ def shards(request, tmp_path_factory):
 
 
 def an_epoch(shards, alpha, seed=1):
-    batches = Batches(shards, Batching(tokens=TOKENS, subword_alpha=alpha), seed=seed)
+    batches = Batches(shards, Batching(max_padded_tokens=TOKENS, subword_alpha=alpha), seed=seed)
     return [batches[i] for i in range(batches.per_epoch)]
 
 
@@ -81,7 +81,7 @@ def test_a_batch_is_drawn_anew_each_epoch_and_the_same_for_a_seed(shards):
         }
 
     alpha = alpha_of(shards)
-    batching = Batching(tokens=TOKENS, subword_alpha=alpha)
+    batching = Batching(max_padded_tokens=TOKENS, subword_alpha=alpha)
     first = [b.source_BS.tolist() for b in an_epoch(shards, alpha)]
     assert [b.source_BS.tolist() for b in an_epoch(shards, alpha)] == first
     count = len(first)

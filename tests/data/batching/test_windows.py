@@ -56,7 +56,7 @@ def small_windows(monkeypatch):
 @pytest.mark.usefixtures("small_windows")
 def test_every_epoch_holds_every_row_as_it_is(blocks, order):
     whole = load_split(blocks, "train")
-    batches = Batches(blocks, Batching(tokens=TOKENS, order=order), seed=3)
+    batches = Batches(blocks, Batching(max_padded_tokens=TOKENS, order=order), seed=3)
     for epoch in range(2):
         seen = []
         for i in range(batches.per_epoch):
@@ -72,7 +72,7 @@ def test_every_epoch_holds_every_row_as_it_is(blocks, order):
 
 @pytest.mark.usefixtures("small_windows")
 def test_batches_stay_in_their_window_and_windows_take_turns(blocks):
-    batches = Batches(blocks, Batching(tokens=TOKENS), seed=3)
+    batches = Batches(blocks, Batching(max_padded_tokens=TOKENS), seed=3)
     turns = set()
     for epoch in range(6):
         of = [
@@ -91,7 +91,7 @@ def test_ranks_share_an_epoch_and_any_step_can_be_resumed(blocks):
     def rows(batches, count):
         return [batch.rows_B.tolist() for batch in itertools.islice(batches, count)]
 
-    batching = Batching(tokens=TOKENS)
+    batching = Batching(max_padded_tokens=TOKENS)
     per_epoch = Batches(blocks, batching, seed=1).per_epoch
     alone = rows(stream(blocks, batching, seed=1), 2 * per_epoch)
     by_rank = [rows(stream(blocks, batching, seed=1, rank=r, of=3), per_epoch) for r in range(3)]
@@ -110,8 +110,10 @@ def test_one_window_is_planned_as_the_split_in_memory(blocks):
     for column in ("source", "target", "counts"):
         expected, found = getattr(cells, column), getattr(pool.histogram(0), column)
         assert found.tolist() == expected.tolist()
-    in_memory = Batches(whole, Batching(tokens=TOKENS), seed=0)
-    assert Batches(blocks, Batching(tokens=TOKENS), seed=0).per_epoch == in_memory.per_epoch
+    in_memory = Batches(whole, Batching(max_padded_tokens=TOKENS), seed=0)
+    assert (
+        Batches(blocks, Batching(max_padded_tokens=TOKENS), seed=0).per_epoch == in_memory.per_epoch
+    )
 
 
 def test_windows_are_equal_parts():
@@ -134,7 +136,7 @@ def test_a_batch_reads_the_row_groups_it_needs_and_no_more(blocks, monkeypatch):
         "_row_group",
         lambda path, i, *rest: read.append((path, i)) or plain(path, i, *rest),
     )
-    batches = Batches(blocks, Batching(tokens=TOKENS), seed=3)
+    batches = Batches(blocks, Batching(max_padded_tokens=TOKENS), seed=3)
     assert read == []
     batch = batches[0]
     # 5 shards a window; a batch of neighbours in length is in one bucket of 5 lengths, or two.
@@ -175,12 +177,16 @@ def test_a_damaged_shard_is_named_by_the_stream(blocks, tmp_path, damage):
         )
     else:
         path.write_bytes((copied.folder / "train-00003.parquet").read_bytes())
-    steps = stream(copied, Batching(tokens=TOKENS), seed=0)
+    steps = stream(copied, Batching(max_padded_tokens=TOKENS), seed=0)
     name = (
         "copy: the shards' lengths|train-00007.parquet: " if damage == "swapped" else "train-00007"
     )
     with pytest.raises(DamagedError, match=name):
-        list(itertools.islice(steps, Batches(copied, Batching(tokens=TOKENS), seed=0).per_epoch))
+        list(
+            itertools.islice(
+                steps, Batches(copied, Batching(max_padded_tokens=TOKENS), seed=0).per_epoch
+            )
+        )
     assert not [t for t in threading.enumerate() if t.name == "vinedresser-prefetch"]
 
 
@@ -192,10 +198,10 @@ def test_a_damaged_histogram_is_named(blocks, tmp_path):
     with pytest.raises(
         DamagedError, match=r"lengths.parquet: 59\d train rows, the manifest says 600"
     ):
-        stream(copied, Batching(tokens=TOKENS), seed=0)
+        stream(copied, Batching(max_padded_tokens=TOKENS), seed=0)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DamagedError, match=r"lengths.parquet: unreadable"):
-        stream(copied, Batching(tokens=TOKENS), seed=0)
+        stream(copied, Batching(max_padded_tokens=TOKENS), seed=0)
     with pytest.raises(DataError, match="no test split; it has train, dev"):
         ShardPool(blocks, "test")
 
@@ -205,7 +211,7 @@ def test_no_file_stays_open(blocks):
     def opened():
         return [f.path for f in psutil.Process().open_files() if str(blocks.folder) in f.path]
 
-    steps = stream(blocks, Batching(tokens=TOKENS), seed=0)
+    steps = stream(blocks, Batching(max_padded_tokens=TOKENS), seed=0)
     for _ in itertools.islice(steps, 30):
         pass
     steps.close()
@@ -236,7 +242,7 @@ def test_ten_million_rows_are_planned_in_little_memory(blocks, tmp_path):
     assert total == 10_000_000
     tracemalloc.start()
     try:
-        batches = Batches(synthetic, Batching(tokens=4096), seed=0)
+        batches = Batches(synthetic, Batching(max_padded_tokens=4096), seed=0)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -279,7 +285,7 @@ def test_frames_are_read_as_they_were_written(blocks, tmp_path):
     columns = dict(zip(encode.LENGTHS.names, map(list, zip(*cells, strict=True)), strict=True))
     encode.write_lengths(tmp_path, pa.table(columns, schema=encode.LENGTHS))
     made = dataclasses.replace(blocks, folder=tmp_path, counts={"train": 90}, features=3)
-    batches, seen = Batches(made, Batching(tokens=100), seed=0), []
+    batches, seen = Batches(made, Batching(max_padded_tokens=100), seed=0), []
     for i in range(batches.per_epoch):
         batch = batches[i]
         assert len(batch.rows_B) * max(batch.source_BS.shape[1], batch.target_BT.shape[1]) <= 100
@@ -298,7 +304,7 @@ def test_no_mutated_file_is_read_as_good_data(blocks, tmp_path):
     random = np.random.default_rng(5)
 
     def read():
-        batches = Batches(copied, Batching(tokens=TOKENS), seed=0)
+        batches = Batches(copied, Batching(max_padded_tokens=TOKENS), seed=0)
         found = (batches[i] for i in range(batches.per_epoch))
         return [(b.rows_B.tolist(), b.source_BS.tolist(), b.target_BT.tolist()) for b in found]
 

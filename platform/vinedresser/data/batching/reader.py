@@ -130,7 +130,7 @@ class Batches:
             dev = load_split(data, "dev")
             self._resegment = resegmenter(data, batching, (dev.source, dev.target))
         room = self._resegment.room if self._resegment else 1.0
-        self._tokens = int(batching.tokens / room)
+        self._tokens = int(batching.max_padded_tokens / room)
         self._sizes = np.array([len(self._plan(w)[1]) for w in range(len(self._pool))], np.int64)
         self.per_epoch = int(self._sizes.sum())
         if not self.per_epoch:
@@ -145,7 +145,7 @@ class Batches:
         """The cells of a window's subset, and how they are cut."""
         batching = self._batching
         cells = self._pool.histogram(window).subset(batching.subset, window=window)
-        refuse_longer(cells, tokens=batching.tokens, name=self._pool.name)
+        refuse_longer(cells, tokens=batching.max_padded_tokens, name=self._pool.name)
         plan = plan_cells(cells, tokens=self._tokens, order=batching.order, salt=window)
         return cells, plan
 
@@ -252,7 +252,7 @@ def stream(  # noqa: PLR0913 - a worker's place in the world is three numbers
     Args:
         data: what to train on.
         batching: budget, order and subset.
-        tokens: short for `Batching(tokens=tokens)`.
+        tokens: short for `Batching(max_padded_tokens=tokens)`.
         seed: the same seed, the same batches; >= 0.
         rank: which worker, 0 <= rank < of.
         of: how many workers.
@@ -261,7 +261,7 @@ def stream(  # noqa: PLR0913 - a worker's place in the world is three numbers
     Raises:
         DataError: a single row is longer than the budget, or there is none.
     """
-    batches = Batches(data, batching or Batching(tokens=tokens), seed=seed)
+    batches = Batches(data, batching or Batching(max_padded_tokens=tokens), seed=seed)
     steps = batches.steps(rank=rank, of=of, at=at)
     return steps if isinstance(data, Split) else prefetched(steps)
 

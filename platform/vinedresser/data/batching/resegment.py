@@ -96,7 +96,7 @@ def resegmenter(
         np.maximum(*(side.lengths for side in sides)) for sides in (sample, free(*sample, seed=0))
     )
     room = float(np.quantile(drawn / plain, FITTING)) if len(plain) else 1.0
-    return replace(free, tokens=batching.tokens, room=max(1.0, room))
+    return replace(free, tokens=batching.max_padded_tokens, room=max(1.0, room))
 
 
 def seed_of(*key: int) -> int:
