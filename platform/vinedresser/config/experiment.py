@@ -128,7 +128,7 @@ class Batching(Section):
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0
     # Another segmentation of each text each time it is read, for bpe and unigram: the share of
     # merges that BPE drops, or unigram's smoothing (0.1 to 0.5 in Kudo 2018). 0 is off. Batches
-    # then hold fewer rows, 0.55 of them at 0.1 with BPE, so that more pieces stay within `max_padded_tokens`.
+    # then hold fewer rows, 0.55 of them at 0.1 with BPE, so that the budget holds.
     subword_alpha: Probability = 0.0
 
 
