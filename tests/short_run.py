@@ -96,7 +96,8 @@ def script(code: str, config: Experiment, shards: ShardSet, *words: object) -> l
     begin = """
 import json, os, signal, sys, time, torch
 from pathlib import Path
-from vinedresser.workspace.lease import held
+from vinedresser.workspace.layout import RunFolder
+from vinedresser.workspace.lease import leased
 from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
 from vinedresser.errors import VinedresserError

@@ -18,7 +18,6 @@ from vinedresser.training.device import resolve_device
 from vinedresser.training.outcome import run_folder
 from vinedresser.training.run import Run
 from vinedresser.training.step import training_steps
-from vinedresser.workspace.lease import Attempt
 
 _ROOT = Path(__file__).parents[2]
 _SAVES = 5
@@ -66,7 +65,7 @@ def _one(config: Experiment, folder: Path, count: int) -> dict[str, float]:
         run.averaged.update(next(steps).index)
     step_seconds = (time.perf_counter() - began) / count
     batches.close()
-    run.attempt = Attempt(run.folder)
+    run.lease.take(force=True)
     # As after an evaluation: the best weights so far are stored, too.
     run.judge.best = {name: tensor.clone() for name, tensor in run.averaged.tensors.items()}
     saves, syncs = [], []

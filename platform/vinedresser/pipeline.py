@@ -29,7 +29,8 @@ from vinedresser.sweep import SweepOutcome, TrialRow, short_params, sweep
 from vinedresser.tracking import Store, Tracker, ending, initialise, open_run, reap, store_for
 from vinedresser.training.outcome import Outcome, finished, run_folder
 from vinedresser.training.progress import Tell, untold
-from vinedresser.workspace.commit import digest_of, write_file
+from vinedresser.workspace.commit import digest_of
+from vinedresser.workspace.storage import write_file
 
 
 class Pipeline(Section):

@@ -30,6 +30,7 @@ from vinedresser.training.device import seed_step
 from vinedresser.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from vinedresser.training.outcome import Outcome, finished, run_folder
 from vinedresser.training.progress import Progress
+from vinedresser.workspace.layout import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -310,6 +311,12 @@ def test_t07_a_lost_node_leaves_the_run_to_the_workers_that_there_is_room_for(
     assert "not bit-exact from here on: workers 2 -> 1" in said
 
 
+def writer_pid(folder: Path) -> int:
+    """The process that may write to the run's folder."""
+    lease = json.loads(RunFolder(folder).writer_lease.read_text())
+    return int(lease["process"].split("~")[1])
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray", "one_thread")
 def test_t08_a_frozen_worker_is_replaced_and_writes_no_more(
@@ -319,7 +326,7 @@ def test_t08_a_frozen_worker_is_replaced_and_writes_no_more(
 
     def freeze() -> None:
         time.sleep(0.1)  # right after a checkpoint patience is ten times as long
-        frozen.append(json.loads((folder / "attempt.json").read_text())["pid"])
+        frozen.append(writer_pid(folder))
         os.kill(frozen[0], signal.SIGSTOP)
 
     impatient = long.override({"compute.hang_seconds": 1.0})
@@ -331,7 +338,7 @@ def test_t08_a_frozen_worker_is_replaced_and_writes_no_more(
         with contextlib.suppress(ProcessLookupError):
             os.kill(frozen[0], signal.SIGCONT)
     assert_same(outcome, whole)
-    assert json.loads((folder / "attempt.json").read_text())["pid"] != frozen[0]
+    assert writer_pid(folder) != frozen[0]
     time.sleep(1)  # for the frozen one to write what it must not
     assert ((folder / "outcome.json").read_bytes(), sorted(folder.rglob("*"))) == ended
 

@@ -18,7 +18,6 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-from filelock import FileLock
 from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -32,6 +31,8 @@ from vinedresser.errors import BusyError, ConfigError, TrainingError
 from vinedresser.sweep import Searcher, SweepOutcome, TrialRow, mend_journal, rank, sweep
 from vinedresser.tracking import RunRow, Store
 from vinedresser.workspace.commit import commit
+from vinedresser.workspace.layout import SweepFolder
+from vinedresser.workspace.lease import leased
 
 # MLflow's and Optuna's own imports warn; none of it is ours to change.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -300,7 +301,8 @@ def test_hopeless_trials_are_stopped_and_everything_is_on_record(
     again, said = search(**changes)
     assert again == outcome
     assert said == [f"{Path(outcome.folder).name}: unchanged, 5 trials known"]
-    with FileLock(Path(outcome.folder) / ".lock"), pytest.raises(BusyError, match="wait"):
+    lease = SweepFolder(Path(outcome.folder)).lease
+    with leased(lease, "sweep"), pytest.raises(BusyError, match="wait"):
         search(**changes)
 
     # In a workspace that was moved nothing is trained again, whether its outcome is there or not.

@@ -20,7 +20,7 @@ from vinedresser import tracking
 from vinedresser.errors import BusyError, ConfigError, MachineError
 from vinedresser.tracking import MemoryTracker, MlflowTracker, NullTracker, Store, remote, store
 from vinedresser.tracking.runs import flat
-from vinedresser.workspace.commit import this_process
+from vinedresser.workspace.process import this_process
 
 # MLflow's own imports warn (sqlalchemy's noload, pydantic, ...); none of it is ours to change.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -32,7 +32,10 @@ from vinedresser.training.checkpoint import newest_checkpoint
 from vinedresser.training.outcome import Outcome, finished, run_folder, tell_changes
 from vinedresser.training.run import Run
 from vinedresser.training.watchdog import JUDGING, STORING, Clock
-from vinedresser.workspace.lease import Attempt
+from vinedresser.workspace.history import RunHistory
+from vinedresser.workspace.layout import RunFolder
+from vinedresser.workspace.lease import Lease
+from vinedresser.workspace.storage import read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,7 +171,7 @@ def test_t02_a_rate_of_a_thousand_goes_back_so_often_and_no_more(
     assert caplog.text.count("rollback 1 of 2") == 1
     assert caplog.text.count("rollback 2 of 2") == 1
     folder = run_folder(config, reversal, tmp_path)
-    assert len(json.loads((folder / "rollbacks.json").read_text())) == 2
+    assert RunHistory(RunFolder(folder).history).rollbacks == 2
     assert finished(folder) is None
 
 
@@ -318,20 +321,20 @@ def test_t08_an_overtaken_attempt_writes_no_more(reversal, tmp_path):
 
     def overtaken(values: Mapping[str, Any]) -> None:
         if values["step"] == 8:
-            Attempt(run.folder)
+            Lease(RunFolder(run.folder).writer_lease).take(force=True)
 
     run = a_run(config, reversal, tmp_path, overtaken)
-    with pytest.raises(BusyError, match="a later attempt has taken over; this one writes no more"):
+    with pytest.raises(BusyError, match="a later start has taken over; this one writes no more"):
         run.execute()
     assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["step-00000005"]
     assert not (run.folder / "bundle").exists()
     # Nor does it count as a failure of the run.
-    assert not (run.folder / "failures.json").exists()
+    assert not (read_json(RunFolder(run.folder).history) or {}).get("failures")
 
 
 STOPPED = """
 folder = run_folder(config, shards, Path(sys.argv[3]))
-with held(folder, wait=False):
+with leased(RunFolder(folder).command_lease, "run"):
     os.kill(os.getpid(), signal.SIGSTOP)
     print(a_run(folder).execute().best_step)
 """
@@ -372,7 +375,7 @@ def test_t09_the_command_exits_with_75(reversal, tmp_path):
     told = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
         end = time.monotonic() + 200
-        while not list(tmp_path.glob("w/runs/*/attempt.json")) and time.monotonic() < end:
+        while not list(tmp_path.glob("w/runs/*/.writer.json")) and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(0.5)
         told.send_signal(signal.SIGTERM)

@@ -10,21 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from vinedresser.errors import DamagedError, MachineError
-from vinedresser.workspace.commit import (
-    MANIFEST,
-    canonical_json,
-    commit,
-    is_alive,
-    is_committed,
-    quarantine,
-    this_process,
-    verify,
-    write_file,
-)
+from vinedresser.workspace.commit import canonical_json, commit, is_committed, quarantine, verify
+from vinedresser.workspace.process import this_process
+from vinedresser.workspace.storage import MANIFEST, write_file
 
 FILES = {
     "a.bin": random.Random(1).randbytes(1500),
@@ -212,32 +203,6 @@ def test_write_file_is_all_or_nothing(tmp_path, monkeypatch):
         write_file(path, b"new")
     assert path.read_text() == "old"
     assert names_in(path.parent) == ["x.json"]
-
-
-# Owners.
-
-
-def test_liveness_of_owners():
-    host, pid, started = this_process().rsplit("~", 2)
-    assert is_alive(this_process())
-    assert is_alive(f"another-host~{pid}~{started}")
-    assert not is_alive(f"{host}~{pid}~{int(started) - 100}")
-    for wrong in ("", "x", f"{host}~x~1", f"{host}~1~x", f"{host}~{2**70}~1", f"{host}~-1~1"):
-        assert not is_alive(wrong)
-
-
-def test_a_killed_process_that_nobody_reaped_is_dead():
-    code = (
-        "import time; from vinedresser.workspace.commit import this_process\n"
-        "print(this_process(), flush=True); time.sleep(99)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
-        owner = child.stdout.readline().strip()
-        assert is_alive(owner)
-        child.kill()
-        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
-            pass
-        assert not is_alive(owner)
 
 
 # Failing disks.

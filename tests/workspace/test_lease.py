@@ -1,116 +1,192 @@
-"""Who may try a run again, and who is told that it is no use (fault T22)."""
+"""Leases on POSIX and on a store that has conditional writes only."""
 
 import json
-from collections.abc import Mapping
-from typing import Any
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
 
 import pytest
-import torch
 
-from tests.short_run import a_run, ending, experiment
-from vinedresser.errors import DamagedError, DivergedError, MachineError, TrainingError
-from vinedresser.training.outcome import run_folder
-from vinedresser.training.run import Run
-from vinedresser.workspace.lease import Attempt
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from vinedresser.errors import BusyError, MachineError
+from vinedresser.workspace import lease as module
+from vinedresser.workspace.lease import EXPIRY_SECONDS, Lease, leased
+from vinedresser.workspace.process import this_process
+from vinedresser.workspace.storage import POSIX, Storage
 
 
-@pytest.fixture(scope="module")
-def whole(reversal, tmp_path_factory) -> dict[str, Any]:
-    """How the run ends that nothing happens to."""
-    torch.set_num_threads(1)
-    run = a_run(experiment(reversal), reversal, tmp_path_factory.mktemp("whole"))
-    return ending(run, run.execute())
+class Bucket:
+    """An object store in memory: whole objects and conditional writes."""
+
+    def __init__(self) -> None:
+        self._objects: dict[Path, bytes] = {}
+        self._server = Lock()
+
+    def read(self, path: Path) -> bytes | None:
+        return self._objects.get(path)
+
+    def write(self, path: Path, content: bytes) -> None:
+        self._objects[path] = content
+
+    def replace(self, path: Path, content: bytes, *, expected: bytes | None) -> bool:
+        with self._server:
+            is_expected = self._objects.get(path) == expected
+            if is_expected:
+                self._objects[path] = content
+            return is_expected
+
+    def publish(self, staging: Path, target: Path) -> bool:
+        """Upload the files first, then the manifest, if there is none."""
+        if self.read(target / "manifest.json") is not None:
+            return False
+        manifest = (staging / "manifest.json").read_bytes()
+        for path in staging.rglob("*"):
+            if path.is_file() and path != staging / "manifest.json":
+                self._objects[target / path.relative_to(staging)] = path.read_bytes()
+        return self.replace(target / "manifest.json", manifest, expected=None)
 
 
-def test_t22_the_same_failure_three_times(reversal, whole, tmp_path):
-    """Counted in the run's folder: each attempt is a new process as far as it can tell."""
-    config = experiment(reversal)
+@pytest.fixture(params=["posix", "bucket"])
+def storage(request) -> Storage:
+    return POSIX if request.param == "posix" else Bucket()
 
-    def failing(step: int, reason: str) -> Run:
-        run = a_run(config, reversal, tmp_path)
 
-        def spoil(gradient: torch.Tensor) -> torch.Tensor:
-            if run.step + 1 == step:
-                raise ValueError(reason)
-            return gradient
+def holder(path: Path, storage: Storage, *, process: str, seconds_ago: float = 0.0) -> Lease:
+    """A lease as another process would have left it."""
+    lease = Lease(path, storage=storage)
+    assert lease.take()
+    fields = json.loads(storage.read(path))
+    fields |= {"process": process, "heartbeat": str(time.time() - seconds_ago)}
+    storage.write(path, json.dumps(fields).encode())
+    return lease
 
-        next(iter(run.model.parameters())).register_hook(spoil)
-        return run
 
-    # Another step or another reason is no poison.
-    for step, reason in ((8, "no"), (8, "no"), (9, "no"), (8, "yes"), (8, "no"), (8, "no")):
-        with pytest.raises(ValueError, match=reason):
-            failing(step, reason).execute()
-    with pytest.raises(ValueError, match="no"):
-        failing(8, "no").execute()
-    folder = run_folder(config, reversal, tmp_path)
-    before = {path.relative_to(folder) for path in folder.rglob("*")}
-    said = r"failed 3 times after step 7 with: ValueError: no\. Fix: .* the next command tries"
-    with pytest.raises(TrainingError, match=said) as caught:
-        failing(8, "no").execute()
-    assert caught.value.exit_code == 4
-    assert "--from-scratch" not in caught.value.args[0]
-    # Said once, and nothing else is touched: the next three may try, and no more.
-    after = {path.relative_to(folder) for path in folder.rglob("*")}
-    assert {str(path) for path in before ^ after} == {"failures.json"}
-    for _ in range(3):
-        with pytest.raises(ValueError, match="no"):
-            failing(8, "no").execute()
-    with pytest.raises(TrainingError, match=said):
-        failing(8, "no").execute()
-    # Mended in code, which the run is not named by: it goes on from its checkpoint.
-    again = a_run(config, reversal, tmp_path)
-    assert (folder / "checkpoints" / "step-00000005").is_dir()
-    assert ending(again, again.execute()) == whole
+def test_one_holder_at_a_time(tmp_path, storage):
+    one, two = (Lease(tmp_path / "deep" / "lease", storage=storage) for _ in range(2))
+    assert one.take()
+    assert not two.take()
+    assert (one.is_current(), two.is_current()) == (True, False)
+    one.require_current()
+    assert one.beat()
+    one.release()
+    assert two.take()
+    assert not one.is_current()
+    with pytest.raises(BusyError, match="a later start has taken over"):
+        one.require_current()
+
+
+def test_of_many_that_try_at_once_one_succeeds(tmp_path, storage):
+    leases = [Lease(tmp_path / "lease", storage=storage) for _ in range(16)]
+    with ThreadPoolExecutor(16) as threads:
+        assert sum(threads.map(Lease.take, leases)) == 1
+
+
+def test_a_lease_that_was_taken_over_is_lost(tmp_path, storage):
+    path = tmp_path / "lease"
+    old, new = Lease(path, storage=storage), Lease(path, storage=storage)
+    assert old.take()
+    assert new.take(force=True)
+    with pytest.raises(BusyError, match="writes no more"):
+        old.require_current()
+    # A late heartbeat or release of the old holder changes nothing.
+    assert not old.beat()
+    old.release()
+    new.require_current()
+
+
+def test_a_dead_process_of_this_host_holds_nothing(tmp_path, storage):
+    host, pid, started = this_process().split("~")
+    holder(tmp_path / "lease", storage, process=f"{host}~{pid}~{int(started) - 100}")
+    assert Lease(tmp_path / "lease", storage=storage).take()
+
+
+def test_a_process_of_another_host_holds_until_its_heartbeats_stop(tmp_path, storage):
+    for name, seconds, is_free in (
+        ("beating", EXPIRY_SECONDS / 2, False), ("silent", EXPIRY_SECONDS + 1, True),
+    ):  # fmt: skip
+        old = holder(tmp_path / name, storage, process="elsewhere.1~1~1", seconds_ago=seconds)
+        new = Lease(tmp_path / name, storage=storage)
+        assert new.take() is is_free
+        assert old.is_current() is not is_free
+
+
+def test_a_folder_is_published_once_and_whole(tmp_path, storage):
+    target = tmp_path / "target"
+    for name in ("first", "second"):
+        staging = tmp_path / name
+        (staging / "deep").mkdir(parents=True)
+        (staging / "deep" / "file").write_text(name)
+        (staging / "manifest.json").write_text("{}")
+        assert storage.publish(staging, target) is (name == "first")
+    assert storage.read(target / "deep" / "file") == b"first"
+    assert storage.read(target / "manifest.json") == b"{}"
+    assert storage.read(target / "other") is None
 
 
 @pytest.mark.parametrize(
-    "error",
-    [OSError(116, "Stale file handle"), DamagedError("a shard"), MachineError("no space")],
-    ids=lambda error: type(error).__name__,
+    "content", [b"", b"{", b"[]", b"3", b"\xff", b'{"token": 1, "heartbeat": "x"}']
 )
-def test_t22_what_passes_outside_of_the_run_is_no_poison(reversal, whole, tmp_path, error):
-    """A mount that was away for three attempts and is back."""
-    config = experiment(reversal)
-
-    def away(values: Mapping[str, Any]) -> None:
-        raise error
-
-    for _ in range(3):
-        with pytest.raises(type(error)):
-            a_run(config, reversal, tmp_path, away).execute()
-    again = a_run(config, reversal, tmp_path)
-    assert ending(again, again.execute()) == whole
+def test_a_damaged_lease_is_free(tmp_path, storage, content):
+    storage.write(tmp_path / "lease", content)
+    assert Lease(tmp_path / "lease", storage=storage).take()
 
 
-def test_t22_checkpoints_that_are_brought_back_are_used(reversal, whole, tmp_path):
-    """None was whole for three commands; then a copy of one is put where it was."""
-    config = experiment(reversal)
-
-    def stop(values: Mapping[str, Any]) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        a_run(config, reversal, tmp_path, stop).execute()
-    (path,) = run_folder(config, reversal, tmp_path).glob("checkpoints/*/model.safetensors")
-    content = path.read_bytes()
-    path.write_bytes(content[:-1])
-    for _ in range(3):
-        with pytest.raises(DamagedError, match="no checkpoint is whole"):
-            a_run(config, reversal, tmp_path).execute()
-    path.write_bytes(content)
-    again = a_run(config, reversal, tmp_path)
-    assert ending(again, again.execute()) == whole
+def test_heartbeats_are_written_while_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
+    path = tmp_path / "lease"
+    with leased(path, "x"):
+        first = json.loads(path.read_bytes())["heartbeat"]
+        end = time.monotonic() + 10
+        while json.loads(path.read_bytes())["heartbeat"] == first and time.monotonic() < end:
+            time.sleep(0.005)
+        assert json.loads(path.read_bytes())["heartbeat"] != first
+    assert json.loads(path.read_bytes()) == {}
 
 
-def test_t22_the_reason_is_what_the_error_says(tmp_path):
-    def noted(error: Exception) -> str:
-        Attempt(tmp_path).failed(2, error)
-        return str(json.loads((tmp_path / "failures.json").read_text())[-1][1])
+def test_who_holds_it_is_named(tmp_path):
+    path = tmp_path / "lease"
+    with (
+        leased(path, "model m"),
+        pytest.raises(
+            BusyError,
+            match=rf"model m: in work by process {os.getpid()} on \S+; wait for it to end",
+        ),
+        leased(path, "model m"),
+    ):
+        pass
+    with (
+        leased(path, "model m"),
+        pytest.raises(BusyError, match="for 0 s; wait for it"),
+        leased(path, "model m", wait=0.2),
+    ):
+        pass
 
-    assert noted(RuntimeError("no kernel\nfor this")) == "RuntimeError: no kernel"
-    assert noted(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad")).endswith("position 0: bad")
-    assert noted(AssertionError()) == "AssertionError"
-    assert noted(DivergedError("step 7")) == "DivergedError: step 7"
+
+def test_who_waits_gets_it_when_the_holder_is_killed(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from vinedresser.workspace.lease import leased\n"
+        "with leased(Path(sys.argv[1]), 'x'):\n"
+        "    print('held', flush=True); time.sleep(99)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "lease")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "held\n"
+        with pytest.raises(BusyError), leased(tmp_path / "lease", "x"):
+            pass
+        child.send_signal(signal.SIGKILL)
+        with leased(tmp_path / "lease", "x", wait=None) as lease:
+            lease.require_current()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(MachineError, match="a file is in the way"),
+        leased(tmp_path / "file" / "lease", "x"),
+    ):
+        pass

@@ -18,13 +18,13 @@ from vinedresser.data.tokenizers.tokenizer import (
 )
 from vinedresser.errors import DamagedError, DataError
 from vinedresser.workspace.commit import (
-    beside,
     commit,
     differing,
     digest_of,
-    mend,
     quarantine,
     read_manifest,
+    repair,
+    staging,
     verify,
 )
 
@@ -139,11 +139,11 @@ def _repaired(folder: Path, task: Task, corpus: Corpus) -> list[str]:
         return []
     if extra or not set(damaged) <= shards:
         return []
-    with beside(folder) as out:
+    with staging(folder) as out:
         written = build_again(task, corpus, folder, out, damaged)
         if any(written.get(name) != manifest.files[name][1] for name in damaged):
             return []
-        mend(folder, damaged, out)
+        repair(folder, damaged, out)
     return damaged
 
 

@@ -5,8 +5,6 @@ deaths in a week of progress are too many for it. Here what counts is progress: 
 new checkpoint in between, kept in the run's folder (fault T22), and hangs at one step (fault T10).
 """
 
-import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from ray.train.v2.api.config import FailureConfig
 from vinedresser.errors import MachineError, TrainingError, VinedresserError
 from vinedresser.training.run import RolledBackError
 from vinedresser.training.watchdog import Hang, forget, hangs
-from vinedresser.workspace.commit import write_file
-from vinedresser.workspace.lease import forget_failures
+from vinedresser.workspace.history import RunHistory
+from vinedresser.workspace.layout import RunFolder, checkpoint_step
 
 # Deaths of workers in a row without a new checkpoint: the first may be an accident, the second a
 # coincidence.
@@ -59,7 +57,7 @@ class OwnPolicy(FailurePolicy):
             return is_startup and self._left > 0
         if _stuck(self._folder) is not None:
             return False
-        return len(_note_death(self._folder)) < _DEATHS
+        return _deaths(RunFolder(self._folder)) < _DEATHS
 
 
 def _failures(error: BaseException) -> list[BaseException]:
@@ -76,15 +74,10 @@ def _stuck(folder: Path) -> Hang | None:
     return None
 
 
-def _note_death(folder: Path) -> list[int]:
-    """Adds a death to those since the newest checkpoint; returns them, a checkpoint's step each."""
-    names = sorted(path.name for path in (folder / "checkpoints").glob("step-????????"))
-    newest = int(names[-1].removeprefix("step-")) if names else 0
-    path, before = folder / "deaths.json", []
-    with contextlib.suppress(OSError, ValueError):
-        before = [step for step in json.loads(path.read_text()) if step == newest]
-    write_file(path, json.dumps([*before, newest]) + "\n")
-    return [*before, newest]
+def _deaths(run: RunFolder) -> int:
+    """Note a death; return the number of deaths since the newest checkpoint."""
+    paths = sorted(run.checkpoints.glob("step-????????"))
+    return RunHistory(run.history).add_death(checkpoint_step(paths[-1]) if paths else 0)
 
 
 def cause(error: Exception, folder: Path) -> VinedresserError:
@@ -106,15 +99,14 @@ def cause(error: Exception, folder: Path) -> VinedresserError:
             "goes on when it has, or with fewer compute.workers"
         )
     said = str(failures[0] if failures else error).strip() or type(error).__name__
-    with contextlib.suppress(OSError, ValueError):
-        deaths = json.loads((folder / "deaths.json").read_text())
-        (folder / "deaths.json").unlink()
-        forget_failures(folder)  # what the other ranks said of the same deaths
-        if len(deaths) >= _DEATHS:
-            return TrainingError(
-                f"{folder.name}: workers died {len(deaths)} times without a checkpoint after step "
-                f"{deaths[-1]}; look into memory and the system's log. Last: {_first_line(said)}"
-            )
+    history = RunHistory(RunFolder(folder).history)
+    if deaths := history.take_deaths():
+        history.forget_failures()  # of other ranks, by the same deaths
+    if len(deaths) >= _DEATHS:
+        return TrainingError(
+            f"{folder.name}: workers died {len(deaths)} times without a checkpoint after step "
+            f"{deaths[-1]}; look into memory and the system's log. Last: {_first_line(said)}"
+        )
     return TrainingError(f"{folder.name}: {_first_line(said)}")
 
 

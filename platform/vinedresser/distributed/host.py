@@ -10,7 +10,8 @@ from vinedresser.errors import InterruptedRunError, TrainingError
 from vinedresser.training.outcome import Outcome, clear, finished, run_folder, tell_changes
 from vinedresser.training.progress import Tell, untold
 from vinedresser.training.run import Report
-from vinedresser.workspace.lease import held, stopping_politely, was_asked
+from vinedresser.workspace.layout import RunFolder
+from vinedresser.workspace.lease import leased, stopping_politely, was_asked
 
 
 def train(
@@ -47,7 +48,8 @@ def train(
     if outcome is not None and not from_scratch:
         report(outcome.final_report)
         return outcome
-    with held(folder, wait=site.kind != "train"), stopping_politely(folder):
+    lease, wait = RunFolder(folder).command_lease, 0.0 if site.kind == "train" else None
+    with leased(lease, str(folder), wait=wait), stopping_politely(folder):
         if from_scratch:
             clear(folder)
         if site.kind == "train":

@@ -5,16 +5,17 @@ import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from vinedresser.config.study import Study
 from vinedresser.distributed import Site
-from vinedresser.errors import BusyError, InterruptedRunError, MachineError, TrainingError
+from vinedresser.errors import InterruptedRunError, MachineError, TrainingError
 from vinedresser.sweep.journal import counted, open_study
 from vinedresser.sweep.outcome import SweepOutcome, TrialRow, rank
 from vinedresser.sweep.trials import Say, run_trials, searcher_for
 from vinedresser.tracking import Tracker, end_children, ending, open_run
-from vinedresser.workspace.commit import digest_of, make_folder, verify, write_file
+from vinedresser.workspace.commit import digest_of, verify
+from vinedresser.workspace.layout import RunFolder, SweepFolder, Workspace
+from vinedresser.workspace.lease import leased
+from vinedresser.workspace.storage import read_json, write_file
 
 _log = logging.getLogger("vinedresser")
 
@@ -32,26 +33,17 @@ def sweep(study: Study, site: Site, *, shards_digest: str, say: Say) -> SweepOut
         # By content in the place of its path, as in the key of a run.
         content["base"] = {**content["base"], "init": verify(Path(study.base.init)).digest}
     key = digest_of(content)
-    folder = Path(site.workspace) / "sweeps" / f"{study.name}-{key[:12]}"
-    make_folder(folder)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise BusyError(f"sweep {folder.name} is run by another process; wait for it") from None
-    try:
+    folder = Workspace(Path(site.workspace)).sweep(study.name, key)
+    with leased(folder.lease, f"sweep {folder.name}"):
         return _finished(folder, Path(site.workspace), say) or _sweep(study, site, folder, key, say)
-    finally:
-        lock.release()
 
 
-def _finished(folder: Path, workspace: Path, say: Say) -> SweepOutcome | None:
-    try:
-        plain = json.loads((folder / "outcome.json").read_text())
-    except (OSError, ValueError):
+def _finished(folder: SweepFolder, workspace: Path, say: Say) -> SweepOutcome | None:
+    plain = read_json(folder.outcome)
+    if plain is None:
         return None
     trials = [_present(TrialRow(**row), workspace) for row in plain.pop("trials")]
-    outcome = SweepOutcome(**{**plain, "folder": str(folder)}, trials=trials)
+    outcome = SweepOutcome(**{**plain, "folder": str(folder.path)}, trials=trials)
     if not all(Path(trial.bundle).is_dir() for trial in outcome.complete):
         return None
     say(f"{folder.name}: unchanged, {len(trials)} trials known")
@@ -63,14 +55,14 @@ def _present(trial: TrialRow, workspace: Path) -> TrialRow:
     if not trial.bundle:
         return trial
     run = Path(trial.bundle).parent.name
-    return replace(trial, bundle=str(workspace / "runs" / run / "bundle"))
+    return replace(trial, bundle=str(RunFolder(Workspace(workspace).runs / run).bundle))
 
 
-def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepOutcome:
+def _sweep(study: Study, site: Site, folder: SweepFolder, key: str, say: Say) -> SweepOutcome:
     metric = study.base.task.metric
     tracker = _open_parent(study, site, folder, key)
     with ending(tracker):
-        storage, opened = open_study(folder, study, metric)
+        storage, opened = open_study(folder.path, study, metric)
         done = len(counted(opened.get_trials(deepcopy=False)))
         if done:
             say(f"{folder.name}: {done} of {study.num_trials} trials known, going on")
@@ -78,7 +70,7 @@ def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepO
             children = Site(site.shards, site.workspace, site.store, tracker.run_id, site.kind)
             try:
                 count = study.num_trials - done
-                run_trials(study, children, folder, searcher_for(study, storage), count, say)
+                run_trials(study, children, folder.path, searcher_for(study, storage), count, say)
             finally:
                 _end_trials(children)
         ranked = rank(counted(opened.get_trials()), metric)
@@ -88,7 +80,7 @@ def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepO
                 f"{folder.name}: stopped after {len(trials)} of {study.num_trials} trials; the "
                 "same command goes on"
             )
-        outcome = SweepOutcome(key, str(folder), metric, trials, tracker.run_id)
+        outcome = SweepOutcome(key, str(folder.path), metric, trials, tracker.run_id)
         if not outcome.complete:
             reasons = sorted({t.reason for t in trials if t.reason})
             raise TrainingError(
@@ -96,7 +88,7 @@ def _sweep(study: Study, site: Site, folder: Path, key: str, say: Say) -> SweepO
                 f"({'; '.join(reasons[:3])}); widen the space or lower optim.lr"
             )
         plain = {**asdict(outcome), "trials": [asdict(trial) for trial in trials]}
-        write_file(folder / "outcome.json", json.dumps(plain, indent=1) + "\n")
+        write_file(folder.outcome, json.dumps(plain, indent=1) + "\n")
         _summarise(tracker, outcome)
     return outcome
 
@@ -110,7 +102,7 @@ def _end_trials(site: Site) -> None:
             _log.warning("%s; stopped trials may stay RUNNING there", error.args[0])
 
 
-def _open_parent(study: Study, site: Site, folder: Path, key: str) -> Tracker:
+def _open_parent(study: Study, site: Site, folder: SweepFolder, key: str) -> Tracker:
     return open_run(
         site.store,
         key=key[:12],
@@ -120,7 +112,7 @@ def _open_parent(study: Study, site: Site, folder: Path, key: str) -> Tracker:
         tags={
             "vinedresser.kind": "sweep",
             "vinedresser.metric": study.base.task.metric,
-            "vinedresser.folder": str(folder),
+            "vinedresser.folder": str(folder.path),
             "vinedresser.task": study.base.task.name,
             "vinedresser.space": ", ".join(study.space),
         },

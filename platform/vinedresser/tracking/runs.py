@@ -23,7 +23,7 @@ from vinedresser.tracking.store import (
     server_errors,
 )
 from vinedresser.tracking.tracker import NullTracker
-from vinedresser.workspace.commit import is_alive, this_process
+from vinedresser.workspace.process import is_alive, this_process
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,14 +11,15 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
-from vinedresser.errors import BusyError, ConfigError, MachineError
+from vinedresser.errors import ConfigError, MachineError
 from vinedresser.tracking.moved import follow
+from vinedresser.workspace.layout import Workspace
+from vinedresser.workspace.lease import Lease, leased
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -83,7 +84,7 @@ def store_for(workspace: Path, experiment: str) -> Store:
             cannot name.
     """
     root = workspace.absolute()
-    locks = root / ".locks"
+    folder = Workspace(root)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri:
         scheme = uri.partition(":")[0].partition("+")[0]
@@ -92,10 +93,11 @@ def store_for(workspace: Path, experiment: str) -> Store:
                 f"MLFLOW_TRACKING_URI is of kind {scheme}, MLflow writes to {', '.join(SCHEMES)}; "
                 "unset it to use the workspace's own database"
             )
-        return Store(uri, experiment, None, locks)
+        return Store(uri, experiment, None, folder.leases)
     if set(str(root)) & set("?#%"):
         raise ConfigError(f"{root}: a workspace's path holds none of ? # %; name another folder")
-    return Store(f"sqlite:///{root}/mlflow.db", experiment, (root / "mlartifacts").as_uri(), locks)
+    artifacts = folder.artifacts.as_uri()
+    return Store(f"{_SQLITE}{folder.database}", experiment, artifacts, folder.leases)
 
 
 def _environment() -> None:
@@ -117,26 +119,14 @@ def connect(store: Store) -> "MlflowClient":
     return MlflowClient(tracking_uri=store.uri, registry_uri=store.uri)
 
 
-@contextlib.contextmanager
-def locked(store: Store, name: str, *, seconds: float) -> Iterator[None]:
-    """Holds a named lock of the workspace.
+def locked(store: Store, name: str, *, seconds: float) -> AbstractContextManager[Lease]:
+    """Hold a named lease of the workspace.
 
     Raises:
         BusyError: another process held it for all of `seconds`.
     """
-    store.locks.mkdir(parents=True, exist_ok=True)
-    path = store.locks / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.lock"
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        raise BusyError(
-            f"{name} is held by another process for {seconds:.0f} s; run the same command later"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    path = store.locks / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
+    return leased(path, name, wait=seconds)
 
 
 def why(error: BaseException, store: Store) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 
 from vinedresser.config import Experiment
 from vinedresser.data.shards import ShardSet
-from vinedresser.workspace.commit import digest_of, is_committed, verify, write_file
+from vinedresser.workspace.commit import digest_of, is_committed, verify
+from vinedresser.workspace.storage import write_file
 
 _log = logging.getLogger("vinedresser")
 

@@ -46,8 +46,10 @@ from vinedresser.training.outcome import Outcome, run_key
 from vinedresser.training.progress import Tell, Teller, untold
 from vinedresser.training.step import Step, training_steps
 from vinedresser.training.watchdog import JUDGING, STORING, Clock, Pace
-from vinedresser.workspace.commit import write_file
-from vinedresser.workspace.lease import Attempt, StopRequest, roll_back, rollbacks
+from vinedresser.workspace.history import RunHistory
+from vinedresser.workspace.layout import RunFolder
+from vinedresser.workspace.lease import Lease, StopRequest
+from vinedresser.workspace.storage import write_file
 
 _log = logging.getLogger("vinedresser")
 
@@ -80,7 +82,8 @@ class Run:
         self.batches = Batches(shards, experiment.batch, seed=experiment.seed)
         self.teller = Teller(tell, experiment, batches_an_epoch=self.batches.per_epoch)
         self.should_stop = StopRequest(folder)
-        self.attempt: Attempt | None = None
+        self.lease = Lease(RunFolder(folder).writer_lease)
+        self.history = RunHistory(RunFolder(folder).history)
         self.clock = Clock(
             folder,
             rank=device.rank,
@@ -88,7 +91,7 @@ class Run:
             seconds=experiment.compute.hang_seconds,
         )
         self.pace = Pace(rank=device.rank, workers=device.world_size)
-        self.rollbacks = rollbacks(folder)
+        self.rollbacks = self.history.rollbacks
         self.tokenizers = tokenizers(shards)
         seed_step(experiment.seed, 0, 0)
         joint = shards.task.has_joint_vocabulary
@@ -131,12 +134,13 @@ class Run:
 
         Raises:
             InterruptedRunError: asked to stop; there is a checkpoint.
-            BusyError: a later attempt has taken over.
+            BusyError: a later start has taken over.
             RolledBackError: diverged, and the next Run may go on from the last checkpoint.
             TrainingError: diverged, or failed before in the same way.
         """
         if self.device.rank == 0:
-            self.attempt = Attempt(self.folder)
+            self.history.require_progress()
+            self.lease.take(force=True)
         try:
             return self._execute()
         except (BusyError, InterruptedRunError, MachineError):
@@ -147,12 +151,12 @@ class Run:
                 self.diagnosis.diverged(error.args[0], self.step, is_finite=is_finite)
             allowed = self.experiment.optim.rollbacks
             if isinstance(error, DivergedError) and self.rollbacks < allowed:
-                roll_back(self.folder, done=self.rollbacks, reason=error.args[0])
+                self.history.add_rollback(done=self.rollbacks, reason=error.args[0])
                 raise RolledBackError(
                     f"{error.args[0]}; rollback {self.rollbacks + 1} of {allowed}"
                 ) from error
-            if self.attempt is not None:
-                self.attempt.failed(self.step, error)
+            if self.device.rank == 0:
+                self.history.add_failure(self.step, error)
             raise
 
     def _execute(self) -> Outcome | None:
@@ -269,8 +273,7 @@ class Run:
             self.report({})
 
     def _checkpoint(self, step: int) -> None:
-        assert self.attempt is not None
-        self.attempt.require_current()
+        self.lease.require_current()
         checkpoint = Checkpoint(
             step,
             {
@@ -346,8 +349,7 @@ class Run:
         return checkpoint.step
 
     def _finish(self) -> Outcome:
-        assert self.attempt is not None
-        self.attempt.require_current()
+        self.lease.require_current()
         metric = self.experiment.task.metric
         scores = {
             "metric": metric,

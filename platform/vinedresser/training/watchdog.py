@@ -22,7 +22,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from vinedresser.workspace.commit import make_folder
+from vinedresser.workspace.storage import make_folder
 
 # A clock does not run out before so many times the longest update so far.
 _LONGEST = 10.0

@@ -1,20 +1,17 @@
-"""One way to write a folder, one way to read it back: existence means completeness.
+"""Committed folders: existence means completeness.
 
-`commit` stages beside the target, syncs every file, writes `manifest.json` with size and SHA-256
-of each file last, and renames the folder into place. `verify` hashes before anybody parses.
-Shards, checkpoints and bundles are all written and read by these two functions. Plain Parquet
-read back wrong data without an error for 21 of 60 mutated files, safetensors for 100 of 100
-payload bit flips; with the manifest it is none.
+`commit` writes into a staging folder, syncs every file, writes `manifest.json` with size and
+SHA-256 of each file last, and publishes the folder at once. `verify` hashes before anything is
+parsed. Shards, checkpoints and bundles are all written and read by these two functions. Plain
+Parquet read back wrong data without an error for 21 of 60 mutated files, safetensors for 100 of
+100 payload bit flips; with the manifest it is none.
 """
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
-import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,21 +19,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
+from vinedresser.errors import DamagedError
+from vinedresser.workspace.process import is_alive, this_process
+from vinedresser.workspace.storage import (
+    MANIFEST,
+    POSIX,
+    disk_errors,
+    make_folder,
+    sync,
+    write_whole,
+)
 
-from vinedresser.errors import DamagedError, MachineError
-
-MANIFEST = "manifest.json"
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed folder holds.
+    """Content of a committed folder.
 
     Attributes:
         files: relative POSIX path -> (bytes, SHA-256 in hex).
-        meta: whatever the writer wanted to say about the content; plain JSON.
+        meta: the writer's description of the content; plain JSON.
         digest: SHA-256 of the manifest's content, hence of everything in the folder.
     """
 
@@ -54,118 +57,23 @@ class Staging:
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN. Digests are taken of it."""
+    """Return the JSON text that digests are taken of: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 in hex of a plain JSON value."""
+    """Return the SHA-256 in hex of a plain JSON value."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 in hex of a file's bytes, read in pieces."""
+    """Return the SHA-256 in hex of a file's bytes, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    """Turns what a disk can answer into one line with a fix; everything else passes."""
-    try:
-        yield
-    except OSError as error:
-        fixes = {
-            errno.ENOSPC: "the disk is full; free space and run the same command again",
-            errno.EDQUOT: "the quota is used up; free space and run the same command again",
-            errno.EROFS: "the file system is read-only; name another workspace",
-            errno.EACCES: "permission denied; name another workspace or change its owner",
-            errno.EIO: "the disk reports an input/output error; name another disk",
-            errno.EFBIG: "the file size limit (ulimit -f) is too small; raise it",
-        }
-        if error.errno not in fixes:
-            raise
-        raise MachineError(f"{_blamed(error, target)}: {fixes[error.errno]}") from error
-
-
-def _blamed(error: OSError, target: Path) -> str:
-    """The file that the error names, unless it is a part of what is being written to the target."""
-    named = error.filename if isinstance(error.filename, str) else ""
-    return named if named and not named.startswith(f"{target.parent}/") else str(target)
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder with its parents, unless it is there.
-
-    Raises:
-        MachineError: a file is in the way, or the disk does not let us.
-    """
-    with _disk_errors(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise MachineError(
-                f"{folder}: a file is in the way; move it or name another workspace"
-            ) from None
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes one file so that readers see the old content or the new, never a part of it."""
-    with _disk_errors(path):
-        make_folder(path.parent)
-        _write_file(path, content.encode() if isinstance(content, str) else content)
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def this_process() -> str:
-    """host~pid~start: names the running process so that `is_alive` can judge it later.
-
-    The start time keeps a pid that was given away from being taken for its old owner.
-    """
-    started = int(psutil.Process().create_time())
-    return f"{socket.gethostname()}~{os.getpid()}~{started}"
-
-
-def is_alive(owner: str) -> bool:
-    """Whether the process that `this_process` named lives. Another host's is taken to be alive."""
-    try:
-        host, pid, started = owner.rsplit("~", 2)
-    except ValueError:
-        return False
-    if host != socket.gethostname():
-        return True
-    try:
-        process = psutil.Process(int(pid))
-        # A killed process that nobody reaps, as in a container without an init, stays a zombie.
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return abs(process.create_time() - int(started)) < 2
-    except (psutil.Error, ValueError, OverflowError):
-        return False
-
-
 def _remove_abandoned(target: Path) -> None:
-    """Clears the staging folders that killed writers of this target left behind."""
+    """Remove the staging folders that killed writers of this target left behind."""
     prefix = f".{target.name}.tmp-"
     for left in target.parent.glob(f"{glob.escape(prefix)}*"):
         if not is_alive(left.name.removeprefix(prefix).rsplit("~", 1)[0]):
@@ -176,7 +84,7 @@ def _seal(staging: Staging) -> None:
     files = {}
     (staging.path / MANIFEST).unlink(missing_ok=True)  # of a committed folder that was copied in
     for path in sorted(p for p in staging.path.rglob("*") if p.is_file() or p.is_dir()):
-        _sync(path)
+        sync(path)
         if path.is_dir():
             continue
         name = path.relative_to(staging.path).as_posix()
@@ -184,17 +92,17 @@ def _seal(staging: Staging) -> None:
     content = {"schema": SCHEMA, "files": files, "meta": staging.meta}
     content["digest"] = digest_of(content)
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    _write_file(staging.path / MANIFEST, text.encode())
+    write_whole(staging.path / MANIFEST, text.encode())
 
 
 @contextlib.contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A folder to write into beside the target, gone at the end; a killed writer's is cleared.
+def staging(target: Path) -> Iterator[Path]:
+    """Make a temporary folder on the target's file system; those of killed writers are removed.
 
     Raises:
         MachineError: no space, no permission, a read-only or failing disk.
     """
-    with _disk_errors(target):
+    with disk_errors(target):
         make_folder(target.parent)
         _remove_abandoned(target)
         path = target.parent / f".{target.name}.tmp-{this_process()}~{uuid.uuid4().hex[:8]}"
@@ -207,51 +115,43 @@ def beside(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def commit(target: Path) -> Iterator[Staging]:
-    """Writes a folder that is either absent or complete.
+    """Write a folder that is either absent or complete.
 
     The first writer of a target wins; a second one that finishes later leaves it untouched, which
     is right for content-addressed names. An error inside the block leaves nothing behind.
 
     Raises:
         MachineError: no space, no permission, a read-only or failing disk.
-        DamagedError: the target is there already, and not as a committed folder.
+        DamagedError: the target exists already, and not as a committed folder.
     """
-    with beside(target) as path:
-        staging = Staging(path)
-        yield staging
-        _seal(staging)
-        try:
-            path.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            if not is_committed(target):
-                raise DamagedError(
-                    f"{target}: exists without a {MANIFEST}; move it out of the way"
-                ) from None
-        _sync(target.parent)
+    with staging(target) as path:
+        written = Staging(path)
+        yield written
+        _seal(written)
+        if not POSIX.publish(path, target) and not is_committed(target):
+            raise DamagedError(f"{target}: exists without a {MANIFEST}; move it out of the way")
 
 
-def mend(folder: Path, names: Sequence[str], source: Path) -> None:
-    """Puts files of another folder in the place of damaged ones; each is whole at any moment.
+def repair(folder: Path, names: Sequence[str], source: Path) -> None:
+    """Replace damaged files by those of another folder; each is whole at any moment.
 
     Raises:
-        MachineError: the disk does not let us.
+        MachineError: the disk refuses.
     """
-    with _disk_errors(folder):
+    with disk_errors(folder):
         for name in names:
-            _sync(source / name)
+            sync(source / name)
             (source / name).replace(folder / name)
-        _sync(folder)
+        sync(folder)
 
 
 def is_committed(folder: Path) -> bool:
-    """Whether a folder was committed; says nothing about damage since (`verify` does)."""
+    """Return whether a folder was committed; `verify` finds damage since."""
     return (folder / MANIFEST).is_file()
 
 
 def verify(folder: Path) -> Manifest:
-    """Reads a committed folder's manifest and hashes every file against it.
+    """Read a committed folder's manifest and hash every file against it.
 
     Raises:
         DamagedError: no manifest, or a file is missing, extra, of another size or content.
@@ -270,14 +170,14 @@ def verify(folder: Path) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads a committed folder's manifest and compares it with its own digest, no file with it.
+    """Read a committed folder's manifest and compare it with its own digest; no file is hashed.
 
     Raises:
-        DamagedError: there is none, or it is damaged.
+        DamagedError: the manifest is absent or damaged.
     """
     path = folder / MANIFEST
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise DamagedError(f"{folder}: no {MANIFEST}; the folder is incomplete") from None
@@ -297,8 +197,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def differing(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """Files that are missing or of another size or content, and files that nobody named."""
-    with _disk_errors(folder):
+    """Return damaged or missing files, and files that the manifest does not list."""
+    with disk_errors(folder):
         present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
         damaged = [
             name
@@ -311,7 +211,8 @@ def differing(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:
 
 
 def quarantine(folder: Path) -> Path:
-    """Moves a damaged folder aside so that it can be looked at and is not read again."""
+    """Rename a damaged folder, so that it is kept for inspection and not read again."""
     aside = folder.with_name(f"{folder.name}.damaged-{int(time.time())}-{uuid.uuid4().hex[:4]}")
-    folder.rename(aside)
+    with disk_errors(folder):
+        folder.rename(aside)
     return aside

@@ -1,8 +1,11 @@
-"""Who works on a run's folder: one command at a time, one attempt at a time, politely stopped.
+"""Lease: an exclusive right, kept in a file by conditional writes.
 
-A run is resumed by whoever comes next, so its folder has to say who may write to it. The command
-holds a lock; each (re)start of its workers is an attempt with a token, and whoever finds another
-token than its own has been declared dead and must not write (faults T08, S10).
+One mechanism serves as lock between commands and as fence between (re)starts of a run. A lease
+holds a token that is new with each holder, the holder's process, and the time of its last
+heartbeat. It is free once it was released, once its process has died on this host, or once a
+holder on another host has missed its heartbeats. Who works without asking for exclusive access, as
+a restarted worker whose predecessor is believed dead, takes the lease over; the predecessor finds
+another token before its next write and stops (faults T08, S10).
 """
 
 import contextlib
@@ -17,59 +20,147 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from filelock import FileLock, Timeout
-
-from vinedresser.errors import (
-    BusyError,
-    DataError,
-    InterruptedRunError,
-    MachineError,
-    TrainingError,
-    VinedresserError,
-)
-from vinedresser.workspace.commit import make_folder, this_process, write_file
+from vinedresser.errors import BusyError, InterruptedRunError
+from vinedresser.workspace.process import is_alive, shown, this_host, this_process
+from vinedresser.workspace.storage import POSIX, Storage
 
 _log = logging.getLogger("vinedresser")
 
-# What a scheduler sends, and what a user's Ctrl-C does.
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-# The same failure at the same step so many times in a row is no accident (fault T22).
-_POISON = 3
-# Passes, or is mended, outside of the run: a mount that is away, a checkpoint to be brought back.
-_OUTSIDE = (OSError, DataError, MachineError)
-_STOP = "stop"
-_ROLLBACKS = "rollbacks.json"
-_FAILURES = "failures.json"
-# How often a run looks whether it shall stop: a look costs some microseconds, on NFS more.
-_LOOK_SECONDS = 0.2
+HEARTBEAT_SECONDS = 30.0
+# Four heartbeats: a host whose clock or disk lags by a minute keeps its leases.
+EXPIRY_SECONDS = 120.0
+_POLL_SECONDS = 0.1
+
+
+class Lease:
+    """An exclusive right that is named by a file.
+
+    Attributes:
+        path: the file.
+        token: fencing token; empty until the lease is taken.
+    """
+
+    def __init__(self, path: Path, *, storage: Storage = POSIX) -> None:
+        self.path, self.token, self._storage = path, "", storage
+
+    def take(self, *, force: bool = False) -> bool:
+        """Take the lease if it is free; return whether it was.
+
+        Args:
+            force: take it over from whoever holds it.
+
+        Raises:
+            MachineError: the file cannot be written.
+        """
+        found = self._storage.read(self.path)
+        while force or self._is_free(_parsed(found)):
+            token = uuid.uuid4().hex
+            if self._storage.replace(self.path, _content(token), expected=found):
+                self.token = token
+                return True
+            found = self._storage.read(self.path)
+        return False
+
+    def is_current(self) -> bool:
+        """Return whether this lease was taken and neither released nor taken over since."""
+        token = _parsed(self._storage.read(self.path)).get("token")
+        return bool(self.token) and token == self.token
+
+    def require_current(self) -> None:
+        """Check the token; to be called before each write that must not come from a dead holder.
+
+        Raises:
+            BusyError: another holder has taken over.
+        """
+        if not self.is_current():
+            raise BusyError(
+                f"{self.path.parent}: a later start has taken over; this one writes no more"
+            )
+
+    def beat(self) -> bool:
+        """Note that the holder lives; return False if the lease was lost."""
+        return self._rewrite(_content(self.token))
+
+    def release(self) -> None:
+        """Free the lease, unless it was taken over."""
+        self._rewrite(b"{}\n")
+        self.token = ""
+
+    def holder(self) -> str:
+        """Return who holds the lease, for a message."""
+        process = _parsed(self._storage.read(self.path)).get("process", "")
+        return shown(process) if process else "another process"
+
+    def _rewrite(self, content: bytes) -> bool:
+        found = self._storage.read(self.path)
+        is_own = bool(self.token) and _parsed(found).get("token") == self.token
+        return is_own and self._storage.replace(self.path, content, expected=found)
+
+    @staticmethod
+    def _is_free(content: dict[str, str]) -> bool:
+        process = content.get("process", "")
+        if not is_alive(process):
+            return True
+        is_here = process.startswith(f"{this_host()}~")
+        return not is_here and time.time() - float(content["heartbeat"]) > EXPIRY_SECONDS
+
+
+def _content(token: str) -> bytes:
+    fields = {"token": token, "process": this_process(), "heartbeat": f"{time.time():.3f}"}
+    return (json.dumps(fields) + "\n").encode()
+
+
+def _parsed(content: bytes | None) -> dict[str, str]:
+    """Return the fields of a lease; none of a file that is absent, released or damaged."""
+    try:
+        fields = json.loads(content or b"{}")
+        float(fields.get("heartbeat", 0))
+    except (ValueError, TypeError, AttributeError):
+        return {}
+    return {str(key): str(value) for key, value in fields.items()}
 
 
 @contextlib.contextmanager
-def held(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Holds a run's folder; the lock of a dead process is free.
+def leased(path: Path, subject: str, *, wait: float | None = 0.0) -> Iterator[Lease]:
+    """Hold a lease, with heartbeats from a thread, until the block ends.
 
     Args:
-        folder: of the run.
-        wait: whether to wait for the holder to end, instead of refusing.
+        path: file of the lease.
+        subject: what is held, for the message.
+        wait: seconds to wait for another holder to end; None waits for as long as it takes.
 
     Raises:
-        BusyError: another command works on it.
+        BusyError: another process holds it.
+        MachineError: the file cannot be written.
     """
-    make_folder(folder)
-    lock = FileLock(folder / ".lock")
-    owner = folder / ".owner"
+    lease = Lease(path)
+    until = None if wait is None else time.monotonic() + wait
+    while not lease.take():
+        if until is not None and time.monotonic() >= until:
+            waited = f" for {wait:.0f} s" if wait else ""
+            raise BusyError(f"{subject}: in work by {lease.holder()}{waited}; wait for it to end")
+        time.sleep(_POLL_SECONDS)
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(HEARTBEAT_SECONDS) and lease.beat():
+            pass
+
+    thread = threading.Thread(target=keep, name="lease", daemon=True)
+    thread.start()
     try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        who = owner.read_text() if owner.is_file() else "another process"
-        raise BusyError(f"{folder}: in work by {who}; wait for it to end") from None
-    try:
-        host, pid, _ = this_process().rsplit("~", 2)
-        write_file(owner, f"process {pid} on {host}")
-        yield
+        yield lease
     finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
+        ended.set()
+        thread.join()
+        lease.release()
+
+
+# What a scheduler sends, and what a user's Ctrl-C does.
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+_STOP = "stop"
+# How often a run looks whether it shall stop: a look costs some microseconds, on NFS more.
+_LOOK_SECONDS = 0.2
 
 
 @contextlib.contextmanager
@@ -176,88 +267,3 @@ class StopRequest:
             self._next = now + _LOOK_SECONDS
             self._is_asked = _told_here.is_set() or was_asked(self._folder)
         return self._is_asked
-
-
-class Attempt:
-    """One attempt at a run. Beginning it ends the right of earlier ones to write.
-
-    A failure that comes back is refused before it costs anything, and once: being told resets the
-    count, because what was mended may be code, which no run is named by. A supervisor that starts
-    the same command for ever trains in three of four, from the last checkpoint to the same step;
-    the fourth ends at once. The exit code of the refusal, 4, is for it to end on.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Begins.
-
-        Raises:
-            TrainingError: the three attempts before failed in the same way at the same step; the
-                next one may begin.
-            MachineError: the folder cannot be written.
-        """
-        self._path, self._failures = folder / "attempt.json", folder / _FAILURES
-        last = _read(self._failures)[-_POISON:]
-        if len(last) == _POISON and all(entry == last[0] for entry in last):
-            step, reason = last[0]
-            forget_failures(folder)
-            raise TrainingError(
-                f"{folder.name} failed {_POISON} times after step {step} with: {reason}. Fix: mend "
-                "that, or change the experiment; the next command tries again from the last "
-                "checkpoint"
-            )
-        self._token = uuid.uuid4().hex
-        content = {"token": self._token, "process": this_process(), "pid": os.getpid()}
-        write_file(self._path, json.dumps(content) + "\n")
-
-    def require_current(self) -> None:
-        """Called before anything is written for good.
-
-        Raises:
-            BusyError: a later attempt has taken over.
-        """
-        try:
-            token = json.loads(self._path.read_text())["token"]
-        except (OSError, ValueError, KeyError):
-            token = None
-        if token != self._token:
-            raise BusyError(
-                f"{self._path.parent}: a later attempt has taken over; this one writes no more"
-            )
-
-    def failed(self, step: int, error: Exception) -> None:
-        """Notes how this attempt ended; the same again and again is refused by the next.
-
-        What data, disk or machine brought about is not noted: whoever mends it goes on at once.
-        """
-        if isinstance(error, _OUTSIDE):
-            return
-        said = error.args[0] if isinstance(error, VinedresserError) else str(error)
-        reason = ": ".join([type(error).__name__, *said.strip().splitlines()[:1]])
-        entries = [*_read(self._failures), [step, reason]]
-        with contextlib.suppress(Exception):  # the error itself matters more
-            write_file(self._failures, json.dumps(entries) + "\n")
-
-
-def forget_failures(folder: Path) -> None:
-    """Once they were told: the next attempt may begin."""
-    with contextlib.suppress(OSError):  # then it is told again
-        (folder / _FAILURES).unlink()
-
-
-def rollbacks(folder: Path) -> int:
-    """How often the run in a folder went back to its last checkpoint because it diverged (T02)."""
-    return len(_read(folder / _ROLLBACKS))
-
-
-def roll_back(folder: Path, *, done: int, reason: str) -> None:
-    """Notes one more than `done`; ranks that note the same one do so once."""
-    entries = _read(folder / _ROLLBACKS)[:done]
-    write_file(folder / _ROLLBACKS, json.dumps([*entries, [done + 1, reason]]) + "\n")
-
-
-def _read(path: Path) -> list[list[object]]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return []
-    return found if isinstance(found, list) else []

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from vinedresser.config.speech import Frames
 from vinedresser.data.tokenizers.flat import Flat
 from vinedresser.errors import ConfigError, DataError
-from vinedresser.workspace.commit import canonical_json, write_file
+from vinedresser.workspace.commit import canonical_json
+from vinedresser.workspace.storage import write_file
 
 # Kaldi's scale, that of 16-bit samples: at 1 a quiet band would lie below the logarithm's floor.
 _SCALE = 32768.0

@@ -26,7 +26,7 @@ from vinedresser.data.tokenizers.flat import (
 )
 from vinedresser.data.tokenizers.resampling import Resampler
 from vinedresser.errors import DataError
-from vinedresser.workspace.commit import write_file
+from vinedresser.workspace.storage import write_file
 
 # What SentencePiece makes of a space: no piece has it anywhere but at its beginning.
 _SPACE = "\u2581"

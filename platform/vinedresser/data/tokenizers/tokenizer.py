@@ -14,7 +14,8 @@ from vinedresser.data.tokenizers.flat import BOS, EOS, PAD, UNK, Flat, flattened
 from vinedresser.data.tokenizers.frames import Filterbank, load_filterbank
 from vinedresser.data.tokenizers.pieces import SentencePiece, train_pieces
 from vinedresser.errors import ConfigError, DataError
-from vinedresser.workspace.commit import canonical_json, write_file
+from vinedresser.workspace.commit import canonical_json
+from vinedresser.workspace.storage import write_file
 
 __all__ = [
     "BOS",

@@ -1,0 +1,173 @@
+"""Storage: the few operations that a workspace needs, and their POSIX implementation.
+
+`Storage` is what an object store can offer too: whole files, conditional writes, and folders that
+appear at once because their manifest is written last. Locks, leases and histories use nothing else.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from vinedresser.errors import MachineError
+
+MANIFEST = "manifest.json"
+_FIXES = {
+    errno.ENOSPC: "the disk is full; free space and run the same command again",
+    errno.EDQUOT: "the quota is used up; free space and run the same command again",
+    errno.EROFS: "the file system is read-only; name another workspace",
+    errno.EACCES: "permission denied; name another workspace or change its owner",
+    errno.EPERM: "operation not permitted; name another workspace or change its owner",
+    errno.EIO: "the disk reports an input/output error; name another disk",
+    errno.EFBIG: "the file size limit (ulimit -f) is too small; raise it",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ESTALE: "the mount was lost (stale handle); run the same command again",
+}
+# A conditional write takes milliseconds; who holds its guard for longer is stuck.
+_GUARD_SECONDS = 30.0
+
+
+class Storage(Protocol):
+    """Operations on files and committed folders."""
+
+    def read(self, path: Path) -> bytes | None:
+        """Return the content of a file; None if there is none."""
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file; a reader sees the old content or the new."""
+
+    def replace(self, path: Path, content: bytes, *, expected: bytes | None) -> bool:
+        """Write a file if its content is `expected` (None: absent); return whether it was."""
+
+    def publish(self, staging: Path, target: Path) -> bool:
+        """Make a local folder with its manifest visible as `target`, once and whole.
+
+        Returns:
+            False if the target exists already; it is left as it is.
+        """
+
+
+class PosixStorage:
+    """A file system that all processes see at the same path.
+
+    Conditional writes are guarded by flock, which NFSv4 honours between hosts.
+    """
+
+    def read(self, path: Path) -> bytes | None:
+        """Return the content of a file; None if there is none."""
+        with disk_errors(path):
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Write a file by renaming it into place."""
+        with disk_errors(path):
+            make_folder(path.parent)
+            write_whole(path, content)
+
+    def replace(self, path: Path, content: bytes, *, expected: bytes | None) -> bool:
+        """Write a file if its content is `expected`."""
+        guard = path.with_name(f".{path.name.lstrip('.')}.guard")
+        with disk_errors(path):
+            make_folder(path.parent)
+            try:
+                with FileLock(guard, timeout=_GUARD_SECONDS):
+                    is_expected = self.read(path) == expected
+                    if is_expected:
+                        self.write(path, content)
+                    return is_expected
+            except Timeout:
+                raise MachineError(
+                    f"{guard}: held for {_GUARD_SECONDS:.0f} s; end the process that holds it"
+                ) from None
+
+    def publish(self, staging: Path, target: Path) -> bool:
+        """Rename a folder of the same file system into place."""
+        try:
+            staging.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            return False
+        sync(target.parent)
+        return True
+
+
+POSIX: Storage = PosixStorage()
+
+
+def sync(path: Path) -> None:
+    """Force a file or the names in a folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under another name and rename it into place; disk errors pass as they are."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn the errors of a disk into one line with a fix; other errors pass.
+
+    The file that the error names is blamed, unless it is a part of what is being written.
+
+    Raises:
+        MachineError: no space, no permission, a read-only or failing disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FIXES:
+            raise
+        named = error.filename if isinstance(error.filename, str) else ""
+        blamed = named if named and not named.startswith(f"{target.parent}/") else str(target)
+        raise MachineError(f"{blamed}: {_FIXES[error.errno]}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents, unless it exists.
+
+    Raises:
+        MachineError: a file is in the way, or the disk refuses.
+    """
+    with disk_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise MachineError(
+                f"{folder}: a file is in the way; move it or name another workspace"
+            ) from None
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write one file so that readers see the old content or the new, never a part of it."""
+    POSIX.write(path, content.encode() if isinstance(content, str) else content)
+
+
+def read_json(path: Path, *, storage: Storage = POSIX) -> Any:
+    """Return the JSON value of a file; None if it is absent, unreadable or not JSON."""
+    with contextlib.suppress(ValueError, RecursionError, OSError, MachineError):
+        return json.loads(storage.read(path) or b"null")
+    return None
