@@ -13,9 +13,8 @@ from torch import Tensor
 from vinedresser.config import Experiment, Pair, Task, TextCorpus, Tokenizer
 from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.errors import DivergedError
-from vinedresser.health.log import Facts
-from vinedresser.health.monitor import Diagnosis
-from vinedresser.health.rules import Finding
+from vinedresser.health.monitor import RunMonitor
+from vinedresser.health.rules import Facts, Finding
 from vinedresser.model import Memory
 from vinedresser.tracking import MemoryTracker
 from vinedresser.training.device import Device
@@ -41,14 +40,14 @@ def run_of(shards: ShardSet, folder: Path, **changes: object) -> Run:
     return Run(config, shards, folder, device=here, tracker=tracker, report=lambda _: None)
 
 
-def told(run: Run) -> set[str]:
-    """The rules that spoke, which must be what the tracking store and the artifact say."""
-    tracker = run.diagnosis._tracker
+def fired(run: Run) -> set[str]:
+    """Return the rules that fired; the tracking store and the artifact must name the same."""
+    tracker = run.monitor._tracker
     assert isinstance(tracker, MemoryTracker)
-    rules = tracker.tags.get("vinedresser.symptoms", "")
+    rules = tracker.tags.get("vinedresser.health", "")
     found = set(rules.split(", ")) - {""}
-    assert found == set(run.diagnosis.findings)
-    text = tracker.artifacts.get("symptoms.md", "")
+    assert found == set(run.monitor.findings)
+    text = tracker.artifacts.get("health.md", "")
     assert all(f"**{rule}**" in text for rule in found)
     return found
 
@@ -86,8 +85,8 @@ class TestHealthy:
     def test_a_reversal_raises_nothing(self, name, reversal, tmp_path):
         run = run_of(reversal, tmp_path, model=MODELS[name], steps=150)
         run.execute()
-        assert told(run) == set()
-        assert run.diagnosis.log.of("dev/conditioning_gap")[-1][1] > 1  # methods.md 2
+        assert fired(run) == set()
+        assert run.monitor.series.of("dev/conditioning_gap")[-1][1] > 1  # methods.md 2
 
     @pytest.mark.slow
     def test_pronunciations_and_sampling_raise_nothing(self, shared_data, tmp_path):
@@ -111,7 +110,7 @@ class TestHealthy:
         changes = {"steps": 200, "batch": {"tokens": 512}, "objective": {"sampling": sampling}}
         run = run_of(shards, tmp_path / "run", optim={"lr": 2e-3, "warmup_steps": 50}, **changes)
         run.execute()
-        assert told(run) == set()
+        assert fired(run) == set()
 
 
 class TestPlanted:
@@ -125,8 +124,8 @@ class TestPlanted:
 
         run.model.encode = detached
         run.execute()
-        assert told(run) == {"source_ignored"}
-        assert "encoder's share" in run.diagnosis.findings["source_ignored"].text
+        assert fired(run) == {"source_ignored"}
+        assert "encoder's share" in run.monitor.findings["source_ignored"].text
 
     def test_targets_that_belong_to_other_sources(self, tmp_path):
         def unpaired(draw: random.Random) -> tuple[str, str]:
@@ -135,8 +134,16 @@ class TestPlanted:
 
         run = run_of(corpus(tmp_path, unpaired), tmp_path / "run")
         run.execute()
-        assert told(run) == {"source_ignored"}
-        assert "sources of other sentences cost" in run.diagnosis.findings["source_ignored"].text
+        assert fired(run) == {"source_ignored"}
+        assert "shuffled sources cost" in run.monitor.findings["source_ignored"].text
+
+    def test_output_weights_five_times_too_large(self, reversal, tmp_path):
+        """3 to 7 nats above ln 10: within the 9 nats that the rule once allowed."""
+        run = run_of(reversal, tmp_path, steps=10)
+        with torch.no_grad():
+            run.model.target_embedding.weight.mul_(5.0)
+        run.execute()
+        assert "first_loss" in fired(run)
 
     def test_targets_of_another_vocabulary(self, tmp_path):
         def noise(draw: random.Random) -> tuple[str, str]:
@@ -145,8 +152,8 @@ class TestPlanted:
 
         run = run_of(corpus(tmp_path, noise), tmp_path / "run")
         run.execute()
-        assert told(run) & {"source_ignored", "loss_stuck"}
-        assert told(run) <= {"source_ignored", "loss_stuck"}
+        assert fired(run) & {"source_ignored", "loss_stuck"}
+        assert fired(run) <= {"source_ignored", "loss_stuck"}
 
     def test_a_relu_layer_with_a_negative_bias(self, reversal, tmp_path):
         run = run_of(reversal, tmp_path)
@@ -154,9 +161,9 @@ class TestPlanted:
         with torch.no_grad():
             layer.inner.bias.fill_(-50.0)
         run.execute()
-        assert told(run) == {"dead_units"}
+        assert fired(run) == {"dead_units"}
         assert "100% of the units of encoder.0.feed_forward" in str(
-            run.diagnosis.findings["dead_units"]
+            run.monitor.findings["dead_units"]
         )
 
     def test_a_recurrent_layer_at_its_ends(self, reversal, tmp_path):
@@ -165,8 +172,8 @@ class TestPlanted:
         with torch.no_grad():
             layer.rnn.bias_hh_l0.fill_(50.0)
         run.execute()
-        assert told(run) == {"saturated_units"}
-        text = run.diagnosis.findings["saturated_units"].text
+        assert fired(run) == {"saturated_units"}
+        text = run.monitor.findings["saturated_units"].text
         assert "100% of the outputs of encoder.layers.1.ahead.rnn gates" in text
 
     @pytest.mark.parametrize("metric", ["per", "bleu"])
@@ -183,9 +190,9 @@ class TestPlanted:
 
         judge.model.advance = tripping
         run.execute()
-        assert told(run) == {"exposure_gap"}
-        assert "decoded minus teacher-forced error" in run.diagnosis.findings["exposure_gap"].text
-        forced = [v for _, v in run.diagnosis.log.of("dev/teacher_forced_error")]
+        assert fired(run) == {"exposure_gap"}
+        assert "decoded minus teacher-forced error" in run.monitor.findings["exposure_gap"].text
+        forced = [v for _, v in run.monitor.series.of("dev/teacher_forced_error")]
         assert forced == sorted(forced, reverse=True)
 
     @pytest.mark.parametrize("model", [TRANSFORMER, LSTM], ids=["transformer", "lstm"])
@@ -194,13 +201,13 @@ class TestPlanted:
         run = run_of(reversal, tmp_path, model=model, optim=optim)
         with pytest.raises(DivergedError):
             run.execute()
-        assert told(run) & {"exploding_gradients", "non_finite"}
-        assert told(run) <= {"exploding_gradients", "non_finite", "update_ratio"}
+        assert fired(run) & {"exploding_gradients", "non_finite"}
+        assert fired(run) <= {"exploding_gradients", "non_finite", "update_ratio"}
 
     def test_a_learning_rate_of_next_to_nothing(self, reversal, tmp_path):
         run = run_of(reversal, tmp_path, model=LSTM, optim={"lr": 1e-8, "warmup_steps": 0})
         run.execute()
-        assert told(run) == {"loss_stuck", "update_ratio"}
+        assert fired(run) == {"loss_stuck", "update_ratio"}
 
     def test_a_leak(self, reversal, tmp_path):
         run = run_of(reversal, tmp_path, steps=200)
@@ -213,8 +220,8 @@ class TestPlanted:
         run.model.decode = leaking
         run.execute()
         assert len(kept) >= 200
-        assert told(run) == {"memory_growth"}
-        text = run.diagnosis.findings["memory_growth"].text
+        assert fired(run) == {"memory_growth"}
+        text = run.monitor.findings["memory_growth"].text
         a_step = float(text.split(", ")[1].split()[0])
         assert a_step == pytest.approx(0.78, rel=0.15)
 
@@ -223,31 +230,31 @@ class TestPlanted:
         for p in run.model.encoder[0].parameters():
             p.register_hook(lambda grad: grad * 1e-5)
         run.execute()
-        assert told(run) == {"vanishing_gradients"}
+        assert fired(run) == {"vanishing_gradients"}
 
 
 def test_a_finding_is_told_once_and_survives_a_checkpoint(caplog, reversal, tmp_path):
     run = run_of(reversal, tmp_path)
     facts = Facts(uniform=2.0, steps=100, warmup=0, anneal=0.0, clip_norm=1.0)
     tracker = MemoryTracker()
-    diagnosis = Diagnosis(run.model, facts, tracker, every=1)
+    monitor = RunMonitor(run.model, facts, tracker, every=1)
     with caplog.at_level(logging.WARNING, logger="vinedresser"):
         for step in (10, 20, 30):
-            diagnosis.note({"train/skipped_updates": step / 10}, step)
+            monitor.log({"train/skipped_updates": step / 10}, step)
     assert len(caplog.records) == 1
     assert "1 updates were not finite" in caplog.text
-    assert tracker.tags["vinedresser.symptoms"] == "non_finite"
+    assert tracker.tags["vinedresser.health"] == "non_finite"
     assert "**non_finite** at step 10: 1 updates" in tracker.tags["mlflow.note.content"]
-    resumed = Diagnosis(run.model, facts, tracker, every=1)
-    resumed.restore(json.loads(json.dumps(diagnosis.to_json())))
+    resumed = RunMonitor(run.model, facts, tracker, every=1)
+    resumed.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
     with caplog.at_level(logging.WARNING, logger="vinedresser"):
-        resumed.note({"train/skipped_updates": 4.0}, 40)
-        resumed.tell(Finding("dead_units", "seen", "Do.", 41))
+        resumed.log({"train/skipped_updates": 4.0}, 40)
+        resumed.report(Finding("dead_units", "seen", "Do.", 41))
     assert len(caplog.records) == 2
-    assert tracker.tags["vinedresser.symptoms"] == "non_finite, dead_units"
-    assert tracker.artifacts["symptoms.md"].count("- **") == 2
-    assert tracker.tags["mlflow.note.content"] in tracker.artifacts["symptoms.md"]
-    assert resumed.log.of("train/skipped_updates")[-1] == (40, 4.0)
+    assert tracker.tags["vinedresser.health"] == "non_finite, dead_units"
+    assert tracker.artifacts["health.md"].count("- **") == 2
+    assert tracker.tags["mlflow.note.content"] in tracker.artifacts["health.md"]
+    assert resumed.series.of("train/skipped_updates")[-1] == (40, 4.0)
 
 
 def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
@@ -262,9 +269,9 @@ def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
         run.execute()
     again = run_of(reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"times": 4})
     again.execute()
-    assert [r.step for r in again.diagnosis.monitor.history] == [1, *range(8, 97, 8)]
+    assert [r.step for r in again.monitor.readings.history] == [1, *range(8, 97, 8)]
     for key in ("train/nats_per_token", "monitor/gradient_norm", "dev/conditioning_gap"):
-        steps = [step for step, _ in again.diagnosis.log.of(key)]
+        steps = [step for step, _ in again.monitor.series.of(key)]
         assert steps == sorted(set(steps))
         assert steps[0] < 30
         assert steps[-1] > 90
@@ -272,14 +279,14 @@ def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
 
 def test_a_run_is_pictured(reversal, tmp_path):
     run = run_of(reversal, tmp_path, steps=20, model=LSTM)
-    run.diagnosis.picture()
-    tracker = run.diagnosis._tracker
+    run.monitor.picture()
+    tracker = run.monitor._tracker
     assert not tracker.artifacts  # nothing was seen yet
     run.execute()
-    run.diagnosis.picture()
+    run.monitor.picture()
     table = tracker.artifacts["monitors/layers.json"]
     assert len({len(column) for column in table.values()}) == 1
-    assert set(table["layer"]) == set(run.diagnosis.monitor.layers)
+    assert set(table["layer"]) == set(run.monitor.readings.layers)
     assert set(table["step"]) == {1, 8, 16}
     for name in ("monitors/gradients.png", "monitors/layers.png"):
         figure = tracker.artifacts[name]
@@ -287,14 +294,14 @@ def test_a_run_is_pictured(reversal, tmp_path):
         assert (tmp_path / "figure.png").stat().st_size > 10_000
     bars = tracker.artifacts["monitors/gradients.png"].axes[0]
     assert bars.get_xscale() == "log"
-    assert [t.get_text() for t in bars.get_yticklabels()] == run.diagnosis.monitor.layers
+    assert [t.get_text() for t in bars.get_yticklabels()] == run.monitor.readings.layers
 
 
 def test_the_four_curves_are_logged(reversal, tmp_path):
     """methods.md 106: train and test loss, total norm, mean gradient norm."""
     run = run_of(reversal, tmp_path, steps=20, model=LSTM)
     run.execute()
-    keys = {key for key, _, _ in run.diagnosis._tracker.metrics}
+    keys = {key for key, _, _ in run.monitor._tracker.metrics}
     assert keys >= {
         "train/nats_per_token",
         "dev/teacher_forced_nats",
@@ -302,5 +309,5 @@ def test_the_four_curves_are_logged(reversal, tmp_path):
         "train/gradient_norm_mean",
         "train/first_nats_per_token",
     }
-    first = [v for k, v, _ in run.diagnosis._tracker.metrics if k == "train/first_nats_per_token"]
+    first = [v for k, v, _ in run.monitor._tracker.metrics if k == "train/first_nats_per_token"]
     assert first == pytest.approx([2.3], abs=0.3)  # ln 10

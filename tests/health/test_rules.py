@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from vinedresser.health.log import Facts, Log
-from vinedresser.health.monitors import Reading
-from vinedresser.health.rules import RULES, details, findings
+from vinedresser.figures.monitoring import Reading
+from vinedresser.health.rules import RULES, Facts, Log, findings, reading_details
 
 FACTS = Facts(uniform=math.log(8000), steps=1000, warmup=100, anneal=0.25, clip_norm=1.0)
 EVERY = 20
@@ -181,6 +180,20 @@ def test_the_first_loss_is_held_against_ln_of_the_vocabulary():
         assert all("ln |V| = 10.5187" in one.text for one in found)
 
 
+@pytest.mark.parametrize(
+    ("loss", "without_repeats", "is_found"),
+    [(2.6, 2.5, False), (6.9, 2.9, False), (4.0, 3.8, True), (8.9, 8.8, True), (1.5, 1.4, True)],
+)
+def test_the_first_loss_of_a_small_vocabulary(loss, without_repeats, is_found):
+    """12 ids: a uniform guess has 2.48 nats; only repeats of the fed token may cost more."""
+    log = Log(Facts(uniform=math.log(12), steps=10, warmup=0, anneal=0, clip_norm=1))
+    series = {
+        "train/first_nats_per_token": loss, "train/first_nats_without_repeats": without_repeats
+    }  # fmt: skip
+    log.add(series, 1)
+    assert [found.rule for found in findings(log)] == ["first_loss"] * is_found
+
+
 def test_a_loss_below_chance_is_told_as_a_leak_of_the_answer():
     (found,) = findings(Log(FACTS, {"train/first_nats_per_token": [(1, 3.0)]}))
     assert "masks" in found.advice
@@ -217,13 +230,13 @@ def test_the_smallest_update_is_told():
 def test_what_is_not_finite_is_left_out_of_the_log():
     log = Log(FACTS)
     log.add({"train/nats_per_token": math.nan, "monitor/gradient_norm": math.inf}, 5)
-    assert log.to_json() == {}
+    assert log.points == {}
 
 
-def test_details_of_a_reading():
+def test_reading_details():
     layers = {"encoder.0": {"update_ratio": 0.1, "gradient_norm": 1.0}, "norm": {}}
     places = {"a relu": {"dead": 3.0, "units": 4.0}, "b tanh": {"saturated": 0.5}}
-    assert details(Reading(7, {}, layers, places)) == {
+    assert reading_details(Reading(7, {}, layers, places)) == {
         "update_ratio of encoder.0": 0.1,
         "dead_share of a relu": 0.75,
         "saturated of b tanh": 0.5,

@@ -48,11 +48,11 @@ def execute(
                     raise
                 _log.warning("%s", error.args[0])
             except DivergedError:
-                run.diagnosis.picture()
+                run.monitor.picture()
                 raise
         if site.kind == "train" and rank == 0:  # trials of a search share one corpus
             picture(tracker, shards)
-            run.diagnosis.picture()
+            run.monitor.picture()
     # Every rank reports equally often; a scheduler may end the process at this last report.
     report(outcome.final_report if outcome is not None else {})
     return outcome

@@ -1,26 +1,56 @@
-"""From what a run logs to what is wrong with it, and what to do (methods.md 107).
+"""Health rules: from the logged series of a run to findings with advice (methods.md 107).
 
-Each rule is a pure function of the logged series. A rule speaks when its fault has
-lasted for some log lines, and is silent where what it reads is not logged.
+Each rule is a pure function of the log. It reports a fault that lasted for several log lines, and
+nothing where the series that it reads are not logged. The public thresholds at the top are those
+of the preflight checks too.
 """
 
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vinedresser.health.log import Log, Points, least, median
-from vinedresser.health.monitors import Reading
+from vinedresser.config import Experiment
+from vinedresser.figures.monitoring import Reading
+
+# Tolerance of the first loss around ln |V| (methods.md 105). Logits of standard deviation s that
+# carry no information cost ln |V| + s^2 / 2 nats: 1 nat is s = 1.4. The zoo starts at s = 1 or
+# below, tied embeddings without their scale of d^-0.5 at s = sqrt(d).
+MIN_FIRST_EXCESS, MAX_FIRST_EXCESS = -0.5, 1.0
+# Conditioning gap of a model that uses its source (methods.md 2); 0.1 in the least trained healthy
+# run. Sentence lengths alone account for 0.01 (CMUdict, 10 updates).
+MIN_CONDITIONING_GAP = 0.03
+# Growth of memory that counts as a leak, in bytes per update: a kept scalar is less, a kept state
+# of one sentence more; 1.6 GB in 10^5 updates (methods.md 37).
+MAX_LEAK = 16 * 1024
+# |update| / |weights| of a layer; most extreme in healthy runs: 6e-4 and 1.4e-2.
+USUAL_UPDATE_RATIO = (1e-5, 1e-1)
+
+# Thresholds of the rules alone; after "healthy", the most extreme of 13 runs: Transformer, LSTM,
+# GRU, convolution and listener on reversals, pronunciations, Multi30k and spoken digits, 100 to 400
+# updates each.
+_EXPLODED = 30.0  # norm over its median so far; healthy: 5.5
+_VANISHED = 1e-3  # gradients of the first block over those of the last; healthy: 0.08
+_NO_SOURCE = 1e-6  # share of the encoder in the gradient norm; healthy: 0.04
+_DEAD_SHARE = 0.8  # of the ReLU units of a layer; healthy: 0.34, early in the run
+_SATURATED_SHARE = 0.9  # of the outputs of a function; healthy: 0.55, attentional states of an LSTM
+_OVER_CLIP = 10.0  # norm over optim.clip_norm; healthy: 2.2
+_CHANCE = 0.95  # loss over ln |V|; healthy: 0.88 after a fifth of the run
+_GROWN_GAP = 5.0  # points of error; healthy: 3
+_LEAK_MB, _CACHED = 16.0, 50  # MB over the second half of the run so far; updates not counted
+
+# (step, value), in the order of steps.
+Points = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One fault of a run.
 
     Attributes:
-        rule: its name, `dead_units`.
-        text: what was seen, with numbers.
+        rule: name of the rule, `dead_units`.
+        text: the observation, with numbers.
         advice: what to do, in one line.
         step: of the latest number.
     """
@@ -34,145 +64,203 @@ class Finding:
         return f"{self.rule} at step {self.step}: {self.text}. {self.advice}"
 
 
-Rule = Callable[[Log], Finding | None]
+@dataclass(frozen=True)
+class Facts:
+    """Constants of a run that the rules need.
 
-FIRST_LOSS = "train/first_nats_per_token"
+    Attributes:
+        uniform: ln |V|, the loss of a uniform guess in nats per token.
+        steps: updates of the whole run.
+        warmup: updates of warm-up.
+        anneal: share of the run at its end over which the learning rate falls to 0.
+        clip_norm: gradients above it are scaled down.
+        is_fresh: false for a warm start, whose first loss has no known value.
+    """
 
-# The thresholds; after "healthy", the most extreme of 13 runs: Transformer, LSTM, GRU, convolution
-# and listener on reversals, pronunciations, Multi30k and spoken digits, 100 to 400 updates each.
-_EXPLODED = 30.0  # norm over what it was; healthy: 5.5
-_VANISHED = 1e-3  # first block's gradients over the last's; healthy: 0.08
-_NO_SOURCE = 1e-6  # the encoder's share of the gradient norm; healthy: 0.04
-_DEAD_SHARE = 0.8  # of a layer's ReLUs; healthy: 0.34, early on
-_SATURATED_SHARE = 0.9  # of a place's outputs; healthy: 0.55, an LSTM's attentional states
-_OVER_CLIP = 10.0  # norm over optim.clip_norm; healthy: 2.2
-_CHANCE = 0.95  # loss over ln |V|; healthy: 0.88, a fifth into the run
-_NO_GAP = 0.03  # nats a token, beside two standard errors; healthy: 0.1 in the least trained
-_GROWN_GAP = 5.0  # points of error; healthy: 3
-_SMALL_UPDATE, _LARGE_UPDATE = 1e-5, 1e-1  # over the weights; healthy: 6e-4 and 1.4e-2
-_LEAK_MB, _CACHED = 16.0, 50  # MB over half of the run so far; updates that do not count
+    uniform: float
+    steps: int
+    warmup: int
+    anneal: float
+    clip_norm: float
+    is_fresh: bool = True
 
-# How a detail of a reading is called among the log.
-_DEAD, _SATURATED, _RATIO = "dead_share of ", "saturated of ", "update_ratio of "
+    @classmethod
+    def of(cls, experiment: Experiment, *, vocabulary: int) -> "Facts":
+        """Return the facts of an experiment with `vocabulary` target ids."""
+        optim = experiment.optim
+        return cls(
+            uniform=math.log(vocabulary),
+            steps=experiment.steps,
+            warmup=optim.warmup_steps,
+            anneal=optim.anneal,
+            clip_norm=optim.clip_norm,
+            is_fresh=experiment.init is None,
+        )
 
 
-def details(reading: Reading) -> dict[str, float]:
-    """What a reading knows by layer and place, as metrics for the rules."""
+class Log:
+    """Series of a run: key -> (step, value) in order; values that are not finite are left out.
+
+    Attributes:
+        facts: constants of the run.
+        points: the series, plain JSON.
+    """
+
+    def __init__(self, facts: Facts, points: Mapping[str, Iterable[Sequence[float]]] = {}) -> None:
+        self.facts = facts
+        self.points = {
+            key: [(int(step), float(value)) for step, value in pairs]
+            for key, pairs in points.items()
+        }
+
+    def add(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append the metrics of a step."""
+        for key, value in metrics.items():
+            if math.isfinite(value):
+                self.points.setdefault(key, []).append((step, value))
+
+    def of(self, key: str, *, after: float = 0) -> Points:
+        """Return the points of a key at steps above `after`."""
+        return [point for point in self.points.get(key, ()) if point[0] > after]
+
+    def last(self, key: str, count: int, *, after: float = 0) -> Points:
+        """Return the last `count` points above `after`; none where there are fewer."""
+        points = self.of(key, after=after)
+        return points[-count:] if len(points) >= count else ()
+
+    def keys(self, prefix: str) -> list[str]:
+        """Return the keys that begin with a prefix."""
+        return [key for key in self.points if key.startswith(prefix)]
+
+
+def reading_details(reading: Reading) -> dict[str, float]:
+    """Return the statistics of single layers and functions as metrics for the rules."""
     found = {}
     for layer, values in reading.layers.items():
         if "update_ratio" in values:
-            found[_RATIO + layer] = values["update_ratio"]
-    for place, values in reading.places.items():
+            found[f"update_ratio of {layer}"] = values["update_ratio"]
+    for function, values in reading.functions.items():
         if "units" in values:
-            found[_DEAD + place] = values["dead"] / values["units"]
+            found[f"dead_share of {function}"] = values["dead"] / values["units"]
         if "saturated" in values:
-            found[_SATURATED + place] = values["saturated"]
+            found[f"saturated of {function}"] = values["saturated"]
     return found
 
 
+Rule = Callable[[Log], Finding | None]
+
+
+def is_uniform_guess(losses: Iterable[float], uniform: float) -> bool:
+    """Return true if one of several measures of a first loss is that of a uniform guess.
+
+    With tied embeddings a fresh model repeats the token that it was fed, whose logit is up to
+    sqrt(d): 6.9 nats instead of 3.8 for 43 ids and d = 128. That is harmless and soon unlearned,
+    so the loss over all other tokens is a second measure.
+
+    Args:
+        losses: nats per token.
+        uniform: ln |V|.
+    """
+    return any(MIN_FIRST_EXCESS <= loss - uniform <= MAX_FIRST_EXCESS for loss in losses)
+
+
 def non_finite(log: Log) -> Finding | None:
-    """Updates that were left out because a loss or gradient was nan or infinite."""
+    """Report updates that were skipped because a loss or gradient was nan or infinite."""
     points = log.of("train/skipped_updates")
     if not points or points[-1][1] == 0:
         return None
     step, count = points[-1]
     return Finding(
         "non_finite",
-        f"{count:.0f} updates were not finite and were left out",
-        "Look at the rows in not-finite-*.json; lower optim.lr, or set compute.precision=fp32.",
+        f"{count:.0f} updates were not finite and were skipped",
+        "Inspect the rows in not-finite-*.json; lower optim.lr, or set compute.precision=fp32.",
         step,
     )
 
 
 def first_loss(log: Log) -> Finding | None:
-    """An untrained model that does not guess evenly (methods.md 105).
-
-    Over the zoo the first loss minus ln |V| was -0.02 to 0.8 at 8,000 ids. With few ids tied
-    Transformers repeat their input: 2.9 at 200 and 4.4 at 12, a logit of 7 among the others; two
-    more are allowed for, and 1 nat for the variance of the logits.
-    """
-    points = log.of(FIRST_LOSS)
+    """Report an untrained model that is not a uniform guess (methods.md 105)."""
+    points = log.of("train/first_nats_per_token")
     if not points:
         return None
-    step, loss = points[0]
-    lowest, highest = (
-        log.facts.uniform - 0.5,
-        math.log(math.exp(log.facts.uniform + 1) + math.exp(9)),
-    )
-    if lowest <= loss <= highest:
+    (step, loss), uniform = points[0], log.facts.uniform
+    others = [value for _, value in log.of("train/first_nats_without_repeats")[:1]]
+    if is_uniform_guess([loss, *others], uniform):
         return None
     advice = (
-        "The model sees what it is to say: look at masks and at the shift of its inputs."
-        if loss < lowest
-        else "Scale the initial weights of the output down, or look for ids out of place."
+        "The decoder sees the token that it predicts: inspect masks and the shift of its inputs."
+        if loss < uniform
+        else "Scale down the initial weights and bias of the output layer, or look for wrong ids."
     )
-    seen = f"first loss {loss:.2f} nats a token, ln |V| = {log.facts.uniform:.4f}"
+    seen = f"first loss {loss:.2f} nats per token, ln |V| = {uniform:.4f}"
     return Finding("first_loss", seen, advice, step)
 
 
 def exploding_gradients(log: Log) -> Finding | None:
-    """Gradients far above what they were, while the loss is above what it was."""
+    """Report gradients far above their median while the loss is above its median."""
     norms = log.of("train/gradient_norm_max", after=log.facts.warmup)
     losses = [v for _, v in log.of("train/nats_per_token", after=log.facts.warmup)]
     if len(norms) < 6 or len(losses) != len(norms):
         return None
-    (step, norm), before = norms[-1], statistics.median(v for _, v in norms[:-1])
+    (step, norm), before = norms[-1], median(norms[:-1])
     if norm < _EXPLODED * before or losses[-1] < statistics.median(losses[:-1]):
         return None
     return Finding(
         "exploding_gradients",
-        f"gradient norm {norm:.3g}, it was {before:.3g}; loss {losses[-1]:.3g} nats a token, it "
-        f"was {statistics.median(losses[:-1]):.3g}",
+        f"gradient norm {norm:.3g}, median before {before:.3g}; loss {losses[-1]:.3g} nats per "
+        f"token, median before {statistics.median(losses[:-1]):.3g}",
         "Lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps.",
         step,
     )
 
 
 def vanishing_gradients(log: Log) -> Finding | None:
-    """Gradients of the first block nothing beside those of the last."""
+    """Report gradients of the first block that are negligible beside those of the last."""
     points = log.last("monitor/gradient_decay", 5)
     share = median(points)
-    if not points or share > _VANISHED or _source_share(log) < _NO_SOURCE:
+    if not points or share > _VANISHED or source_share(log) < _NO_SOURCE:
         return None
     return Finding(
         "vanishing_gradients",
-        f"gradients of the first block are {share:.1e} of the last block's (root mean squares)",
-        "Take norm=pre or layer_norm=true, fewer layers, or a smaller initialisation.",
+        f"gradients of the first block are {share:.1e} of those of the last (root mean squares)",
+        "Set norm=pre or layer_norm=true, use fewer layers, or a smaller initialisation.",
         points[-1][0],
     )
 
 
 def dead_units(log: Log) -> Finding | None:
-    """A ReLU layer most of whose units are 0 at every position of several batches."""
-    place, points = _worst(log, _DEAD, 3)
+    """Report a ReLU layer most of whose units are 0 at every position of several batches."""
+    function, points = _worst(log, "dead_share of ", 3)
     if least(points) < _DEAD_SHARE:
         return None
     return Finding(
         "dead_units",
-        f"{100 * points[-1][1]:.0f}% of the units of {place} are 0 at every position",
+        f"{100 * points[-1][1]:.0f}% of the units of {function} are 0 at every position",
         "Lower optim.lr or lengthen optim.warmup_steps; gelu and swiglu have no dead units.",
         points[-1][0],
     )
 
 
 def saturated_units(log: Log) -> Finding | None:
-    """An activation function most of whose outputs are at its ends."""
-    place, points = _worst(log, _SATURATED, 3)
+    """Report an activation function most of whose outputs are at the ends of its range."""
+    function, points = _worst(log, "saturated of ", 3)
     if least(points) < _SATURATED_SHARE:
         return None
     return Finding(
         "saturated_units",
-        f"{100 * points[-1][1]:.0f}% of the outputs of {place} are within 0.01 of its ends",
-        "Lower optim.lr, add optim.weight_decay, or take layer_norm=true.",
+        f"{100 * points[-1][1]:.0f}% of the outputs of {function} are within 0.01 of its range's "
+        "ends",
+        "Lower optim.lr, add optim.weight_decay, or set layer_norm=true.",
         points[-1][0],
     )
 
 
 def always_clipped(log: Log) -> Finding | None:
-    """Every update of half a run was clipped to a small share of its norm."""
-    points = log.of("train/clipped_share", after=max(log.facts.warmup, log.facts.steps / 2))
-    norms = log.of("train/gradient_norm_mean", after=max(log.facts.warmup, log.facts.steps / 2))
-    if len(points) < 10 or len(norms) < 10 or min(v for _, v in points) < 1:
+    """Report half a run in which every update was clipped to a small share of its norm."""
+    after = max(log.facts.warmup, log.facts.steps / 2)
+    points = log.of("train/clipped_share", after=after)
+    norms = log.of("train/gradient_norm_mean", after=after)
+    if len(points) < 10 or len(norms) < 10 or least(points) < 1:
         return None
     norm = median(norms)
     if norm < _OVER_CLIP * log.facts.clip_norm:
@@ -181,39 +269,35 @@ def always_clipped(log: Log) -> Finding | None:
         "always_clipped",
         f"all updates since step {points[0][0]} were clipped; the norm is {norm:.3g}, "
         f"optim.clip_norm {log.facts.clip_norm:g}",
-        f"The rate is not what it seems: set optim.clip_norm near {norm:.1g}, or lower optim.lr.",
+        f"The effective learning rate is lower than optim.lr: set optim.clip_norm near {norm:.1g}, "
+        "or lower optim.lr.",
         points[-1][0],
     )
 
 
 def loss_stuck(log: Log) -> Finding | None:
-    """A loss that stays at that of uniform guessing."""
+    """Report a loss that stays at that of a uniform guess."""
     start = max(log.facts.warmup, log.facts.steps / 5)
     points = log.last("train/nats_per_token", 5, after=start)
-    if not points or min(v for _, v in points) < _CHANCE * log.facts.uniform:
+    if not points or least(points) < _CHANCE * log.facts.uniform:
         return None
     return Finding(
         "loss_stuck",
-        f"loss {points[-1][1]:.3f} nats a token, uniform guessing has {log.facts.uniform:.4f}",
-        "Raise optim.lr, look at optim.freeze, and at some rows: is the target text readable?",
+        f"loss {points[-1][1]:.3f} nats per token, a uniform guess has {log.facts.uniform:.4f}",
+        "Raise optim.lr, check optim.freeze, and inspect some rows: is the target text readable?",
         points[-1][0],
     )
 
 
 def source_ignored(log: Log) -> Finding | None:
-    """A model that has learned the target language and does not look at its source."""
-    share, points = _source_share(log), log.last("monitor/gradient_norm_source", 3)
-    advice = (
-        "Look at some pairs: does source i belong to target i? Then at masks and the encoder; "
-        "what listens late wants more steps."
-    )
+    """Report a model that has learned the target language and does not use its source."""
+    share, points = source_share(log), log.last("monitor/gradient_norm_source", 3)
     if points and share < _NO_SOURCE:
-        seen = f"the encoder's share of the gradient norm is {share:.1e}"
         return Finding(
             "source_ignored",
-            seen,
-            "Something cuts the encoder off: a detach, a mask "
-            "over all positions, or gates that are closed.",
+            f"the encoder's share of the gradient norm is {share:.1e}",
+            "The encoder gets no gradient: look for a detach, a mask over all positions, or closed "
+            "gates.",
             points[-1][0],
         )
     gaps = log.of("dev/conditioning_gap", after=log.facts.steps / 2)
@@ -222,21 +306,24 @@ def source_ignored(log: Log) -> Finding | None:
     # A loss that was never finite is not logged.
     if not gaps or not errors or not losses or losses[-1][1] > _CHANCE * log.facts.uniform:
         return None
-    if gaps[-1][1] > min(_NO_GAP + 2 * errors[-1][1], 10 * _NO_GAP):
+    if gaps[-1][1] > min(MIN_CONDITIONING_GAP + 2 * errors[-1][1], 10 * MIN_CONDITIONING_GAP):
         return None
-    seen = (
-        f"sources of other sentences cost {gaps[-1][1]:.3f} nats a token on dev, at a loss of "
-        f"{losses[-1][1]:.2f}"
+    return Finding(
+        "source_ignored",
+        f"shuffled sources cost {gaps[-1][1]:.3f} nats per token on dev, at a loss of "
+        f"{losses[-1][1]:.2f}",
+        "Inspect some pairs: does source i belong to target i? Then masks and the encoder; a model "
+        "may also start to use its source later: train longer.",
+        gaps[-1][0],
     )
-    return Finding("source_ignored", seen, advice, gaps[-1][0])
 
 
 def exposure_gap(log: Log) -> Finding | None:
-    """Decoding that gets worse while the teacher-forced error falls further behind it.
+    """Report decoding that gets worse while the teacher-forced error falls further behind it.
 
     Early in healthy runs the gap grows too (from 7 to 10 points was seen; on English to German from
-    -2 to 5, at BLEU of 1 to 3), for the teacher-forced error falls first; but then what is decoded
-    gets better as well. So it is asked in the second half, and of runs without a new best.
+    -2 to 5, at BLEU of 1 to 3), because the teacher-forced error falls first; but then the decoded
+    error falls as well. So the rule applies to the second half, and to runs without a new best.
     """
     metric = next(iter(log.keys("best/")), "")
     points, forced, best = (
@@ -253,27 +340,28 @@ def exposure_gap(log: Log) -> Finding | None:
         "exposure_gap",
         f"decoded minus teacher-forced error went from {before:.1f} to {now:.1f} points since step "
         f"{first}",
-        "Feed the model its own words: objective.sampling.probability 0.1 to 0.4.",
+        "Train on the model's own outputs: objective.sampling.probability 0.1 to 0.4.",
         last,
     )
 
 
 def update_ratio(log: Log) -> Finding | None:
-    """A layer whose updates are out of proportion to its weights, at the full learning rate."""
+    """Report a layer whose updates are out of proportion to its weights, at the full rate."""
     anneals_at = log.facts.steps * (1 - log.facts.anneal)
+    prefix = "update_ratio of "
     ratios = {}
-    for key in log.keys(_RATIO):
+    for key in log.keys(prefix):
         points = log.last(key, 5, after=log.facts.warmup)
-        # What does not move at all has no gradient, which other rules tell.
+        # A layer that does not move at all has no gradient, which other rules report.
         if points and points[-1][0] <= anneals_at and median(points) > 0:
-            ratios[median(points)] = (key.removeprefix(_RATIO), points[-1][0])
+            ratios[median(points)] = (key.removeprefix(prefix), points[-1][0])
     if not ratios:
         return None
     smallest, largest = min(ratios), max(ratios)
-    ratio, advice = smallest, "Raise optim.lr; look at optim.clip_norm and optim.freeze."
-    if largest > _LARGE_UPDATE:
+    ratio, advice = smallest, "Raise optim.lr; check optim.clip_norm and optim.freeze."
+    if largest > USUAL_UPDATE_RATIO[1]:
         ratio, advice = largest, "Lower optim.lr, or lengthen optim.warmup_steps."
-    elif smallest >= _SMALL_UPDATE:
+    elif smallest >= USUAL_UPDATE_RATIO[0]:
         return None
     layer, step = ratios[ratio]
     seen = f"an update moves {layer} by {ratio:.1e} of its weights, 1e-4 to 1e-2 are usual"
@@ -281,11 +369,11 @@ def update_ratio(log: Log) -> Finding | None:
 
 
 def memory_growth(log: Log) -> Finding | None:
-    """Memory in use that grows from line to line (methods.md 37).
+    """Report memory in use that grows from log line to log line (methods.md 37).
 
-    Healthy runs grow too, by steps: 25 MB at their first evaluation; and oneDNN keeps up to 1,024
+    Healthy runs grow too, in steps: 25 MB at their first evaluation; and oneDNN keeps up to 1,024
     compiled operations, 500 MB within 40 to 500 updates on batches of many shapes, more at some
-    lines and less at others. A leak is there at every line.
+    lines and less at others. A leak grows at every line.
     """
     key = "monitor/allocated_mb" if log.of("monitor/allocated_mb") else "monitor/memory_mb"
     points = log.of(key, after=_CACHED)
@@ -294,17 +382,17 @@ def memory_growth(log: Log) -> Finding | None:
         return None
     (first, before), (last, now) = points[0], points[-1]
     rises = sorted(b - a for (_, a), (_, b) in itertools.pairwise(points))
-    # What seven of eight lines have risen by at least: of a cache that fills, whose lines rose by 0
-    # to 47 MB, at most 0.46 of the whole was seen, beside a leak of 0.5 MB an update 0.78.
+    # The least rise of seven lines in eight: of a cache that fills, whose lines rose by 0 to 47 MB,
+    # at most 0.46 of the whole was seen, beside a leak of 0.5 MB per update 0.78.
     grown = rises[len(rises) // 8] * (len(points) - 1)
-    if grown <= 0 or grown < max(_LEAK_MB, 0.02 * before) or grown < 0.6 * (now - before):
+    per_step = grown / (last - first)
+    if grown < max(_LEAK_MB, 0.02 * before, 0.6 * (now - before)) or per_step < MAX_LEAK / 2**20:
         return None
-    a_step = grown / (last - first)
     return Finding(
         "memory_growth",
-        f"memory in use went from {before:.0f} to {now:.0f} MB since step {first}, {a_step:.2g} MB "
-        f"a step or {a_step * log.facts.steps / 1024:.1f} GB in the whole run",
-        "Something keeps tensors: a list of losses without float(), a cache, or hooks.",
+        f"memory in use went from {before:.0f} to {now:.0f} MB since step {first}, {per_step:.2g} "
+        f"MB per step or {per_step * log.facts.steps / 1024:.1f} GB in the whole run",
+        "Look for references that keep tensors: a list of losses without float(), a cache, hooks.",
         last,
     )
 
@@ -326,19 +414,29 @@ RULES: Sequence[Rule] = (
 
 
 def findings(log: Log) -> list[Finding]:
-    """What every rule has to say, one finding a rule at most."""
+    """Apply every rule; at most one finding per rule."""
     return [found for rule in RULES if (found := rule(log)) is not None]
 
 
-def _source_share(log: Log) -> float:
-    """Of the encoder in the gradient norm, median of three readings; 1 where it is not known."""
+def source_share(log: Log) -> float:
+    """Return the encoder's share of the gradient norm, median of 3 readings; 1 where unknown."""
     own, whole = (
         log.last(f"monitor/{key}", 3) for key in ("gradient_norm_source", "gradient_norm")
     )
     return median(own) / max(median(whole), 1e-30) if own else 1.0
 
 
+def median(points: Points) -> float:
+    """Return the median of the values; 0 without any."""
+    return statistics.median(value for _, value in points) if points else 0.0
+
+
+def least(points: Points) -> float:
+    """Return the smallest value; 0 without any."""
+    return min((value for _, value in points), default=0.0)
+
+
 def _worst(log: Log, prefix: str, count: int) -> tuple[str, Points]:
-    """The place whose last `count` readings were the largest throughout."""
+    """Return the activation function whose last `count` values have the largest minimum."""
     found = {key.removeprefix(prefix): log.last(key, count) for key in log.keys(prefix)}
     return max(found.items(), key=lambda item: least(item[1]), default=("", ()))

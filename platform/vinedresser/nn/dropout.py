@@ -30,18 +30,18 @@ class _MaskedScale(torch.autograd.Function):
 
 
 class _MaskedRelu(torch.autograd.Function):
-    """relu(x) * mask. What is above 0 was kept: the result is all that the gradient needs."""
+    """relu(x) * mask. Elements above 0 were kept: the gradient needs nothing but the result."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, relu: Tensor, drop_256: int) -> Tensor:  # type: ignore[no-untyped-def]
-        kept = _masked(relu, _drawn(x, drop_256), 1.0)
+    def forward(ctx, x: Tensor, drop_256: int) -> Tensor:  # type: ignore[no-untyped-def]
+        kept = _masked(x.relu(), _drawn(x, drop_256), 1.0)
         ctx.save_for_backward(kept)
         return kept
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         (kept,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(grad, kept, 0), None, None
+        return torch.ops.aten.threshold_backward(grad, kept, 0), None
 
 
 def _scale(drop_256: int) -> float:
@@ -81,18 +81,6 @@ class Dropout(nn.Module):
         dropped: Tensor = _MaskedScale.apply(x, self._drop_256)  # type: ignore[no-untyped-call]
         return dropped
 
-    def relu(self, x: Tensor) -> tuple[Tensor, float]:
-        """(y, scale) with scale * y = dropout(relu(x)), for a caller whose product takes the scale.
-
-        On a CPU that spares three passes over x and its gradient.
-        """
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return self(F.relu(x)), 1.0
-        # Its own graph is not needed. It stands out here to be seen by who watches activations.
-        relu = F.relu(x.detach())
-        kept: Tensor = _MaskedRelu.apply(x, relu, self._drop_256)  # type: ignore[no-untyped-call]
-        return kept, _scale(self._drop_256)
-
     @property
     def _drop_256(self) -> int:
         return min(round(self.p * 256), 255)
@@ -100,3 +88,17 @@ class Dropout(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"p={self.p}"
+
+
+class ReluDropout(Dropout):
+    """dropout(relu(x)) for a caller whose matrix product takes the scale.
+
+    On a CPU that saves three passes over x and its gradient.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:  # type: ignore[override] # with its scale
+        """Return (y, scale) with scale * y = dropout(relu(x)), y in the shape of x."""
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(F.relu(x)), 1.0
+        kept: Tensor = _MaskedRelu.apply(x, self._drop_256)  # type: ignore[no-untyped-call]
+        return kept, _scale(self._drop_256)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vinedresser.nn.attention import linear
-from vinedresser.nn.dropout import Dropout
+from vinedresser.nn.dropout import Dropout, ReluDropout
 
 Activation = Literal["relu", "gelu", "glu", "geglu", "swiglu"]
 
@@ -42,13 +42,13 @@ class FeedForward(nn.Module):
         width = inner_features * (1 if self.gating is None else 2)
         self.inner = linear(features, width)
         self.outer = linear(inner_features, features)
-        self.dropout = Dropout(dropout)
+        self.dropout = ReluDropout(dropout) if activation == "relu" else Dropout(dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         inner = self.inner(x_BTD)
         if self.activation == "relu":
-            inner, scale = self.dropout.relu(inner)
+            inner, scale = self.dropout(inner)
             # The scale goes into the smaller factor: D rows for the tokens of a batch.
             weight = self.outer.weight if scale == 1 else self.outer.weight * scale
             return F.linear(inner, weight, self.outer.bias)

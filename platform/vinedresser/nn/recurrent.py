@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from vinedresser.batch import is_real
 from vinedresser.nn.dropout import Dropout
@@ -51,17 +50,14 @@ class _LstmGates(torch.autograd.Function):
         return gates_grad.to(ctx.dtype), c_grad * f
 
 
-def lstm_gates(gates_BG: Tensor, c_BD: Tensor) -> State:
-    """What enters the gates (B, 4 D) and the cell state (B, D) -> the new (h, c).
+class LstmGates(nn.Module):
+    """Gates of one LSTM step: a module, so that forward hooks can read its inputs."""
 
-    Function modes see it as they see torch's own operations: what watches a model looks here.
-    """
-    if has_torch_function_unary(gates_BG):
-        seen: State = handle_torch_function(lstm_gates, (gates_BG,), gates_BG, c_BD)
-        return seen
-    # torch gives `apply` no type.
-    new: State = _LstmGates.apply(gates_BG, c_BD)  # type: ignore[no-untyped-call]
-    return new
+    def forward(self, gates_BG: Tensor, c_BD: Tensor) -> State:
+        """Return the new (h, c) from the inputs of the gates (B, 4 D) and the cell state (B, D)."""
+        # torch gives `apply` no type.
+        new: State = _LstmGates.apply(gates_BG, c_BD)  # type: ignore[no-untyped-call]
+        return new
 
 
 class Cell:
@@ -82,6 +78,7 @@ class Cell:
         self._known_GE, fed_GF = inputs_GI[:, :num_known], inputs_GI[:, num_known:]
         self._is_lstm, self._is_fed = isinstance(rnn, nn.LSTM), fed > 0
         if self._is_lstm:
+            self._gates = LstmGates()
             self._bias_G = self._bias_G + self._inner_bias_G
             self._of_state = Product(torch.cat([fed_GF, state_GD], 1) if fed else state_GD)
         else:
@@ -116,7 +113,8 @@ class Cell:
             gates_BG = self._of_state(outer_BG, joined)
             # The cell state adds up over steps: never in bf16.
             c_BD = state[1].to(torch.promote_types(state[1].dtype, torch.float32))
-            return lstm_gates(gates_BG, c_BD)
+            new: State = self._gates(gates_BG, c_BD)
+            return new
         if fed_BF is not None:
             outer_BG = self._of_fed(outer_BG, fed_BF)
         return (_gru(outer_BG, self._of_state(inner_BG, h_BD), h_BD.to(outer_BG.dtype)),)

@@ -27,8 +27,8 @@ from vinedresser.data.batching.prefetch import prefetched
 from vinedresser.data.batching.reader import Batches
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
-from vinedresser.health.log import Facts
-from vinedresser.health.monitor import Diagnosis
+from vinedresser.health.monitor import RunMonitor
+from vinedresser.health.rules import Facts
 from vinedresser.metrics import is_lower_better
 from vinedresser.tracking import Tracker
 from vinedresser.training.checkpoint import (
@@ -118,7 +118,7 @@ class Run:
             total=device.all_sum,
         )
         self.log_every = max(1, experiment.steps // _LOG_LINES)
-        self.diagnosis = Diagnosis(
+        self.monitor = RunMonitor(
             self.model,
             Facts.of(experiment, vocabulary=self.tokenizers[1].size),
             tracker,
@@ -148,7 +148,7 @@ class Run:
         except Exception as error:
             if isinstance(error, DivergedError) and self.device.rank == 0:
                 is_finite = not self.window.bad
-                self.diagnosis.diverged(error.args[0], self.step, is_finite=is_finite)
+                self.monitor.diverged(error.args[0], self.step, is_finite=is_finite)
             allowed = self.experiment.optim.rollbacks
             if isinstance(error, DivergedError) and self.rollbacks < allowed:
                 self.history.add_rollback(done=self.rollbacks, reason=error.args[0])
@@ -174,7 +174,7 @@ class Run:
             experiment.override({"optim.lr": rate}) if self.rollbacks else experiment,
             device=device,
             start=start,
-            monitor=self.diagnosis.monitor if is_first else None,
+            monitor=self.monitor if is_first else None,
             should_stop=self.should_stop,
         )
         effects = Effects(
@@ -203,8 +203,6 @@ class Run:
         judged = evaluation_steps(self.experiment)
         for step in steps:
             self.step = step.index
-            if step.index == 1 and self.experiment.init is None:
-                self.diagnosis.begin(step.nats, step.tokens)
             self.pace.add(step.own_seconds)
             is_stored = step.index % self.experiment.checkpoint_every == 0
             is_judged = step.index in judged and not step.is_last
@@ -217,7 +215,7 @@ class Run:
         if slow := self.pace.compare():
             _log.warning("step %d: %s", step, slow)
         if self.device.rank == 0:
-            self.diagnosis.note(metrics, step)
+            self.monitor.log(metrics, step)
 
     def _tell_bad(self, step: Step) -> None:
         """Leaves the batches of an update that was left out where they can be looked at (T01)."""
@@ -251,7 +249,7 @@ class Run:
             raise
         self._agree_to_stop(here=False)
         self.teller.best = self.judge.standing
-        self.diagnosis.note(logged, step)
+        self.monitor.log(logged, step)
         # A resumed or recognised run is compared at the evaluation where it is, not at its first.
         where = {"step": float(step), "evaluation": float(len(self.judge.history))}
         self.last_report = {**logged, **where, "is_last": 0.0}
@@ -290,7 +288,7 @@ class Run:
                 "last_report": self.last_report,
                 "skipped": self.window.skipped,
                 "lowest": self.window.lowest,
-                "diagnosis": self.diagnosis.to_json(),
+                "monitor": self.monitor.state_dict(),
                 "experiment": self.experiment.to_json(),
                 "machine": self._machine,
             },
@@ -334,7 +332,7 @@ class Run:
         self.last_report = scalars["last_report"]
         self.teller.best = judge.standing
         self.window.skipped, self.window.lowest = scalars["skipped"], scalars["lowest"]
-        self.diagnosis.restore(scalars["diagnosis"])
+        self.monitor.load_state_dict(scalars["monitor"])
         self.step = checkpoint.step
         if is_first:
             _log.info("resumed %s at step %d", self.folder.name, checkpoint.step)

@@ -29,16 +29,16 @@ _log = logging.getLogger("vinedresser")
 
 
 class Monitor(Protocol):
-    """Looks at a model while it trains; `diagnostics.monitors` brings the one that is used."""
+    """Observer of a model while it trains; `health.monitor.RunMonitor` is one."""
 
-    def watching(self, index: int) -> AbstractContextManager[None]:
-        """Stands around the forward pass of a step (1-based)."""
+    def watching(self, step: int, batch: Batch) -> AbstractContextManager[None]:
+        """Observe the forward pass of a step (1-based) over a batch on the CPU."""
 
-    def gradients(self, index: int) -> None:
-        """Gradients are whole, and not clipped yet."""
+    def gradients(self, step: int) -> None:
+        """Read the gradients after the backward pass, before clipping."""
 
-    def updated(self, index: int) -> None:
-        """The optimizer has moved the weights."""
+    def updated(self, step: int) -> None:
+        """Read the weights after the optimizer's update."""
 
 
 class Trainee(nn.Module):
@@ -246,7 +246,8 @@ class _Updater:
             seed_step(self._seed, index, number * device.world_size + device.rank)
             is_synced = number == len(pieces) - 1 or device.world_size == 1
             sync = nullcontext() if is_synced else self._trainee.no_sync()  # type: ignore[operator]
-            look = self._monitor.watching(index) if self._monitor and number == 0 else nullcontext()
+            monitor = self._monitor if number == 0 else None
+            look = monitor.watching(index, piece) if monitor else nullcontext()
             with sync:
                 begun = time.perf_counter()
                 with look, device.autocast():

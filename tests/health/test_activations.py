@@ -5,8 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from vinedresser.health.activations import Activations, watching
-from vinedresser.health.recurrence import fused_at_ends
+from vinedresser.health.activations import Activations, fused_saturated, observed
 from vinedresser.nn.recurrent import Recurrent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +49,7 @@ def by_hand(rnn: nn.RNNBase, x_TI: Tensor, first: tuple[Tensor, ...]) -> Tensor:
 
 def watched(rnn: nn.RNNBase, *args: object) -> tuple[int, int]:
     found = Activations()
-    with watching(rnn, frozenset(), found):
+    with observed(rnn, frozenset(), found):
         rnn(*args)
     ((place, (count, of)),) = found.saturated.items()
     assert place == "model gates"
@@ -106,9 +105,9 @@ def test_steps_see_what_the_fused_kernel_does():
         for p in recurrent.parameters():
             p.mul_(12)
     fused, stepped = Activations(), Activations()
-    with watching(recurrent, frozenset(), fused):
+    with observed(recurrent, frozenset(), fused):
         out_BTD = recurrent(x_BTI)
-    with watching(recurrent, frozenset(), stepped):
+    with observed(recurrent, frozenset(), stepped):
         cell, state = recurrent.cell(), (torch.zeros(B, D), torch.zeros(B, D))
         for t, known in enumerate(cell.begin(cell.known(x_BTI.transpose(0, 1)))):
             state = cell.step(known, None, state)
@@ -128,4 +127,4 @@ def test_steps_see_what_the_fused_kernel_does():
 )
 def test_what_does_not_come_out_is_not_guessed(rnn):
     x_TBI = torch.randn(T, B, I)
-    assert fused_at_ends(rnn, (x_TBI,), rnn(x_TBI)) is None
+    assert fused_saturated(rnn, (x_TBI,), rnn(x_TBI)) is None

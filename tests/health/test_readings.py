@@ -1,4 +1,4 @@
-"""Monitors against brute force: every norm by hand, every unit by looking at what it puts out."""
+"""Readings against brute force: norms parameter by parameter, dead units from kept outputs."""
 
 import math
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from torch.nn.modules import module as torch_module
 
 from vinedresser.batch import EOS, Batch, is_real, pad_ids
 from vinedresser.config import Experiment
-from vinedresser.health.activations import Activations, watching
-from vinedresser.health.monitors import Monitor, layer_of
+from vinedresser.health.activations import Activations, observed
+from vinedresser.health.readings import Readings, layer_of
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer, freeze
@@ -61,13 +61,13 @@ def endless() -> Iterator[Batch]:
         yield batch_of(ROWS[3:])
 
 
-def trained(model: Seq2Seq, config: Experiment, monitor: Monitor | None) -> None:
+def trained(model: Seq2Seq, config: Experiment, monitor: Readings | None) -> None:
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
     steps = training_steps(model, endless(), optimizer, config, device=HERE, monitor=monitor)
     assert len(list(steps)) == config.steps
 
 
-class ByHand(Monitor):
+class ByHand(Readings):
     """Computes the same with a loop a parameter, at every due step."""
 
     def __init__(self, model: Seq2Seq, *, every: int) -> None:
@@ -137,17 +137,17 @@ def test_watching_changes_no_bit(name):
     config = experiment(MODELS[name])
     models = [built(config) for _ in range(2)]
     trained(models[0], config, None)
-    trained(models[1], config, Monitor(models[1], every=1))
+    trained(models[1], config, Readings(models[1], every=1))
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_nothing_is_touched_between_due_steps(monkeypatch):
     config = experiment(MODELS["transformer"])
-    monitor = Monitor(built(config), every=50)
+    monitor = Readings(built(config), every=50)
     assert [i for i in range(1, 201) if monitor.is_due(i)] == [1, 50, 100, 150, 200]
     monkeypatch.setattr(torch, "_foreach_norm", None)  # would fail
-    assert isinstance(monitor.watching(49), nullcontext)
+    assert isinstance(monitor.watching(49, batch_of(ROWS)), nullcontext)
     monitor.gradients(49)
     monitor.updated(49)
     assert monitor.take() == {}
@@ -156,11 +156,11 @@ def test_nothing_is_touched_between_due_steps(monkeypatch):
 
 def test_hooks_are_gone_after_a_step_also_one_that_failed():
     model = built(experiment(MODELS["transformer"]))
-    monitor = Monitor(model, every=1)
+    monitor = Readings(model, every=1)
     hooks = []
 
     def fails() -> None:
-        with monitor.watching(1):
+        with monitor.watching(1, batch_of(ROWS)):
             hooks.extend(torch_module._global_forward_hooks)
             raise RuntimeError("out of memory")
 
@@ -173,7 +173,7 @@ def test_hooks_are_gone_after_a_step_also_one_that_failed():
 
 def test_a_wrong_interval_is_refused():
     with pytest.raises(ValueError, match="every is 0"):
-        Monitor(built(experiment(RNN)), every=0)
+        Readings(built(experiment(RNN)), every=0)
 
 
 def test_names_of_layers():
@@ -185,7 +185,7 @@ def test_names_of_layers():
 
 def test_layers_go_from_source_to_output_and_are_few():
     base = experiment({"kind": "transformer-base"}).model
-    layers = Monitor(base.build(Vocabulary(10, 10)), every=1).layers
+    layers = Readings(base.build(Vocabulary(10, 10)), every=1).layers
     sides = [f"{side}.{i}" for side in ("encoder", "decoder") for i in range(6)]
     assert [layer for layer in layers if layer[-1].isdigit()] == sides
     assert layers[0] == "source_embedding"
@@ -196,7 +196,7 @@ def test_layers_go_from_source_to_output_and_are_few():
 def test_gradients_decay_from_block_to_block_and_not_to_a_norm():
     deep = {**RNN, "encoder_layers": 2, "decoder_layers": 2, "layer_norm": True}
     model = built(experiment(deep))
-    monitor = Monitor(model, every=1)
+    monitor = Readings(model, every=1)
     assert "norms.1" in monitor.layers
     for name, p in model.named_parameters():
         # Root mean squares: 0.5 below, 2 on top, and what a gain may have.
@@ -209,7 +209,7 @@ def test_gradients_decay_from_block_to_block_and_not_to_a_norm():
 
 class TestSource:
     def norm(self, model: Seq2Seq, config: Experiment) -> dict[str, float]:
-        monitor = Monitor(model, every=4)
+        monitor = Readings(model, every=4)
         trained(model, config, monitor)
         return monitor.take()
 
@@ -228,7 +228,7 @@ class TestSource:
 
     def test_shared_embeddings_are_not_the_encoders_alone(self):
         apart, tied = (
-            Monitor(built(experiment(MODELS[name])), every=1)
+            Readings(built(experiment(MODELS[name])), every=1)
             for name in ("transformer", "all_tied")
         )
         names = [n for n, _ in built(experiment(MODELS["transformer"])).named_parameters()]
@@ -259,7 +259,7 @@ class Net(nn.Module):
 
 def seen(model: nn.Module, *args: Tensor) -> Activations:
     found = Activations()
-    with watching(model, frozenset(), found):
+    with observed(model, frozenset(), found):
         model(*args)
     return found
 
@@ -318,7 +318,7 @@ class TestActivations:
             net.inner.weight.copy_(torch.tensor([[1.0, 0], [-1, 0], [0, 0], [1, 0]]))
             net.inner.bias.copy_(torch.tensor([0.0, 0, -1, 0]))
         for value in (1.0, -1.0):
-            with watching(net, frozenset({""}), found):
+            with observed(net, frozenset({""}), found):
                 net(torch.full((1, 1, 2), value))
         assert found.alive["model relu"].tolist() == [True, True, False, True]
         assert found.extremes[""].tolist() == [0.0, 1.0]
@@ -337,17 +337,17 @@ def test_dead_units_of_a_transformer_equal_those_by_hand():
         layer.inner.bias[:7] = -100.0
     kept: list[Tensor] = []
     handle = layer.inner.register_forward_hook(lambda _m, _i, out: kept.append(out.detach()))
-    monitor, batch = Monitor(model, every=1), batch_of(ROWS)
-    with monitor.watching(1):
+    monitor, batch = Readings(model, every=1), batch_of(ROWS)
+    with monitor.watching(1, batch_of(ROWS)):
         model(batch)
     handle.remove()
     metrics = monitor.take()
     real = is_real(batch.source_lengths_B, batch.source_BS.shape[1])
-    dead = int((F.relu(kept[0])[real] == 0).all(0).sum())
-    place = monitor.history[0].places["encoder.1.feed_forward relu"]
+    dead = int((F.relu(kept[-1])[real] == 0).all(0).sum())
+    place = monitor.history[0].functions["encoder.1.feed_forward relu"]
     assert place == {"dead": dead, "units": 24}
     assert dead >= 7
-    of_all = monitor.history[0].places.values()
+    of_all = monitor.history[0].functions.values()
     share = sum(p["dead"] for p in of_all) / sum(p["units"] for p in of_all)
     assert metrics["monitor/dead_share"] == pytest.approx(share)
 
@@ -357,8 +357,8 @@ def test_extremes_equal_those_by_hand():
     kept: dict[str, Tensor] = {}
     for i, layer in enumerate(model.encoder):
         layer.register_forward_hook(lambda _m, _i, out, i=i: kept.update({f"encoder.{i}": out}))
-    monitor = Monitor(model, every=1)
-    with monitor.watching(1):
+    monitor = Readings(model, every=1)
+    with monitor.watching(1, batch_of(ROWS)):
         model(batch_of(ROWS))
     monitor.take()
     layers = monitor.history[0].layers
@@ -369,22 +369,22 @@ def test_extremes_equal_those_by_hand():
 
 def test_head_gates_may_be_closed():
     model = built(experiment(MODELS["gated"])).train()
-    monitor = Monitor(model, every=1)
-    with monitor.watching(1):
+    monitor = Readings(model, every=1)
+    with monitor.watching(1, batch_of(ROWS)):
         model(batch_of(ROWS))
     monitor.take()
-    assert not any("gates" in place or "sigmoid" in place for place in monitor.history[0].places)
+    assert not any("gates" in place or "sigmoid" in place for place in monitor.history[0].functions)
 
 
 def test_places_of_the_zoo():
     found = {}
     for name in ("transformer", "lstm", "feeding", "gru_feeding", "conv", "rnn"):
         model = built(experiment(MODELS[name])).train()
-        monitor = Monitor(model, every=1)
-        with monitor.watching(1):
+        monitor = Readings(model, every=1)
+        with monitor.watching(1, batch_of(ROWS)):
             model(batch_of(ROWS))
         monitor.take()
-        found[name] = set(monitor.history[0].places)
+        found[name] = set(monitor.history[0].functions)
     blocks = [f"{side}.{i}" for side in ("encoder", "decoder") for i in range(2)]
     two_way = {f"encoder.layers.0.{way}.rnn gates" for way in ("ahead", "back")}
     assert found == {
@@ -400,17 +400,17 @@ def test_places_of_the_zoo():
 def test_a_history_survives_a_checkpoint():
     config = experiment(MODELS["transformer"])
     model = built(config)
-    monitor, other = Monitor(model, every=2), Monitor(model, every=2)
+    monitor, other = Readings(model, every=2), Readings(model, every=2)
     trained(model, config, monitor)
     monitor.take()
-    other.restore(monitor.to_json())
+    other.load_state_dict(monitor.state_dict())
     assert other.history == monitor.history
     assert len(other.history) == 3
 
 
 def test_broken_gradients_are_told_as_they_are():
     model = built(experiment(MODELS["transformer"]))
-    monitor = Monitor(model, every=1)
+    monitor = Readings(model, every=1)
     for p in model.parameters():
         p.grad = torch.full_like(p, math.nan)
     monitor.gradients(1)
@@ -424,13 +424,13 @@ def test_nothing_waits_for_the_gpu_but_take(name):
     device = torch.device("cuda")
     config = experiment(MODELS[name])
     model = built(config).to(device).train()
-    monitor, batch = Monitor(model, every=1), batch_of(ROWS).to(device)
+    monitor, batch = Readings(model, every=1), batch_of(ROWS).to(device)
     optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
     is_real_BT = batch.is_real_BT
     for index in (1, 2):
         torch.cuda.set_sync_debug_mode("error" if index == 2 else "default")
         try:
-            with monitor.watching(index):
+            with monitor.watching(index, batch):
                 states_BTD = model(batch)
             model.logits(states_BTD).masked_fill(~is_real_BT[..., None], 0).sum().backward()
             monitor.gradients(index)
