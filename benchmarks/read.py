@@ -46,7 +46,7 @@ class Trainer:
                 "task": shards.task.to_json(),
                 "model": model,
                 "objective": {"label_smoothing": 0.1},
-                "batch": {"tokens": TOKENS},
+                "batch": {"max_padded_tokens": TOKENS},
                 "steps": 1_000_000,
             }
         )

@@ -99,7 +99,7 @@ def tiny_study(reversal: "ShardSet") -> dict[str, Any]:
     }  # fmt: skip
     base = {
         "name": "tiny", "task": reversal.task.to_json(), "model": model,
-        "optim": {"lr": 5e-3, "warmup_steps": 10}, "batch": {"tokens": 256},
+        "optim": {"lr": 5e-3, "warmup_steps": 10}, "batch": {"max_padded_tokens": 256},
         "evaluation": {"times": 3}, "compute": {"device": "cpu", "precision": "fp32"},
         "steps": 60, "checkpoint_every": 20,
     }  # fmt: skip

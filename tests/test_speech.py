@@ -134,7 +134,7 @@ def bundle(task, shards, one_thread, tmp_path_factory: pytest.TempPathFactory) -
                 "dropout": 0, "subsampling": {"kind": "concat", "factor": 2, "layers": 1},
             },
             "optim": {"lr": 1e-2, "warmup_steps": 20},
-            "batch": {"tokens": 800},
+            "batch": {"max_padded_tokens": 800},
             "evaluation": {"times": 1},
             "compute": {"device": "cpu", "precision": "fp32"},
             "steps": 200,

@@ -260,8 +260,8 @@ def judged(result: Conditioning, updates: int) -> Check:
     if not passed and updates < _MIN_UPDATES:
         passed = None
         pointer = (
-            f"{updates} updates in {_MAX_SECONDS:.0f} s are too few to decide; run it on the machine "
-            "of the training, or with a smaller batch.max_padded_tokens"
+            f"{updates} updates in {_MAX_SECONDS:.0f} s are too few to decide; run it on the "
+            "machine of the training, or with a smaller batch.max_padded_tokens"
         )
     elif not passed and result.deviations >= _SOME_DEVIATIONS:
         passed = None
