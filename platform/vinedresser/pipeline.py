@@ -91,7 +91,7 @@ def retrain(
     store = store_for(workspace, task.name)
     with connect(dashboard=pipeline.study.base.compute.workers > 1):
         # The corpus comes first: a bad one leaves no database behind.
-        shards = prepare(task, workspace / "shards", say=say)
+        shards = prepare(task, workspace / "shards")
         initialise(store)
         for run_id in reap(store):
             say(f"tracking: run {run_id[:8]} of a killed process closed")

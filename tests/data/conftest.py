@@ -60,3 +60,10 @@ def lexicon_task(tmp_path: Path) -> WRITE:
         )
 
     return write
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log of the package, from INFO on."""
+    caplog.set_level("INFO", logger="vinedresser")
+    return caplog

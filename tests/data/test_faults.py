@@ -88,14 +88,15 @@ def test_d01_different_line_counts_say_where_they_part(text_task, tmp_path):
     assert abs(int(near[1]) - 612) <= 1
 
 
-def test_d03_empty_lines_are_dropped_and_named(text_task, tmp_path):
+def test_d03_empty_lines_are_dropped_and_named(text_task, tmp_path, logged):
     lines = [b"a%d" % i for i in range(40)]
     for at in (3, 17, 30):
         lines[at] = b" " if at == 17 else b""
-    said = []
     task = text_task(train_source=b"".join(line + b"\n" for line in lines))
-    assert prepare(task, tmp_path / "out", say=said.append).counts["train"] == 37
-    assert any("of 40 rows dropped 3 empty (lines 4, 18, 31 ...)" in line for line in said)
+    assert prepare(task, tmp_path / "out").counts["train"] == 37
+    assert any(
+        "of 40 rows dropped 3 empty (lines 4, 18, 31 ...)" in line for line in logged.messages
+    )
 
 
 def test_d05_a_byte_order_mark_changes_no_token(text_task, tmp_path):
@@ -119,7 +120,7 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 from pathlib import Path
 from vinedresser.config import Task
-from vinedresser.data import prepare
+from vinedresser.data.shards import prepare
 task = Task.from_json(__import__("json").loads(sys.argv[1]), where="test")
 shards = prepare(task, Path(sys.argv[2]), executor="in_process")
 print(shards.meta["account"]["train"])
@@ -292,7 +293,7 @@ import json, os, sys, traceback
 from pathlib import Path
 from vinedresser.workspace.commit import verify
 from vinedresser.config import Task
-from vinedresser.data import prepare
+from vinedresser.data.shards import prepare
 from vinedresser.data.corpora import row
 from vinedresser.errors import MachineError
 import pandas, pyarrow.parquet, sentencepiece
@@ -377,7 +378,7 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from vinedresser.config import Task
-from vinedresser.data import prepare
+from vinedresser.data.shards import prepare
 from vinedresser.data.corpora import row
 row.BLOCK_ROWS = 3
 print("ready", flush=True)
@@ -421,7 +422,7 @@ def test_d25_killed_workers_change_no_byte(text_task, tmp_path, monkeypatch, loc
 
     def is_working(process: psutil.Process) -> bool:
         with contextlib.suppress(psutil.Error):  # it may be gone by now
-            return "_encode_items" in " ".join(process.cmdline())
+            return "ray::encode_block" in " ".join(process.cmdline())
         return False
 
     def hunt() -> None:
@@ -467,18 +468,18 @@ def test_s08_no_mutation_is_read_as_good_data(text_task, tmp_path):
 
 
 @pytest.mark.parametrize("dedup", [False, True])
-def test_s08_damaged_shards_alone_are_written_anew(text_task, tmp_path, monkeypatch, dedup):
+def test_s08_damaged_shards_alone_are_written_anew(text_task, tmp_path, monkeypatch, dedup, logged):
     monkeypatch.setattr("vinedresser.data.corpora.row.BLOCK_ROWS", 9)
     lines = b"".join(b"line %d\n" % (i % 30) for i in range(40))
     task = text_task(train_source=lines, train_target=lines)
     task = task.model_copy(update={"cleaning": task.cleaning.override({"dedup": dedup})})
-    shards, said = prepare(task, tmp_path / "out"), []
+    shards = prepare(task, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in shards.folder.iterdir()}
     damaged = [shards.folder / name for name in ("train-00001.parquet", "dev-00000.parquet")]
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-3])
-    assert prepare(task, tmp_path / "out", say=said.append) == shards
-    assert "damaged dev-00000.parquet, train-00001.parquet written anew" in said[0]
+    assert prepare(task, tmp_path / "out") == shards
+    assert "damaged dev-00000.parquet, train-00001.parquet written anew" in logged.text
     after = {path: path.stat().st_mtime_ns for path in shards.folder.iterdir()}
     assert {path for path in before if before[path] != after[path]} == set(damaged)
     assert list((tmp_path / "out").iterdir()) == [shards.folder]

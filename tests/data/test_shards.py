@@ -13,19 +13,18 @@ from vinedresser.data.batching.reader import load_split
 from vinedresser.data.corpora import row as row_module
 from vinedresser.data.corpora.corpus import open_corpus, read
 from vinedresser.data.prepare import execute
-from vinedresser.data.prepare.encode import BlockJob
+from vinedresser.data.prepare.clean import PrepareJob, clean_block
 from vinedresser.data.shards import open_shards, prepare, tokenizers
 from vinedresser.errors import DamagedError, DataError, MachineError
 from vinedresser.workspace.commit import verify
 
 
-def test_every_row_is_out_or_counted(text_task, tmp_path):
+def test_every_row_is_out_or_counted(text_task, tmp_path, logged):
     long = b"word " * 100
     source = b"a b\n\nc\n" + long + b"\n" + b"x" * 1_000_000 + b"\nd\n"
     task = text_task(train_source=source, train_target=b"1\n2\n3\n4\n5\n6\n", dev_source=long * 4)
     (tmp_path / "dev.source").write_bytes((long + b"\n") * 4)
-    said = []
-    shards = prepare(task, tmp_path / "out", say=said.append)
+    shards = prepare(task, tmp_path / "out")
     assert shards.meta["account"]["train"] == {
         "rows_in": 6,
         "rows_out": 3,
@@ -33,7 +32,7 @@ def test_every_row_is_out_or_counted(text_task, tmp_path):
         "first_lines": {"empty": [2], "too_long": [4, 5]},
     }
     assert shards.counts == {"train": 3, "dev": 4, "test": 4}
-    assert "of 6 rows dropped 1 empty (lines 2 ...)" in said[-1]
+    assert "of 6 rows dropped 1 empty (lines 2 ...)" in logged.messages[-1]
     assert load_split(shards, "dev").source_lengths.max() > 256
 
 
@@ -81,12 +80,12 @@ def test_many_blocks_give_the_same_split(text_task, tmp_path, monkeypatch):
     np.testing.assert_array_equal(split.target.offsets, whole.target.offsets)
 
 
-def test_prepared_twice_is_a_no_op(text_task, tmp_path):
-    task, said = text_task(), []
+def test_prepared_twice_is_a_no_op(text_task, tmp_path, logged):
+    task = text_task()
     first = prepare(task, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    second = prepare(task, tmp_path / "out", say=said.append)
-    assert said == [f"prepare: {first.folder.name} unchanged"]
+    second = prepare(task, tmp_path / "out")
+    assert logged.messages[-1:] == [f"prepare: {first.folder.name} unchanged"]
     assert second == first
     assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == before
     assert len(list((tmp_path / "out").iterdir())) == 1
@@ -108,8 +107,8 @@ def test_content_decides_and_paths_do_not(text_task, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flip", "delete", "extra"])
-def test_damage_is_found_and_rebuilt(text_task, tmp_path, damage):
-    task, said = text_task(), []
+def test_damage_is_found_and_rebuilt(text_task, tmp_path, damage, logged):
+    task = text_task()
     shards = prepare(task, tmp_path / "out")
     digest, path = verify(shards.folder).digest, shards.folder / "train-00000.parquet"
     if damage == "flip":
@@ -122,25 +121,25 @@ def test_damage_is_found_and_rebuilt(text_task, tmp_path, damage):
         path.with_name("train-00001.parquet").write_bytes(path.read_bytes())
     with pytest.raises(DamagedError, match="train-0000"):
         open_shards(shards.folder)
-    rebuilt = prepare(task, tmp_path / "out", say=said.append)
+    rebuilt = prepare(task, tmp_path / "out")
     wanted = "building again" if damage == "extra" else "damaged train-00000.parquet written anew"
-    assert wanted in said[0]
+    assert wanted in logged.text
     assert rebuilt.folder == shards.folder
     assert verify(rebuilt.folder).digest == digest
 
 
-def test_overlap_with_test_is_told(text_task, tmp_path):
-    task, said = text_task(), []
+def test_overlap_with_test_is_told(text_task, tmp_path, logged):
+    task = text_task()
     task = task.model_copy(update={"cleaning": Cleaning(leakage="allow")})
     for side in ("source", "target"):
         path = tmp_path / f"train.{side}"
         lines = (tmp_path / f"test.{side}").read_bytes().split(b"\n")[:3]
         path.write_bytes(path.read_bytes() + b"\n".join(lines) + b"\n")
-    shards = prepare(task, tmp_path / "out", say=said.append)
+    shards = prepare(task, tmp_path / "out")
     lines = [41, 42, 43]
     found = {"pairs": 3, "sources": 3, "train_lines": lines, "pair_lines": lines}
     assert shards.meta["overlap"]["test"] == found
-    assert any("3 rows have a source of test, 3 of them" in line for line in said)
+    assert any("3 rows have a source of test, 3 of them" in line for line in logged.messages)
 
 
 def test_shifted_sides_are_told_and_true_ones_are_not(text_task, tmp_path):
@@ -174,7 +173,7 @@ def test_other_tokenizers_are_refused(text_task, tmp_path):
     shards = prepare(task, tmp_path / "out")
     assert open_shards(shards.folder, task=task) == shards
     other = task.model_copy(update={"tokenizer": Tokenizer(kind="symbols")})
-    with pytest.raises(DataError, match=r"was tokenised with .*characters.* wants .*symbols"):
+    with pytest.raises(DataError, match=r"tokenized with .*characters.*expected .*symbols"):
         open_shards(shards.folder, task=other)
 
 
@@ -211,29 +210,29 @@ def test_multi30k_wastes_little(multi30k, tmp_path):
 
 
 def test_ray_is_used_only_where_it_pays(monkeypatch):
-    used = []
-    monkeypatch.setattr(execute, "with_ray", lambda *_: iter(used.append("ray") or []))
-    monkeypatch.setattr(execute, "in_process", lambda *_: iter(used.append("here") or []))
+    connections = []
 
     @contextlib.contextmanager
     def connect():
-        used.append("connect")
+        connections.append("open")
         yield
+        connections.append("closed")
 
-    def choice(rows, name="auto", **options):
-        used.clear()
-        list(execute.run_blocks([SimpleNamespace(count=rows)], None, name, **options))
-        return used[:]
+    def choice(rows, name="auto", connect=None):
+        with execute.block_runner(name, rows, connect) as run:
+            return "ray" if run is execute.with_ray else "here"
 
     monkeypatch.delitem(sys.modules, "ray", raising=False)
-    assert choice(10**9) == ["here"]
-    assert choice(10**9, "ray") == ["ray"]
-    assert choice(execute.RAY_START_ROWS - 1, connect=connect) == ["here"]
-    assert choice(execute.RAY_START_ROWS, connect=connect) == ["connect", "ray"]
-    assert choice(10**9, "in_process", connect=connect) == ["here"]
+    assert choice(10**9) == "here"
+    assert choice(10**9, "ray") == "ray"
+    assert choice(execute.RAY_START_ROWS - 1, connect=connect) == "here"
+    assert choice(10**9, "in_process", connect=connect) == "here"
+    assert connections == []
+    assert choice(execute.RAY_START_ROWS, connect=connect) == "ray"
+    assert connections == ["open", "closed"]
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
-    assert choice(execute.RAY_ROWS - 1) == ["here"]
-    assert choice(execute.RAY_ROWS) == ["ray"]
+    assert choice(execute.RAY_ROWS - 1) == "here"
+    assert choice(execute.RAY_ROWS) == "ray"
 
 
 @pytest.mark.ray
@@ -248,10 +247,15 @@ def test_ray_writes_the_same_bytes(text_task, tmp_path, monkeypatch, local_ray):
 
 
 @pytest.mark.ray
-def test_a_worker_s_error_comes_back_in_one_line(text_task, tmp_path, local_ray):
+def test_an_error_in_a_ray_task_is_the_one_of_this_process(text_task, tmp_path, local_ray):
     task = text_task()
-    (block,) = open_corpus(task).blocks("train")
-    job = BlockJob(task, *[str(tmp_path / "gone")] * 3, "a", "b", is_parallel=False)
-    with pytest.raises(MachineError, match=r"gone: Ray could not .*a.json: no such file") as caught:
-        list(execute.with_ray([block], job))
+    (block,) = open_corpus(task).blocks("dev")
+    job = PrepareJob(task, *[str(tmp_path / "gone")] * 3, is_parallel=False)
+    with pytest.raises(MachineError, match=r"gone: Ray could not .*No such file") as caught:
+        list(execute.with_ray(clean_block, [block], job))
     assert len(str(caught.value).splitlines()) == 1
+    (tmp_path / "dev.source").write_bytes(b"one line\n")
+    for run in (execute.with_ray, execute.in_process):
+        with pytest.raises(DataError, match=r"dev.source: changed while") as caught:
+            list(run(clean_block, [block], job))
+        assert caught.value.exit_code == 2

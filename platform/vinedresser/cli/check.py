@@ -12,17 +12,15 @@ from rich.table import Table
 from vinedresser.cli.show import print_json
 from vinedresser.config import Experiment
 from vinedresser.data.shards import prepare
-from vinedresser.health.preflight.check import Check
-from vinedresser.health.preflight.checks import checks
-
-Say = Callable[[str], None]
+from vinedresser.health.preflight import checks
+from vinedresser.health.verdict import Check
 
 # Word and colour of a verdict; None is one that could not be reached.
 _WORDS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("open", "yellow")}
 
 
 def check(
-    experiment: Experiment, workspace: Path, say: Say, *, price: float, trials: int, as_json: bool
+    experiment: Experiment, workspace: Path, *, price: float, trials: int, as_json: bool
 ) -> bool:
     """Prepares the shards and prints the table; false if a check failed.
 
@@ -30,7 +28,7 @@ def check(
     where the experiment is the base of a study of several `trials`, that is said.
     """
     since = time.perf_counter()
-    shards = prepare(experiment.task, workspace / "shards", say=say)
+    shards = prepare(experiment.task, workspace / "shards")
     found: list[Check] = []
     is_whole = False
     try:

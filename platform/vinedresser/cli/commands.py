@@ -91,7 +91,7 @@ def prepare(
     from vinedresser.cluster import connect
     from vinedresser.data.shards import prepare as write
 
-    shards = write(value, workspace / "shards", executor=executor, connect=connect, say=_Say())
+    shards = write(value, workspace / "shards", executor=executor, connect=connect)
     result = {"folder": str(shards.folder), "digest": shards.digest, "counts": dict(shards.counts)}
     return _print_json(result) if as_json else print(shards.folder)
 
@@ -137,7 +137,7 @@ def check(
     kinds: list[Any] = [Experiment, Study]
     value = _resolve(experiment, kinds, overrides, "base")
     trials = getattr(resolve(experiment, kinds), "num_trials", 1)
-    if not run_checks(value, workspace, _Say(), price=price, trials=trials, as_json=as_json):
+    if not run_checks(value, workspace, price=price, trials=trials, as_json=as_json):
         raise typer.Exit(4)
 
 

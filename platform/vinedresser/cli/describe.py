@@ -15,7 +15,7 @@ from vinedresser.config import Experiment, ModelConfig, Section, Task, parse_ove
 from vinedresser.config.kinds import ZOO, kinds, named_model, presets
 from vinedresser.config.section import did_you_mean
 from vinedresser.config.study import Study
-from vinedresser.data.prepare.account import PADDING_TOKENS
+from vinedresser.data.prepare.report import PADDING_TOKENS
 from vinedresser.data.shards import ShardSet, open_shards
 from vinedresser.errors import ConfigError
 from vinedresser.figures.corpus import buckets, coverage, figures

@@ -95,7 +95,7 @@ def train(
             )
 
     with connect() if experiment.compute.workers > 1 else contextlib.nullcontext():
-        shards = write_shards(experiment.task, workspace / "shards", say=say)
+        shards = write_shards(experiment.task, workspace / "shards")
         # The tracking store is opened while training begins.
         site = _site(shards, workspace, store_for(workspace, experiment.task.name))
         with watching(say) as tell:
@@ -113,7 +113,7 @@ def sweep(study: "Study", workspace: Path, say: Say, *, as_json: bool) -> None:
     from vinedresser.sweep import sweep as run_study
 
     with connect(dashboard=study.base.compute.workers > 1):
-        shards = write_shards(study.base.task, workspace / "shards", say=say)
+        shards = write_shards(study.base.task, workspace / "shards")
         site = _site(shards, workspace, _open(study.base.task, workspace, say))
         trial_site = replace(site, kind="trial")
         outcome = run_study(study, trial_site, shards_digest=shards.digest, say=say)
@@ -170,7 +170,7 @@ def prune(model: str, pruning: "Pruning", workspace: Path, say: Say, *, as_json:
     folder = locate(model, workspace).absolute()
     whole = load_bundle(folder)
     with connect():
-        shards = write_shards(whole.experiment.task, workspace / "shards", say=say)
+        shards = write_shards(whole.experiment.task, workspace / "shards")
         site = _site(shards, workspace, _open(whole.experiment.task, workspace, say))
         name = whole.experiment.name
         pruner = Pruner(name, pruning, folder, shards=shards, site=site, say=say)

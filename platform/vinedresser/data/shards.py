@@ -1,14 +1,18 @@
-"""Shards: a task's corpus, cleaned, tokenised and written once under the digest of its inputs."""
+"""Shards: a task's corpus, cleaned, tokenized and written once under the digest of its inputs."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vinedresser.config.task import Task
 from vinedresser.data.corpora.corpus import Corpus, open_corpus
-from vinedresser.data.prepare.build import How, build, build_again
+from vinedresser.data.prepare.build import build, build_again
 from vinedresser.data.prepare.execute import Connect, Executor
 from vinedresser.data.tokenizers.tokenizer import (
     SourceEncoder,
@@ -18,6 +22,7 @@ from vinedresser.data.tokenizers.tokenizer import (
 )
 from vinedresser.errors import DamagedError, DataError
 from vinedresser.workspace.commit import (
+    Manifest,
     commit,
     differing,
     digest_of,
@@ -28,26 +33,26 @@ from vinedresser.workspace.commit import (
     verify,
 )
 
+_log = logging.getLogger(__name__)
+
 # Raised whenever the same task and files would give other shards.
 SCHEMA = 2
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A complete, verified folder of shards.
+    """A complete, verified folder of shards: a plain value that a command opens once and passes on.
 
     Attributes:
-        folder: where it is.
-        digest: SHA-256 in hex of what it was made from; the same digest, the same content.
-        task: what it was prepared for.
+        folder: path of the set.
+        digest: SHA-256 in hex of its inputs; the same digest, the same content.
+        task: the task that it was prepared for.
         counts: split -> rows.
         source_size: ids of the source vocabulary, specials included; 0 for frames.
         target_size: ids of the target vocabulary; equal to `source_size` when joint.
-        is_joint: whether both sides share one vocabulary.
-        meta: the manifest's account: drops, lengths, padding, sources, overlap, notes.
-        features: numbers of a source frame; 0 where the source is ids.
+        is_joint: True where both sides share one vocabulary.
+        meta: the manifest's report: drops, lengths, padding, sources, overlap, notes.
+        features: numbers per source frame; 0 where the source is ids.
     """
 
     folder: Path
@@ -61,143 +66,163 @@ class ShardSet:
     features: int = 0
 
     def reference_digest(self, split: str) -> str:
-        """SHA-256 of a dev or test split's references: equal for models scored on one set."""
+        """Return the SHA-256 of a dev or test split's references, to compare scores by."""
         return str(self.meta["reference_digests"][split])
 
 
 def prepare(
-    task: Task,
-    root: Path,
-    *,
-    executor: Executor = "auto",
-    connect: Connect | None = None,
-    say: Say = lambda _: None,
+    task: Task, root: Path, *, executor: Executor = "auto", connect: Connect | None = None
 ) -> ShardSet:
-    """Writes a task's shards under `root`, or recognises them there.
+    """Write a task's shards under `root`, or verify them where they exist.
 
-    A set whose shards were damaged since is repaired: those shards alone are written anew.
+    Every file of the set is hashed once, and every row read and cleaned once. A set whose shards
+    were damaged since is repaired: those shards alone are written anew.
 
     Args:
         task: corpus, tokenizers, limits and cleaning.
-        root: folder of shard sets; with Ray it must be one that every node sees, as must the
-            corpus.
+        root: folder of shard sets; with Ray every node must see it, and the corpus.
         executor: `auto` is Ray where the corpus is large enough to pay for it, and this process
             is connected or may connect. Both write the same bytes, with any number of workers.
         connect: a context in which this process is connected to Ray, as `cluster.connect`.
-        say: takes one line of progress or warning.
 
     Raises:
-        DataError: the corpus is not what it should be, nothing of it is left, or too much lost.
+        DataError: the corpus is not as expected, nothing of it is left, or too much lost.
         ConfigError: a package that the corpus lives in is not installed.
         MachineError: disk full, no permission, no object storage, or Ray failed.
     """
     corpus = open_corpus(task)
-    digest = _address(task, corpus)
-    folder = root / f"{task.name}-{digest[:12]}"
-    if (found := _recognised(folder, task, corpus, say)) is not None:
-        say(f"prepare: {folder.name} unchanged")
-        return found
-    with commit(folder) as staging:
-        build(task, corpus, staging, How(executor, connect), say)
-        staging.meta |= {"digest": digest, "schema": SCHEMA, "task": task.to_json()}
-    shards = open_shards(folder)
-    _tell(shards, corpus, say)
-    return shards
-
-
-def _address(task: Task, corpus: Corpus) -> str:
-    """SHA-256 of everything that decides the shards: paths count by content, names not at all."""
+    # Everything that decides the shards: paths count by content, names not at all.
     plain = task.to_json()
     del plain["name"]
     plain["corpus"] = corpus.content()
     import sentencepiece
 
-    return digest_of({"schema": SCHEMA, "task": plain, "pieces": sentencepiece.__version__})
+    digest = digest_of({"schema": SCHEMA, "task": plain, "pieces": sentencepiece.__version__})
+    folder = root / f"{task.name}-{digest[:12]}"
+    if folder.exists() and (shards := _reuse(folder, task, corpus)) is not None:
+        return shards
+    with commit(folder) as stage:
+        build(task, corpus, stage, executor, connect)
+        stage.meta |= {"digest": digest, "schema": SCHEMA, "task": task.to_json()}
+    shards = _shard_set(folder, read_manifest(folder))
+    _log_report(shards, corpus)
+    return shards
 
 
-def _recognised(folder: Path, task: Task, corpus: Corpus, say: Say) -> ShardSet | None:
-    if not folder.exists():
-        return None
+def _reuse(folder: Path, task: Task, corpus: Corpus) -> ShardSet | None:
+    """Verify a set, and repair its shards; None where it must be built again."""
     try:
-        return open_shards(folder)
+        shards = open_shards(folder)
     except DamagedError as error:
-        if repaired := _repaired(folder, task, corpus):
-            say(f"prepare: {folder.name}: damaged {', '.join(repaired)} written anew")
-            return open_shards(folder)
-        aside = quarantine(folder)
-        say(f"prepare: {error.args[0]}; moved to {aside.name}, building again")
-        return None
-
-
-def _repaired(folder: Path, task: Task, corpus: Corpus) -> list[str]:
-    """Writes damaged and missing shards anew, if all else is whole and they come out the same."""
+        problem = error.args[0]
+    else:
+        _log.info("prepare: %s unchanged", folder.name)
+        return shards
     try:
         manifest = read_manifest(folder)
         damaged, extra = differing(folder, manifest)
-        shards = {name for names in manifest.meta["shards"].values() for name in names}
+        names = {name for names in manifest.meta["shards"].values() for name in names}
+        if not extra and set(damaged) <= names:
+            with staging(folder) as out:
+                written = build_again(task, corpus, folder, out, damaged)
+                if all(written.get(name) == manifest.files[name][1] for name in damaged):
+                    repair(folder, damaged, out)
+                    _log.warning(
+                        "prepare: %s: damaged %s written anew", folder.name, ", ".join(damaged)
+                    )
+                    return _shard_set(folder, manifest)
     except (DataError, KeyError, TypeError, AttributeError):
-        return []
-    if extra or not set(damaged) <= shards:
-        return []
-    with staging(folder) as out:
-        written = build_again(task, corpus, folder, out, damaged)
-        if any(written.get(name) != manifest.files[name][1] for name in damaged):
-            return []
-        repair(folder, damaged, out)
-    return damaged
+        pass  # a manifest of unknown form, or tokenizers that cannot be read
+    aside = quarantine(folder)
+    _log.warning("prepare: %s; moved to %s, building again", problem, aside.name)
+    return None
 
 
-def _tell(shards: ShardSet, corpus: Corpus, say: Say) -> None:
+def _log_report(shards: ShardSet, corpus: Corpus) -> None:
+    for note in shards.meta["notes"]:
+        _log.info("prepare: %s", note)
     rows = ", ".join(f"{count:,} {split}" for split, count in shards.counts.items())
     sizes = f"{shards.source_size:,}" + ("" if shards.is_joint else f" and {shards.target_size:,}")
     if shards.features:
         sizes = f"{shards.target_size:,}, frames of {shards.features} bands"
-    say(f"prepare: {shards.folder.name}: {rows} pairs; vocabulary {sizes}")
-    for split, account in shards.meta["account"].items():
-        if dropped := account["dropped"]:
-            first = {
-                why: ", ".join(corpus.place(split, n) for n in account["first_lines"][why][:3])
-                for why in dropped
-            }
-            reasons = "; ".join(
-                f"{n:,} {why} (lines {first[why]} ...)" for why, n in dropped.items()
+    _log.info("prepare: %s: %s pairs; vocabulary %s", shards.folder.name, rows, sizes)
+    for split, counts in shards.meta["account"].items():
+        reasons = []
+        for reason, number in counts["dropped"].items():
+            lines = ", ".join(corpus.place(split, n) for n in counts["first_lines"][reason][:3])
+            reasons.append(f"{number:,} {reason} (lines {lines} ...)")
+        if reasons:
+            _log.info(
+                "prepare: %s: of %s rows dropped %s",
+                split,
+                f"{counts['rows_in']:,}",
+                "; ".join(reasons),
             )
-            say(f"prepare: {split}: of {account['rows_in']:,} rows dropped {reasons}")
     if repeats := shards.meta["overlap"].get("train_repeats", 0):
-        say(f"prepare: train: {repeats:,} rows repeat an earlier pair")
+        _log.info("prepare: train: %s rows repeat an earlier pair", f"{repeats:,}")
 
 
-def open_shards(folder: Path, *, task: Task | None = None) -> ShardSet:
-    """Verifies every byte of a shard set and reads its account.
+def open_shards(folder: Path, *, task: Task | None = None, digest: str = "") -> ShardSet:
+    """Read the report of a shard set and verify its files.
+
+    A command calls this once, or `prepare`, and passes the value on. A worker process passes the
+    digest of that value: then the files are hashed once per node, and later calls only compare
+    sizes and times of the files with those of the verification.
 
     Args:
         folder: of `prepare`.
         task: if given, its tokenizers must be the ones that the shards were made with.
+        digest: `ShardSet.digest` of the set that a command has opened; "" always hashes.
 
     Raises:
         DamagedError: incomplete, or a file differs from the manifest.
-        DataError: written by another version, or tokenised in another way.
+        DataError: written by another version, tokenized in another way, or of another digest.
     """
-    meta = verify(folder).meta
-    if meta.get("schema") != SCHEMA:
-        raise DataError(f"{folder}: not a shard set of version {SCHEMA}; re-run `prepare`")
-    stored = Task.from_json(meta["task"], where=str(folder))
-    if task is not None and _tokenizers_of(task) != _tokenizers_of(stored):
+    manifest = read_manifest(folder)
+    if not (digest and _marker(folder, manifest).exists()):
+        manifest = verify(folder)
+        with contextlib.suppress(OSError):  # the next process verifies again
+            marker = _marker(folder, manifest)
+            marker.parent.mkdir(mode=0o700, exist_ok=True)
+            marker.touch()
+    shards = _shard_set(folder, manifest)
+    if digest and shards.digest != digest:
         raise DataError(
-            f"{folder} was tokenised with {_tokenizers_of(stored)}, the run wants "
+            f"{folder}: holds shards of digest {shards.digest[:12]}, expected {digest[:12]}; "
+            "run the command again"
+        )
+    if task is not None and _tokenizers_of(task) != _tokenizers_of(shards.task):
+        raise DataError(
+            f"{folder}: tokenized with {_tokenizers_of(shards.task)}, expected "
             f"{_tokenizers_of(task)}; re-run `prepare`"
         )
-    accounts = meta["account"]
-    counts = {s: accounts[s]["rows_out"] for s in ("train", "dev", "test") if s in accounts}
-    sides = meta["tokenizers"]
+    return shards
+
+
+def _marker(folder: Path, manifest: Manifest) -> Path:
+    """Return the path of an empty file of this node that says: these very files were verified."""
+    files = []
+    for path in sorted(folder.rglob("*")):
+        found = path.stat()
+        files.append([str(path), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns])
+    key = digest_of([str(folder.resolve()), manifest.digest, files])
+    return Path(tempfile.gettempdir()) / f"vinedresser-verified-{os.getuid()}" / key
+
+
+def _shard_set(folder: Path, manifest: Manifest) -> ShardSet:
+    meta = manifest.meta
+    if meta.get("schema") != SCHEMA:
+        raise DataError(f"{folder}: not a shard set of version {SCHEMA}; re-run `prepare`")
+    task = Task.from_json(meta["task"], where=str(folder))
+    sides, counts = meta["tokenizers"], meta["account"]
     return ShardSet(
         folder=folder,
         digest=meta["digest"],
-        task=stored,
-        counts=counts,
+        task=task,
+        counts={s: counts[s]["rows_out"] for s in ("train", "dev", "test") if s in counts},
         source_size=sides["source"]["size"],
         target_size=sides["target"]["size"],
-        is_joint=stored.has_joint_vocabulary,
+        is_joint=task.has_joint_vocabulary,
         meta=meta,
         features=sides["source"]["features"],
     )
@@ -210,7 +235,7 @@ def _tokenizers_of(task: Task) -> str:
 
 
 def tokenizers(shards: ShardSet) -> tuple[SourceEncoder, TextTokenizer]:
-    """The (source, target) tokenizers of a shard set; one and the same object when joint."""
+    """Return the (source, target) tokenizers of a shard set; one object when joint."""
     names = [shards.meta["tokenizers"][side]["name"] for side in ("source", "target")]
     target = load_tokenizer(shards.folder, names[1])
     return target if names[0] == names[1] else load_source(shards.folder, names[0]), target

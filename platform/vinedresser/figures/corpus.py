@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vinedresser.data.batching.plan import Histogram, plan_cells
-from vinedresser.data.prepare.account import PADDING_TOKENS
 from vinedresser.data.prepare.encode import LENGTHS_FILE
+from vinedresser.data.prepare.report import PADDING_TOKENS
 from vinedresser.data.shards import ShardSet
 from vinedresser.tracking import Tracker
 

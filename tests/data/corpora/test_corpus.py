@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vinedresser.data.corpora.corpus import read, source_digests, splits
-from vinedresser.data.corpora.row import Account, Row
+from vinedresser.data.corpora.row import Row, RowCounts
 from vinedresser.data.corpora.textfile import inspect, lines_of
 from vinedresser.errors import ConfigError, DataError
 
@@ -22,7 +22,7 @@ def message(task) -> str:
 
 def test_rows_and_empty_sides_are_accounted_for(text_task):
     task = text_task(train_source=b"a\n\nb\nc\n", train_target=b"x\ny\n \nz\n")
-    account = Account()
+    account = RowCounts()
     rows = list(read(task, "train", account=account))
     assert rows == [Row("a", "x", 1), Row("c", "z", 4)]
     assert account.to_json() == {
@@ -127,9 +127,9 @@ def test_file_that_changes_while_being_read(text_task, tmp_path):
 
 def test_lexicon_splits_are_disjoint_and_fixed(lexicon_task):
     task = lexicon_task(WORDS + "word1(2) W\nword3 X\n")
-    account = Account()
+    account = RowCounts()
     parts = {split: list(read(task, split, account=account)) for split in ("dev", "test")}
-    account = Account()
+    account = RowCounts()
     parts["train"] = list(read(task, "train", account=account))
     assert {split: len(rows) for split, rows in parts.items()} == {"dev": 2, "test": 2, "train": 16}
     assert len({row.source for rows in parts.values() for row in rows}) == 20
@@ -146,7 +146,7 @@ def test_lexicon_settings(lexicon_task, tmp_path):
     out = tmp_path / "out.tsv"
     out.write_text("WORD1\tW AH D\nword2 x\n")
     task = lexicon_task(WORDS, exclude=[str(out)], keep_stress=True, train_words=5, test_words=0)
-    account = Account()
+    account = RowCounts()
     rows = list(read(task, "train", account=account))
     assert splits(task) == ("train", "dev")
     assert len(rows) == 5
@@ -207,7 +207,7 @@ def test_reading_needs_no_torch():
 def test_pronunciations_that_differ_in_stress_alone_are_one(lexicon_task):
     words = "".join(f"w{i} W AH0 D\nw{i}(2) W AH1 D\nw{i}(3) W OW1 D\n" for i in range(12))
     sizes = {"dev_words": 2, "test_words": 2, "variants": "all"}
-    account = Account()
+    account = RowCounts()
     rows = [
         (r.source, r.target) for r in read(lexicon_task(words, **sizes), "train", account=account)
     ]

@@ -17,7 +17,7 @@ from vinedresser.config import (
     Tokenizer,
 )
 from vinedresser.data.corpora.corpus import read, source_digests
-from vinedresser.data.corpora.row import Account
+from vinedresser.data.corpora.row import RowCounts
 from vinedresser.data.shards import prepare
 from vinedresser.errors import ConfigError, DataError, MachineError
 from vinedresser.workspace.commit import verify
@@ -101,13 +101,12 @@ def test_many_files_by_glob_and_by_list(plain, tmp_path):
     assert Task.from_json(task.to_json(), where="test") == task
 
 
-def test_a_drop_in_one_of_many_files_is_named_with_its_file(tmp_path):
+def test_a_drop_in_one_of_many_files_is_named_with_its_file(tmp_path, logged):
     for name, text in (("1.s", "a\n"), ("1.t", "x\n"), ("2.s", "b\n\nc\n"), ("2.t", "y\ny\nz\n")):
         (tmp_path / name).write_text(text)
     pair = Pair(source=str(tmp_path / "*.s"), target=str(tmp_path / "*.t"))
-    said = []
-    prepare(task_of(train=pair, dev=pair), tmp_path / "out", say=said.append)
-    assert any(f"1 empty (lines {tmp_path / '2.s'}:2 ...)" in line for line in said)
+    prepare(task_of(train=pair, dev=pair), tmp_path / "out")
+    assert any(f"1 empty (lines {tmp_path / '2.s'}:2 ...)" in line for line in logged.messages)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +186,7 @@ def test_object_storage_gives_the_same_shards(plain, tmp_path, s3):
         one, other = (f"s3://corpora/deep/{split}-*.{side}{query}" for side in ("src", "tgt"))
         pairs[split] = Pair(source=one, target=other)
     task = task_of(**pairs)
-    account = Account()
+    account = RowCounts()
     assert list(read(task, "train", account=account)) == list(read(plain, "train"))
     assert account.rows_in == 40
     assert len(source_digests(task)) == 12

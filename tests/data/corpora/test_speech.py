@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from vinedresser.config import Task
 from vinedresser.config.speech import Frames, SpeechCorpus
 from vinedresser.data.corpora.corpus import open_corpus, read, splits
-from vinedresser.data.corpora.row import Account
+from vinedresser.data.corpora.row import RowCounts
 from vinedresser.data.tokenizers.flat import Flat
 from vinedresser.data.tokenizers.frames import Filterbank, features
 from vinedresser.data.tokenizers.tokenizer import load_source, load_tokenizer
@@ -238,7 +238,7 @@ def tones(tmp_path) -> Path:
 
 def rows_of(corpus, split):
     for block in corpus.blocks(split):
-        yield from pickle.loads(pickle.dumps(block)).rows(Account())
+        yield from pickle.loads(pickle.dumps(block)).rows(RowCounts())
 
 
 def test_json_manifest(tones, monkeypatch):
@@ -255,7 +255,7 @@ def test_json_manifest(tones, monkeypatch):
     task = speech_task(Path())
     blocks = list(open_corpus(task).blocks("train"))
     monkeypatch.chdir("/")
-    assert [row for block in blocks for row in block.rows(Account())] == rows
+    assert [row for block in blocks for row in block.rows(RowCounts())] == rows
 
 
 def test_table_manifest(tones):
@@ -340,7 +340,7 @@ def test_a_test_recording_in_train_is_refused_by_content(tones):
     assert len(list(rows_of(allowed, "train"))) == 3
     assert "warning" in allowed.notes[0]
     dropping = open_corpus(speech_task(tones, cleaning={"leakage": "drop"}))
-    account = Account()
+    account = RowCounts()
     (block,) = dropping.blocks("train")
     assert [row.line for row in block.rows(account)] == [1]
     assert (account.rows_in, account.dropped) == (3, {"leaked": 2})

@@ -11,7 +11,7 @@ import pytest
 from vinedresser.config import TableCorpus, Task, Tokenizer
 from vinedresser.data.corpora import row as row_module
 from vinedresser.data.corpora.corpus import read
-from vinedresser.data.corpora.row import Account
+from vinedresser.data.corpora.row import RowCounts
 from vinedresser.data.shards import prepare, tokenizers
 from vinedresser.errors import DataError
 from vinedresser.workspace.commit import verify
@@ -75,7 +75,7 @@ def test_files_follow_each_other_and_nulls_are_empty(tmp_path):
     for name, rows in (("a", [("1", "x"), (None, "y")]), ("b", [("3", "z")])):
         table = pa.table({"src": [s for s, _ in rows], "tgt": [t for _, t in rows]})
         pq.write_table(table, tmp_path / f"{name}.parquet")
-    account = Account()
+    account = RowCounts()
     task = task_of(train=str(tmp_path / "?.parquet"), dev=str(tmp_path / "b.parquet"))
     rows = list(read(task, "train", account=account))
     assert [(row.source, row.line) for row in rows] == [("1", 1), ("3", 3)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vinedresser.config import Cleaning, Pair, Task, TextCorpus, Tokenizer
 from vinedresser.data.batching.reader import load_split
-from vinedresser.data.corpora.row import Account, Pairs
+from vinedresser.data.corpora.row import Pairs, RowCounts
 from vinedresser.data.prepare.clean import clean, fold_all, folded
 from vinedresser.data.prepare.hashing import count_repeats, find_repeats, hash_pairs, save_hashes
 from vinedresser.data.shards import prepare
@@ -190,7 +190,7 @@ def test_dev_and_test_keep_all_but_empty_rows():
     )  # fmt: skip
     pairs = Pairs(["a\x07" * 999, " "], ["b", "c"], np.array([1, 2]))
     for split, left in (("dev", 1), ("test", 1), ("train", 0)):
-        account = Account(rows_in=2)
+        account = RowCounts(rows_in=2)
         assert len(clean(pairs, split, task, account)[0]) == left == account.rows_out
 
 

@@ -13,7 +13,7 @@ from vinedresser.config.corpus import TextCorpus, names_of
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import row
 from vinedresser.data.corpora.inputs import expand
-from vinedresser.data.corpora.row import Account, Block, Pairs, Row
+from vinedresser.data.corpora.row import Block, Pairs, Row, RowCounts
 from vinedresser.data.corpora.textfile import Span, inspect_all, parting, refuse_changed, unpacked
 from vinedresser.errors import DataError
 
@@ -81,7 +81,7 @@ class TextBlock(Block):
     source: tuple[Span, ...]
     target: tuple[Span, ...]
 
-    def load(self, account: Account) -> Pairs:
+    def load(self, account: RowCounts) -> Pairs:
         """All its rows, also those with an empty side."""
         sides = [
             spans[0].lines() if len(spans) == 1 else [x for span in spans for x in span.lines()]
@@ -91,7 +91,7 @@ class TextBlock(Block):
         lines = np.arange(self.first + 1, self.first + self.count + 1, dtype=np.int64)
         return Pairs(sides[0], sides[1], lines)
 
-    def rows(self, account: Account) -> Iterator[Row]:
+    def rows(self, account: RowCounts) -> Iterator[Row]:
         """All its rows, also those with an empty side."""
         pairs = self.load(account)
         return map(Row, pairs.source, pairs.target, pairs.lines.tolist())
@@ -222,7 +222,7 @@ def open_corpus(task: Task) -> Corpus:
     return corpus
 
 
-def read(task: Task, split: SplitName, *, account: Account | None = None) -> Iterator[Row]:
+def read(task: Task, split: SplitName, *, account: RowCounts | None = None) -> Iterator[Row]:
     """The rows of a split whose sides are not empty, in file order, a block at a time.
 
     Args:
@@ -236,10 +236,10 @@ def read(task: Task, split: SplitName, *, account: Account | None = None) -> Ite
     corpus = open_corpus(task)
     if split not in corpus.splits:
         raise DataError(f"{task.name} has no {split} split; it has {', '.join(corpus.splits)}")
-    return _rows(corpus, split, account if account is not None else Account())
+    return _rows(corpus, split, account if account is not None else RowCounts())
 
 
-def _rows(corpus: Corpus, split: str, account: Account) -> Iterator[Row]:
+def _rows(corpus: Corpus, split: str, account: RowCounts) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="vinedresser-") as folder:
         corpus.unpack(Path(folder))
         for block in corpus.blocks(split):
@@ -248,7 +248,7 @@ def _rows(corpus: Corpus, split: str, account: Account) -> Iterator[Row]:
         corpus.refuse_changed()
 
 
-def without_empty(pairs: Pairs, account: Account) -> Pairs:
+def without_empty(pairs: Pairs, account: RowCounts) -> Pairs:
     """The rows whose sides both hold something other than white space."""
     is_kept = np.ones(len(pairs), dtype=np.bool_)
     for side in (pairs.source, pairs.target):

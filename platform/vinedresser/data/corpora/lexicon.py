@@ -14,7 +14,7 @@ from vinedresser.config.corpus import PACKAGE_PREFIX, LexiconCorpus
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import row
 from vinedresser.data.corpora.inputs import is_remote
-from vinedresser.data.corpora.row import Account, Block, Row
+from vinedresser.data.corpora.row import Block, Row, RowCounts
 from vinedresser.data.corpora.textfile import MAX_PROBLEMS, inspect_all, lines_of, refuse_changed
 from vinedresser.errors import ConfigError, DataError
 
@@ -159,7 +159,7 @@ class LexiconBlock(Block):
     dictionary: tuple[LexiconCorpus, str, tuple[str, ...]]
     digest: str
 
-    def rows(self, account: Account) -> Iterator[Row]:
+    def rows(self, account: RowCounts) -> Iterator[Row]:
         """The entries that are kept."""
         members = _parsed(self.dictionary, self.digest).members[self.split]
         for entry, reason in members[self.first : self.first + self.count]:

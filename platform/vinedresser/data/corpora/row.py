@@ -1,8 +1,8 @@
-"""Row: one pair of a corpus; Block: a part of a split; Account: what became of its rows."""
+"""Row: one pair of a corpus; Block: a part of a split; RowCounts: what became of its rows."""
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class Row:
 
 
 @dataclass
-class Account:
+class RowCounts:
     """Every row in is a row out or counted by the reason it was dropped for.
 
     Attributes:
@@ -61,11 +61,11 @@ class Account:
         if len(first) < FIRST_LINES or lines[0] < first[-1]:
             first[:] = sorted([*first, *lines])[:FIRST_LINES]
 
-    def add(self, other: Mapping[str, Any]) -> None:
-        """Takes in what `to_json` said of another part of the split."""
-        self.rows_in += other["rows_in"]
-        for reason, count in other["dropped"].items():
-            self.drop_many(reason, count, other["first_lines"][reason])
+    def add(self, other: "RowCounts") -> None:
+        """Add the counts of other rows of the split."""
+        self.rows_in += other.rows_in
+        for reason, count in other.dropped.items():
+            self.drop_many(reason, count, other.first_lines[reason])
 
     def reasons(self) -> str:
         """`812 too_long, 188 empty`; empty where nothing was dropped."""
@@ -105,12 +105,12 @@ class Pairs:
         lines = np.fromiter((row.line for row in held), np.int64, len(held))
         return cls([row.source for row in held], [row.target for row in held], lines)
 
-    def keep(self, is_kept: NDArray[np.bool_], account: Account, reason: str) -> "Pairs":
+    def keep(self, is_kept: NDArray[np.bool_], counts: RowCounts, reason: str) -> "Pairs":
         """The rows that a mask names; the others are counted as dropped."""
         if is_kept.all():
             return self
         lines = self.lines[~is_kept]
-        account.drop_many(reason, len(lines), lines[:FIRST_LINES].tolist())
+        counts.drop_many(reason, len(lines), lines[:FIRST_LINES].tolist())
         chosen = is_kept.tolist()
         source = list(itertools.compress(self.source, chosen))
         return Pairs(source, list(itertools.compress(self.target, chosen)), self.lines[is_kept])
@@ -133,13 +133,13 @@ class Block(ABC):
     count: int
 
     @abstractmethod
-    def rows(self, account: Account) -> Iterator[Row]:
+    def rows(self, counts: RowCounts) -> Iterator[Row]:
         """Its rows; raw ones are counted as read, and those that the corpus drops by reason.
 
         Raises:
             DataError: a file is not what it was when it was inspected.
         """
 
-    def load(self, account: Account) -> Pairs:
+    def load(self, counts: RowCounts) -> Pairs:
         """`rows` as columns; what can read faster by columns does it here."""
-        return Pairs.of(self.rows(account))
+        return Pairs.of(self.rows(counts))

@@ -13,7 +13,7 @@ from vinedresser.config.speech import DigitsCorpus, Frames, SpeechCorpus
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import row
 from vinedresser.data.corpora.lexicon import locate
-from vinedresser.data.corpora.row import Account, Block, Row
+from vinedresser.data.corpora.row import Block, Row, RowCounts
 from vinedresser.data.corpora.textfile import MAX_PROBLEMS, inspect_all, lines_of
 from vinedresser.data.corpora.textfile import refuse_changed as refuse_changed_text
 from vinedresser.data.corpora.utterances import Utterance, read_manifest
@@ -123,7 +123,7 @@ class UtteranceBlock(Block):
     digest: str
     leaked: frozenset[int]
 
-    def rows(self, account: Account) -> Iterator[Row]:
+    def rows(self, account: RowCounts) -> Iterator[Row]:
         """Its utterances, the recordings of each as absolute paths."""
         every = _parsed(self.manifest, self.keys, self.digest)
         for utterance in every[self.first : self.first + self.count]:
@@ -250,7 +250,7 @@ class DigitsBlock(Block):
     lexicon: str
     digest: str
 
-    def rows(self, account: Account) -> Iterator[Row]:
+    def rows(self, account: RowCounts) -> Iterator[Row]:
         """Its strings; `line` counts them from 1."""
         every = _dealt(self.corpus, self.lexicon, self.split, self.digest)
         for string in every[self.first : self.first + self.count]:

@@ -11,7 +11,7 @@ from vinedresser.config.task import Task
 from vinedresser.data.corpora import parquet
 from vinedresser.data.corpora.corpus import Places, together
 from vinedresser.data.corpora.inputs import expand, head_of, is_remote, stamp
-from vinedresser.data.corpora.row import Account, Block, Row
+from vinedresser.data.corpora.row import Block, Row, RowCounts
 from vinedresser.data.corpora.textfile import (
     Check,
     Facts,
@@ -78,7 +78,7 @@ class TableBlock(Block):
     first: int
     parts: tuple[Part, ...]
 
-    def rows(self, account: Account) -> Iterator[Row]:
+    def rows(self, account: RowCounts) -> Iterator[Row]:
         """All its rows; a cell without a value counts as empty."""
         account.rows_in += self.count
         line = self.first

@@ -1,219 +1,194 @@
-"""A shard set's files: vocabularies, then a shard a block, then the account of all of them."""
+"""Preparation of a shard set, in one direction: clean, find repeats, learn tokenizers, encode."""
 
+import contextlib
 import hashlib
 import itertools
+import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vinedresser.config.speech import Frames
 from vinedresser.config.task import Task, Tokenizer
 from vinedresser.data.corpora.corpus import Corpus
-from vinedresser.data.corpora.row import Account, Block, Pairs
-from vinedresser.data.prepare.account import Tally, describe, refuse_empty
-from vinedresser.data.prepare.clean import HELD, Sieve, clean, hashes_file, held_out, repeats_file
-from vinedresser.data.prepare.encode import (
-    BlockJob,
-    encode_block,
-    save_pairs,
-    shard_name,
-    write_lengths,
+from vinedresser.data.corpora.row import Block
+from vinedresser.data.prepare.clean import (
+    HELD_OUT_FILE,
+    CleanedBlock,
+    HeldOut,
+    PrepareJob,
+    clean_block,
+    hashes_file,
+    read_cleaned,
+    repeats_file,
 )
-from vinedresser.data.prepare.execute import Connect, Executor, run_blocks
+from vinedresser.data.prepare.encode import encode_block, shard_name, write_lengths
+from vinedresser.data.prepare.execute import (
+    BlockRunner,
+    Connect,
+    Executor,
+    block_runner,
+    in_process,
+)
 from vinedresser.data.prepare.hashing import find_repeats, save_lines
+from vinedresser.data.prepare.report import Report
 from vinedresser.data.tokenizers.tokenizer import load_source, train_source
-from vinedresser.workspace.commit import Staging
+from vinedresser.errors import DamagedError
+from vinedresser.workspace.commit import Staging, file_digest
 
 # Blocks that SentencePiece learns from, at most: a million rows are read to choose from.
 TRAINING_BLOCKS = 50
-# Inside the staging folder, so that a killed job's is cleared with it; never part of the set.
-_SCRATCH = ".scratch"
-
-Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class How:
-    """Where blocks are encoded; see `execute.run_blocks`."""
-
-    executor: Executor
-    connect: Connect | None
-
-
-def build(task: Task, corpus: Corpus, staging: Staging, how: How, say: Say) -> None:
-    """Fills a staging folder and the account in its `meta`.
+def build(
+    task: Task, corpus: Corpus, staging: Staging, executor: Executor, connect: Connect | None
+) -> None:
+    """Fill a staging folder with a shard set, and its `meta` with the report.
 
     Raises:
         DataError: nothing or too little of a split is left, test rows in train, sides shifted.
         MachineError: disk full, no permission, or Ray failed.
     """
-    with _scratch(staging.path) as scratch:
+    folder = staging.path
+    with _scratch_folder(folder) as scratch:
         corpus.unpack(scratch)
         blocks = {split: list(corpus.blocks(split)) for split in corpus.splits}
-        job = _job(task, corpus, staging.path, staging.path, scratch)
-        _leave_for_workers(job, corpus, blocks["train"])
-        _train_tokenizers(job, blocks["train"])
-        tally = Tally(corpus.splits)
-        every = [*itertools.chain.from_iterable(blocks.values())]
-        for encoded in run_blocks(every, job, how.executor, how.connect):
-            tally.add(encoded)
+        every = [block for split in corpus.splits for block in blocks[split]]
+        job = PrepareJob(task, str(folder), str(folder), str(scratch), corpus.is_parallel)
+        with block_runner(executor, sum(block.count for block in every), connect) as run:
+            report = Report(task, corpus, _clean(every, job, run))
+            for split in corpus.splits:
+                report.refuse_empty(split)
+            report.refuse_leakage()
+            _learn_tokenizers(blocks["train"], job)
+            report.encoded += run(encode_block, every, job)
         corpus.refuse_changed()
-        # A worker that died while writing leaves a part behind; it is no shard.
-        for partial in staging.path.glob(".*.parquet.*"):
+        # A worker that died while it wrote a shard leaves a part of it behind.
+        for partial in folder.glob(".*.parquet.*"):
             partial.unlink()
-        tally.refuse_missing(staging.path)
-        staging.meta |= describe(task, corpus, tally, scratch)
-        staging.meta["reference_digests"] = _references(job, corpus, blocks)
-        staging.meta["tokenizers"] = _names_and_digests(job)
-        write_lengths(staging.path, tally.lengths())
-    for note in staging.meta["notes"]:
-        say(f"prepare: {note}")
+        for encoded in report.encoded:
+            if encoded.shard and not (folder / encoded.shard).is_file():
+                raise DamagedError(
+                    f"{folder / encoded.shard}: written by a worker but not here. Fix: name a "
+                    'workspace that every node sees, or prepare with executor="in_process"'
+                )
+        staging.meta |= report.describe(scratch)
+        digests = staging.meta["reference_digests"] = dict[str, str]()
+        for split in corpus.splits[1:]:
+            digest = hashlib.sha256()
+            for block in blocks[split]:
+                for target in read_cleaned(block, job).target:
+                    digest.update(target.encode() + b"\n")
+            digests[split] = digest.hexdigest()
+        sides = staging.meta["tokenizers"] = dict[str, Any]()
+        for side, name in zip(("source", "target"), job.names, strict=True):
+            encoder = load_source(folder, name)
+            sides[side] = {
+                "name": name,
+                "digest": encoder.digest,
+                "size": encoder.size,
+                "features": encoder.features,
+            }
+        write_lengths(folder, report.lengths_table())
 
 
 def build_again(
     task: Task, corpus: Corpus, folder: Path, out: Path, names: Sequence[str]
 ) -> dict[str, str]:
-    """Writes some shards of a complete set anew.
+    """Write some shards of a complete set anew.
+
+    Reads what these shards depend on: their own rows, for train the held-out splits, and all of
+    train where repeats are dropped.
 
     Args:
         task: of the set.
         corpus: the same files as when it was made.
         folder: the set, whose tokenizers are whole.
-        out: where the shards go; emptied of everything else.
+        out: receives the shards.
         names: which shards.
 
     Returns:
-        Name -> SHA-256 in hex of what was written.
+        Name -> SHA-256 in hex of the shard.
     """
-    with _scratch(out) as scratch:
+    with _scratch_folder(out) as scratch:
         corpus.unpack(scratch)
-        job = _job(task, corpus, folder, out, scratch)
-        _leave_for_workers(job, corpus, list(corpus.blocks("train")))
-        wanted = (
-            block
-            for split in corpus.splits
-            for block in corpus.blocks(split)
-            if shard_name(split, block.number) in names
-        )
-        done = {encoded.shard: encoded.digest for encoded in (encode_block(b, job) for b in wanted)}
+        job = PrepareJob(task, str(folder), str(out), str(scratch), corpus.is_parallel)
+        every = [block for split in corpus.splits for block in corpus.blocks(split)]
+        wanted = [block for block in every if shard_name(block.split, block.number) in names]
+        needed = wanted
+        if corpus.is_parallel and any(block.split == "train" for block in wanted):
+            needed = [
+                block
+                for block in every
+                if block.split != "train" or task.cleaning.dedup or block in wanted
+            ]
+        _clean(needed, job, in_process)
+        shards = [encode_block(block, job).shard for block in wanted]
         corpus.refuse_changed()
-    return done
+    return {shard: file_digest(out / shard) for shard in shards if shard}
 
 
-class _scratch:  # noqa: N801 - used as a function
-    """A folder for what is not part of the set, gone at the end."""
-
-    def __init__(self, parent: Path) -> None:
-        self._path = parent / _SCRATCH
-
-    def __enter__(self) -> Path:
-        self._path.mkdir()
-        return self._path
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._path, ignore_errors=True)
+@contextlib.contextmanager
+def _scratch_folder(parent: Path) -> Iterator[Path]:
+    """Make a folder for what is not part of the set, and remove it at the end."""
+    path = parent / ".scratch"  # inside the staging folder: cleared with it if the job is killed
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _job(task: Task, corpus: Corpus, folder: Path, out: Path, scratch: Path) -> BlockJob:
-    names = ("joint", "joint") if task.has_joint_vocabulary else ("source", "target")
-    places = (str(folder), str(out), str(scratch))
-    return BlockJob(task, *places, *names, corpus.is_parallel)
+def _clean(blocks: Sequence[Block], job: PrepareJob, run: BlockRunner) -> list[CleanedBlock]:
+    """Clean blocks of all splits, then find the repeats of train if they are dropped.
 
-
-def _leave_for_workers(job: BlockJob, corpus: Corpus, train: Sequence[Block]) -> None:
-    """What a block must know of other rows: dev and test, and with `dedup` its repeats."""
-    if not job.is_parallel:
-        return
+    The held-out splits come first: train is compared with them while it is cleaned.
+    """
+    held_out = [block for block in blocks if block.split != "train"]
+    train = [block for block in blocks if block.split == "train"]
     scratch = Path(job.scratch)
-    held_out(corpus, job.task).save(scratch / HELD)
-    if not job.task.cleaning.dedup:
-        return
-    for block in train:
-        save_pairs(block.number, _cleaned(block, job, has_repeats=True), scratch)
-    files = [scratch / hashes_file(block.number) for block in train]
-    save_lines(
-        scratch,
-        ((repeats_file(train[index].number), lines) for index, lines in find_repeats(files)),
-    )
+    cleaned = [*run(clean_block, held_out, job)]
+    if job.is_parallel:
+        targets = json.dumps(HeldOut.of(held_out, job).targets)
+        (scratch / HELD_OUT_FILE).write_text(targets, encoding="utf-8")
+    cleaned += run(clean_block, train, job)
+    if job.is_parallel and job.task.cleaning.dedup:
+        files = [scratch / hashes_file(block.number) for block in train]
+        repeats = find_repeats(files)
+        save_lines(scratch, ((repeats_file(train[i].number), lines) for i, lines in repeats))
+    return cleaned
 
 
-def _cleaned(block: Block, job: BlockJob, *, has_repeats: bool = False) -> Pairs:
-    """What a tokenizer sees of a block of train."""
-    account, task = Account(), job.task
-    if has_repeats:
-        task = task.model_copy(update={"cleaning": task.cleaning.override({"dedup": False})})
-    pairs, found = clean(block.load(account), block.split, task, account)
-    sieve = Sieve(Path(job.scratch), job.is_parallel)
-    return sieve.sift(pairs, (block.split, block.number), task, account, found)
+def _learn_tokenizers(train: Sequence[Block], job: PrepareJob) -> None:
+    """Learn the tokenizers from cleaned blocks of train, and save them.
 
-
-def _train_tokenizers(job: BlockJob, train: Sequence[Block]) -> None:
-    _refuse_nothing(job, train)
-    task, folder = job.task, Path(job.folder)
+    SentencePiece gets `training_rows` rows, evenly spread over at most 50 blocks that are evenly
+    spread over train, so that learning costs the same whatever the corpus; others get all rows.
+    """
 
     def texts(config: Tokenizer | Frames, sides: tuple[str, ...]) -> Iterator[str]:
-        learns = config.kind in ("bpe", "unigram")
-        chosen = _spread(train) if learns else train
-        pairs: Iterator[tuple[str, ...]] = itertools.chain.from_iterable(
-            zip(*(getattr(part, side) for side in sides), strict=True)
-            for part in (_cleaned(block, job) for block in chosen)
+        chosen, stride = train, 1
+        if isinstance(config, Tokenizer) and config.kind in ("bpe", "unigram"):
+            count = min(len(train), TRAINING_BLOCKS)
+            chosen = [train[i * len(train) // count] for i in range(count)]
+            stride = -(-sum(block.count for block in chosen) // config.training_rows)
+        rows = itertools.chain.from_iterable(
+            zip(*(getattr(pairs, side) for side in sides), strict=True)
+            for pairs in (read_cleaned(block, job) for block in chosen)
         )
-        if isinstance(config, Tokenizer) and learns:
-            rows = sum(block.count for block in chosen)
-            pairs = itertools.islice(pairs, 0, None, -(-rows // config.training_rows))
-        return itertools.chain.from_iterable(pairs)
+        return itertools.chain.from_iterable(itertools.islice(rows, 0, None, stride))
 
+    task, folder = job.task, Path(job.folder)
+    sides: dict[str, tuple[Tokenizer | Frames, tuple[str, ...]]]
     if task.tokenizer:
-        words = texts(task.tokenizer, ("source", "target"))
-        train_source(task.tokenizer, words).save(folder, "joint")
-        return
-    for side, config in (("source", task.source_tokenizer), ("target", task.target_tokenizer)):
-        assert config is not None
-        train_source(config, texts(config, (side,))).save(folder, side)
-
-
-def _spread(train: Sequence[Block]) -> Sequence[Block]:
-    """At most 50 blocks, evenly spread: what SentencePiece learns from costs the same always."""
-    count = min(len(train), TRAINING_BLOCKS)
-    return [train[i * len(train) // count] for i in range(count)]
-
-
-def _refuse_nothing(job: BlockJob, train: Sequence[Block]) -> None:
-    """Says why no row of train is left before a tokenizer says that it has no text."""
-    total = Account()
-    for block in train:
-        account = Account()
-        pairs, found = clean(block.load(account), "train", job.task, account)
-        sieve = Sieve(Path(job.scratch), job.is_parallel)
-        if len(sieve.sift(pairs, ("train", block.number), job.task, account, found)):
-            return
-        total.add(account.to_json())
-    refuse_empty(job.task, "train", total)
-
-
-def _references(job: BlockJob, corpus: Corpus, blocks: dict[str, list[Block]]) -> dict[str, str]:
-    """Split -> SHA-256 in hex of the targets of dev and test, a line feed behind each."""
-    digests = {}
-    for split in corpus.splits[1:]:
-        digest = hashlib.sha256()
-        for block in blocks[split]:
-            pairs, _ = clean(block.load(Account()), split, job.task, Account())
-            for target in pairs.target:
-                digest.update(target.encode() + b"\n")
-        digests[split] = digest.hexdigest()
-    return digests
-
-
-def _names_and_digests(job: BlockJob) -> dict[str, dict[str, Any]]:
-    found = {}
-    for side, name in (("source", job.source_name), ("target", job.target_name)):
-        encoder = load_source(Path(job.folder), name)
-        found[side] = {
-            "name": name,
-            "digest": encoder.digest,
-            "size": encoder.size,
-            "features": encoder.features,
+        sides = {"joint": (task.tokenizer, ("source", "target"))}
+    else:
+        assert task.source_tokenizer is not None
+        assert task.target_tokenizer is not None
+        sides = {
+            "source": (task.source_tokenizer, ("source",)),
+            "target": (task.target_tokenizer, ("target",)),
         }
-    return found
+    for name, (config, columns) in sides.items():
+        train_source(config, texts(config, columns)).save(folder, name)

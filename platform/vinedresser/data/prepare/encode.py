@@ -1,8 +1,7 @@
-"""One block of rows -> one Parquet shard. The same function runs in process and in Ray."""
+"""Encoding: a cleaned block -> one Parquet shard. Runs in this process and as a Ray task."""
 
 import functools
 import itertools
-import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +14,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vinedresser.config.task import Task
-from vinedresser.data.corpora.row import FIRST_LINES, Account, Block, Pairs, Source
-from vinedresser.data.prepare.clean import Sieve, clean, hashes_file
-from vinedresser.data.prepare.hashing import hash_pairs, save_hashes
+from vinedresser.data.corpora.row import FIRST_LINES, Block, Pairs, RowCounts
+from vinedresser.data.prepare.clean import PrepareJob, read_cleaned
 from vinedresser.data.tokenizers.flat import take_ragged
 from vinedresser.data.tokenizers.tokenizer import UNK, SourceEncoder, load_source
-from vinedresser.workspace.commit import file_digest
 
-# `lengths.parquet`: how many kept rows of a block have which lengths, in tokens or frames. Sorted
-# by split (train, dev, test), block, source, target. All that planning batches needs: the row
-# groups of a shard are its block's distinct buckets, ascending.
+# `lengths.parquet`: kept rows of a block per pair of lengths, in tokens or frames. Sorted by split
+# (train, dev, test), block, source, target. Planning batches needs nothing else: the row groups of
+# a shard are its block's distinct buckets, ascending.
 LENGTHS_FILE = "lengths.parquet"
 LENGTHS = pa.schema(
     {
@@ -38,63 +35,27 @@ LENGTHS = pa.schema(
 
 
 @dataclass(frozen=True)
-class BlockJob:
-    """What encoding needs beside the rows; plain values, so that it travels to any worker.
-
-    Attributes:
-        task: limits, rules, bucket width.
-        folder: where the saved tokenizers are.
-        out: where shards go.
-        scratch: where blocks leave and find what is not part of the set.
-        source_name: the source side's tokenizer in the folder.
-        target_name: the target side's; the same for a joint vocabulary.
-        is_parallel: see `Corpus`.
-    """
-
-    task: Task
-    folder: str
-    out: str
-    scratch: str
-    source_name: str
-    target_name: str
-    is_parallel: bool
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What a block became.
+class EncodedBlock:
+    """Counts and measures of a block whose shard is written.
 
     Attributes:
         split: train, dev or test.
-        block: its number.
-        shard: name of its file; "" where no row is kept.
-        digest: SHA-256 in hex of that file.
-        account: `Account.to_json`.
-        found: `Found.to_json`.
+        number: of the block in its split.
+        shard: name of the file; "" where no row is kept.
+        counts: rows that were dropped because of their tokens, or as repeats.
         unknown: unknown tokens of kept rows, source and target.
-        cells: three lists: source length, target length, kept rows of these.
+        cells: three int32 arrays: source length, target length, kept rows of these lengths.
     """
 
     split: str
-    block: int
+    number: int
     shard: str
-    digest: str
-    account: dict[str, Any]
-    found: dict[str, Any]
+    counts: RowCounts
     unknown: tuple[int, int]
-    cells: tuple[list[int], list[int], list[int]]
-
-    def to_text(self) -> str:
-        """JSON, for the way between processes."""
-        return json.dumps(vars(self))
-
-    @classmethod
-    def from_text(cls, text: str) -> "Encoded":
-        """What `to_text` wrote."""
-        return cls(**json.loads(text))
+    cells: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
 
 
-# Two sides of one job; a worker process serves one job at a time.
+# Both sides of one job; a worker process serves one job at a time.
 @functools.lru_cache(maxsize=2)
 def _encoder(folder: str, name: str) -> SourceEncoder:
     return load_source(Path(folder), name)
@@ -118,14 +79,14 @@ class _Side:
         return cls(values.astype(dtype), lengths, 1)
 
     def unknown(self, kept: NDArray[np.int64]) -> int:
-        """Unknown ids in some rows."""
+        """Count unknown ids in some rows."""
         if self.values.dtype == np.float16:
             return 0
         values = self.values if len(kept) == len(self.lengths) else self._taken(kept)
         return int((values == UNK).sum())
 
     def array(self, rows: NDArray[np.int64]) -> pa.Array:
-        """Some rows as lists, in their order."""
+        """Return some rows as lists, in their order."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths[rows] * self.width)])
         # ListArray counts in int32; 20,000 utterances of 1,000 frames of 80 would not fit.
         kind = pa.ListArray if offsets[-1] < 2**31 else pa.LargeListArray
@@ -138,94 +99,67 @@ class _Side:
 
 
 def shard_name(split: str, number: int) -> str:
-    """The file of a block."""
+    """Return the file name of a block's shard."""
     return f"{split}-{number:05d}.parquet"
 
 
-def encode_block(block: Block, job: BlockJob) -> Encoded:
-    """Reads a block, cleans and tokenises it, sorts it by (bucket, row), writes its shard.
+def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
+    """Tokenize the rows of a cleaned block, sort them by (bucket, row) and write the shard.
 
-    The shard is written beside its place and renamed, so that a task that Ray runs twice, or that
-    dies in the middle, is harmless. Its bytes depend on the rows and the job alone. Ids carry EOS
-    on both sides; bucket = (longer side - 1) // bucket_width, one row group each. Too long rows
-    are dropped from train only: dev and test scores must be comparable between models.
+    The shard is written under another name and renamed, so that a task that Ray runs twice, or
+    that dies in the middle, is harmless. Its bytes depend on the rows and the job alone. Ids carry
+    EOS on both sides; bucket = (longer side - 1) // bucket_width, one row group each. Rows are
+    dropped from train only: dev and test scores must be comparable between models.
 
     Args:
-        block: which rows; `row` of the shard is their line less one.
-        job: see there.
+        block: one that was cleaned; `row` of the shard is the row's line less one.
+        job: with the folder of saved tokenizers.
 
     Raises:
-        DataError: a file is not what it was when it was inspected.
+        DataError: a tokenizer, or a recording, cannot be read.
     """
-    account = Account()
-    pairs, found = clean(block.load(account), block.split, job.task, account)
-    sieve = Sieve(Path(job.scratch), job.is_parallel)
-    pairs = sieve.sift(pairs, (block.split, block.number), job.task, account, found)
-    if block.split == "train" and job.is_parallel and not job.task.cleaning.dedup:
-        save_pairs(block.number, pairs, Path(job.scratch))
-    source = _Side.of(pairs.source, _encoder(job.folder, job.source_name))
-    target = _Side.of(pairs.target, _encoder(job.folder, job.target_name))
-    kept = np.flatnonzero(_fits(block.split, (source, target), job.task, pairs, account))
-    name = shard_name(block.split, block.number) if len(kept) else ""
-    digest = ""
+    counts, split, task = RowCounts(), block.split, job.task
+    pairs = read_cleaned(block, job, counts)
+    source, target = (
+        _Side.of(texts, _encoder(job.folder, name))
+        for texts, name in zip((pairs.source, pairs.target), job.names, strict=True)
+    )
+    is_kept = np.ones(len(pairs), dtype=np.bool_)
+    if split == "train":
+        longest = np.maximum(source.lengths, target.lengths)
+        shortest = np.minimum(source.lengths, target.lengths)
+        # A character without width is no white space, and normalisation leaves EOS alone of it.
+        has_both = is_kept.copy()
+        for side in (source, target):
+            if side.values.dtype != np.float16:
+                has_both &= side.lengths > 1
+        fits = (source.lengths <= task.max_source_length) & (
+            target.lengths <= task.max_target_length
+        )
+        limit = task.cleaning.max_ratio or np.inf
+        for reason, passes in (
+            ("empty", has_both),
+            ("too_long", fits),
+            ("ratio", longest <= limit * shortest),
+        ):
+            lines = pairs.lines[is_kept & ~passes]
+            counts.drop_many(reason, len(lines), lines[:FIRST_LINES].tolist())
+            is_kept &= passes
+    kept = np.flatnonzero(is_kept)
+    name = shard_name(split, block.number) if len(kept) else ""
     if name:
-        table = _shard_table(block.split, pairs, kept, (source, target), job.task.bucket_width)
-        digest = _write(Path(job.out) / name, table)
-    return Encoded(
-        block.split,
+        _write(Path(job.out) / name, _shard_table(split, pairs, kept, (source, target), task))
+    keys = (source.lengths[kept] << 32) | target.lengths[kept]
+    keys, rows = np.unique(keys, return_counts=True)
+    cells = (keys >> 32, keys & 0xFFFFFFFF, rows)
+    return EncodedBlock(
+        split,
         block.number,
         name,
-        digest,
-        account.to_json(),
-        found.to_json(),
+        counts,
         (source.unknown(kept), target.unknown(kept)),
-        _cells(source.lengths[kept], target.lengths[kept]),
+        (cells[0].astype(np.int32), cells[1].astype(np.int32), cells[2].astype(np.int32)),
     )
-
-
-def save_pairs(number: int, pairs: Pairs, scratch: Path) -> None:
-    """Leaves the hashes of a train block for `hashing.count_repeats`."""
-    path = scratch / hashes_file(number)
-    # A task that Ray runs twice writes the same bytes; its name ends in .npy for NumPy's sake.
-    partial = path.with_name(f"{uuid.uuid4().hex[:8]}.partial.npy")
-    save_hashes(partial, hash_pairs(list(map(str, pairs.source)), pairs.target), pairs.lines)
-    partial.replace(path)
-
-
-def _fits(
-    split: str, sides: tuple[_Side, _Side], task: Task, pairs: Pairs, account: Account
-) -> NDArray[np.bool_]:
-    """(n,) which rows are within the limits; all of dev and test."""
-    source, target = (side.lengths for side in sides)
-    if split != "train":
-        return np.ones(len(source), dtype=np.bool_)
-    # Signs without width are no white space, and normalisation leaves nothing of them but EOS.
-    has_both = np.ones(len(source), dtype=np.bool_)
-    for side in sides:
-        if side.values.dtype != np.float16:
-            has_both &= side.lengths > 1
-    _count(has_both, "empty", pairs, account)
-    fits = (source <= task.max_source_length) & (target <= task.max_target_length)
-    _count(fits | ~has_both, "too_long", pairs, account)
-    fits &= has_both
-    limit = task.cleaning.max_ratio
-    if not limit:
-        return fits
-    is_even = np.maximum(source, target) <= limit * np.minimum(source, target)
-    _count(is_even | ~fits, "ratio", pairs, account)
-    return fits & is_even
-
-
-def _count(is_kept: NDArray[np.bool_], reason: str, pairs: Pairs, account: Account) -> None:
-    lines = pairs.lines[~is_kept]
-    account.drop_many(reason, len(lines), lines[:FIRST_LINES].tolist())
-
-
-def _cells(
-    source: NDArray[np.int64], target: NDArray[np.int64]
-) -> tuple[list[int], list[int], list[int]]:
-    keys, counts = np.unique((source << 32) | target, return_counts=True)
-    return (keys >> 32).tolist(), (keys & 0xFFFFFFFF).tolist(), counts.tolist()
 
 
 def _shard_table(
@@ -233,11 +167,11 @@ def _shard_table(
     pairs: Pairs,
     kept: NDArray[np.int64],
     sides: tuple[_Side, _Side],
-    bucket_width: int,
+    task: Task,
 ) -> pa.Table:
     source, target = sides
     longest = np.maximum(source.lengths[kept], target.lengths[kept])
-    buckets = (longest - 1) // bucket_width
+    buckets = (longest - 1) // task.bucket_width
     order = np.argsort(buckets, kind="stable")
     rows = kept[order]
     columns = {
@@ -249,18 +183,17 @@ def _shard_table(
     if split != "train":  # metrics compare with the text itself
         texts = {"source_text": pairs.source, "target_text": pairs.target}
         for name, side in texts.items():
-            words = [_name(side[i]) for i in rows]
+            # Recordings by their names, which are the same wherever the corpus lies.
+            words = [
+                item if isinstance(item, str) else " ".join(Path(path).name for path in item)
+                for item in (side[i] for i in rows)
+            ]
             columns[name] = pa.array(words, pa.string())
     return pa.table(columns)
 
 
-def _name(item: Source) -> str:
-    """Text itself; recordings by their names, which are the same wherever the corpus lies."""
-    return item if isinstance(item, str) else " ".join(Path(path).name for path in item)
-
-
-def _write(path: Path, table: pa.Table) -> str:
-    """Writes a shard, a row group a bucket; answers its SHA-256."""
+def _write(path: Path, table: pa.Table) -> None:
+    """Write a shard, one row group per bucket."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with pq.ParquetWriter(
@@ -270,13 +203,11 @@ def _write(path: Path, table: pa.Table) -> str:
             edges = [0, *cuts.tolist(), len(table)]
             for start, end in itertools.pairwise(edges):
                 writer.write_table(table.slice(start, end - start))
-        digest = file_digest(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return digest
 
 
 def write_lengths(folder: Path, table: pa.Table) -> None:
-    """Writes a table of the schema `LENGTHS` beside the shards."""
+    """Write a table of the schema `LENGTHS` beside the shards."""
     pq.write_table(table, folder / LENGTHS_FILE, compression="zstd", write_page_checksum=True)

@@ -1,7 +1,8 @@
-"""Rows by 8-byte hashes: repeats of a corpus of any size are counted in constant memory."""
+"""Repeats of a corpus of any size, found by 8-byte hashes in constant memory."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +13,12 @@ Hashes = NDArray[np.uint64]
 _AT_A_TIME = 500_000
 
 
-def hash_pairs(source: Sequence[str], target: Sequence[str]) -> Hashes:
-    """(n,) 64-bit hashes of exact pairs, the same in every process.
+def hash_pairs(source: Sequence[Any], target: Sequence[str]) -> Hashes:
+    """Return (n,) 64-bit hashes of exact pairs, the same in every process.
 
     Two different pairs of n collide with probability n^2 / 2^65: 3e-6 for 10 million.
     """
-    # SipHash over a whole column, 0.1 us a text; what hashlib takes 0.4 us for.
+    # SipHash over a whole column: 0.1 us per text, where hashlib takes 0.4 us.
     from pandas.util import hash_array
 
     sides = [
@@ -29,13 +30,13 @@ def hash_pairs(source: Sequence[str], target: Sequence[str]) -> Hashes:
 
 
 def save_hashes(path: Path, hashes: Hashes, lines: NDArray[np.int64]) -> None:
-    """Writes the hashes of a block, sorted, with the line of each."""
+    """Write the hashes of a block, sorted, with the line of each."""
     order = np.argsort(hashes, kind="stable")
     np.save(path, np.stack([hashes[order], lines[order].astype(np.uint64)]))
 
 
 def _ranges(files: Sequence[Path], rows: int = 2) -> Iterator[list[tuple[int, NDArray[np.uint64]]]]:
-    """All files' hashes by ranges of values: (file, (rows, n) hashes and lines), part by part."""
+    """Yield all files' hashes by ranges of values: (file, (rows, n) hashes and lines)."""
     held = [np.load(path, mmap_mode="r") for path in files]
     total = sum(array.shape[1] for array in held)
     parts = max(1, -(-total // _AT_A_TIME))
@@ -49,7 +50,7 @@ def _ranges(files: Sequence[Path], rows: int = 2) -> Iterator[list[tuple[int, ND
 
 
 def count_repeats(files: Sequence[Path]) -> int:
-    """Rows whose pair stood before, over the files of all blocks."""
+    """Count rows whose pair stood before, over the files of all blocks."""
     total = 0
     for part in _ranges(files, rows=1):
         hashes = np.concatenate([rows[0] for _, rows in part] or [np.zeros(0, np.uint64)])
@@ -58,7 +59,7 @@ def count_repeats(files: Sequence[Path]) -> int:
 
 
 def find_repeats(files: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """(index of the file, lines) of the rows whose pair stood in an earlier line.
+    """Yield (index of the file, lines) of the rows whose pair stood in an earlier line.
 
     Lines must ascend from file to file. A file may be named several times.
     """
@@ -73,14 +74,14 @@ def find_repeats(files: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.int64]
 
 
 def save_lines(folder: Path, found: Iterable[tuple[str, NDArray[np.int64]]]) -> None:
-    """Appends lines to files by name; 8 bytes a line."""
+    """Append lines to files by name, 8 bytes per line."""
     for name, lines in found:
         with (folder / name).open("ab") as stream:
             stream.write(lines.astype("<i8").tobytes())
 
 
 def load_lines(path: Path) -> NDArray[np.int64]:
-    """What `save_lines` has written under a name; none if nothing."""
+    """Read lines that `save_lines` has written; none where there is no file."""
     if not path.exists():
         return np.zeros(0, dtype=np.int64)
     return np.frombuffer(path.read_bytes(), dtype="<i8").astype(np.int64)
