@@ -13,8 +13,8 @@ setup: .venv/.installed  ## create .venv and install the pinned dependencies
 demo: setup  ## the main job: CMUdict to a pruned, verified, registered model
 	$(BIN)/vinedresser retrain pipelines.demo $(ARGS)
 
-test: setup  ## run the tests: make test ARGS="-k commit"
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## run the tests: make test ARGS="-k commit --random-order"
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: setup  ## lint, format, types and the arrows between modules
 	$(BIN)/ruff check

@@ -51,7 +51,7 @@ def _experiment(workers: int = 1) -> Any:
     return Experiment.from_json({
         "name": "startup", "task": multi30k().to_json(),
         "model": {"kind": "transformer-small", "tie": "all"},
-        "objective": {"label_smoothing": 0.1}, "batch": {"tokens": 4096},
+        "objective": {"label_smoothing": 0.1}, "batch": {"max_padded_tokens": 4096},
         "compute": {"workers": workers, "threads": 1, "device": "cpu"}, "steps": 100000,
     })  # fmt: skip
 

@@ -1,13 +1,16 @@
-"""What every room's tests may ask for."""
+"""Fixtures of all rooms, and how tests are shared out among the workers of pytest-xdist."""
 
+import os
 import random
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -15,9 +18,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-# Hypothesis' own limit of 200 ms an example would fail tests on a busy machine.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
+# One thread per process, also in processes that tests start: matrices here are tiny, and another
+# worker uses the other core. Set before anything imports torch.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# The same examples in every run and on every worker; Hypothesis' own limit of 200 ms per example
+# would fail tests on a busy machine.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +33,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record-golden", action="store_true", help="write tests/golden anew, compare nothing"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for `--dist loadgroup`: one group with Ray, else one group per file.
+
+    One worker then starts the one local Ray, and fixtures of a module are made once.
+    """
+    for item in items:
+        uses_ray = "local_ray" in getattr(item, "fixturenames", ()) or item.get_closest_marker(
+            "ray"
+        )
+        group = "ray" if uses_ray else item.path.relative_to(ROOT).as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Fill a folder once per session: the first worker does it, the others wait for it."""
+    own = tmp_path_factory.getbasetemp()
+    base = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -57,28 +98,51 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def reversal(tmp_path_factory: pytest.TempPathFactory) -> "ShardSet":
+def reversal(made_once: Callable[..., Path]) -> "ShardSet":
     """Shards of a corpus anybody can solve: `a b c` becomes `c b a`; 400 train, 40 dev rows."""
     from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
-    from vinedresser.data.shards import prepare
+    from vinedresser.data.shards import open_shards, prepare
 
-    folder, draw, pairs = tmp_path_factory.mktemp("reversal"), random.Random(0), {}
-    for split, count in (("train", 400), ("dev", 40)):
-        rows = [draw.choices("abcdef", k=draw.randint(2, 6)) for _ in range(count)]
-        for side, step in (("source", 1), ("target", -1)):
-            lines = (" ".join(row[::step]) + "\n" for row in rows)
-            (folder / f"{split}.{side}").write_text("".join(lines))
-        source, target = (str(folder / f"{split}.{side}") for side in ("source", "target"))
-        pairs[split] = Pair(source=source, target=target)
-    task = Task(
-        name="reversal",
-        corpus=TextCorpus(**pairs),
-        tokenizer=Tokenizer(kind="symbols"),
-        metric="per",
-        max_source_length=20,
-        max_target_length=20,
-    )
-    return prepare(task, folder / "shards", executor="in_process")
+    def fill(folder: Path) -> None:
+        draw, pairs = random.Random(0), {}
+        for split, count in (("train", 400), ("dev", 40)):
+            rows = [draw.choices("abcdef", k=draw.randint(2, 6)) for _ in range(count)]
+            for side, step in (("source", 1), ("target", -1)):
+                lines = (" ".join(row[::step]) + "\n" for row in rows)
+                (folder / f"{split}.{side}").write_text("".join(lines))
+            source, target = (str(folder / f"{split}.{side}") for side in ("source", "target"))
+            pairs[split] = Pair(source=source, target=target)
+        task = Task(
+            name="reversal",
+            corpus=TextCorpus(**pairs),
+            tokenizer=Tokenizer(kind="symbols"),
+            metric="per",
+            max_source_length=20,
+            max_target_length=20,
+        )
+        prepare(task, folder / "shards", executor="in_process")
+
+    (shards,) = (made_once("reversal", fill) / "shards").glob("reversal-*")
+    return open_shards(shards)
+
+
+@pytest.fixture(scope="session")
+def with_database(made_once: Callable[..., Path]) -> Callable[[Path], Path]:
+    """Put an empty tracking database into a new workspace: MLflow needs 3 s to make one."""
+
+    def fill(folder: Path) -> None:
+        from vinedresser.tracking import Store
+        from vinedresser.tracking.store import connect
+
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        connect(Store(uri, "none", None, folder)).search_experiments(max_results=1)
+
+    def copy(workspace: Path) -> Path:
+        workspace.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made_once("database", fill) / "mlflow.db", workspace / "mlflow.db")
+        return workspace
+
+    return copy
 
 
 @pytest.fixture(scope="session")

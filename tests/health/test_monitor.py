@@ -32,7 +32,7 @@ LSTM = {"kind": "attention_rnn", "width": 32, "encoder_units": 16}
 def run_of(shards: ShardSet, folder: Path, **changes: object) -> Run:
     base = {
         "task": shards.task.to_json(), "model": TRANSFORMER, "steps": 100,
-        "optim": {"lr": 5e-3, "warmup_steps": 10}, "batch": {"tokens": 256},
+        "optim": {"lr": 5e-3, "warmup_steps": 10}, "batch": {"max_padded_tokens": 256},
         "evaluation": {"times": 2}, "compute": {"device": "cpu", "precision": "fp32"},
     }  # fmt: skip
     config = Experiment.from_json({**base, **changes})
@@ -107,7 +107,11 @@ class TestHealthy:
         )
         shards = prepare(task, tmp_path / "shards", executor="in_process")
         sampling = {"probability": 0.1, "decay_steps": 100}
-        changes = {"steps": 200, "batch": {"tokens": 512}, "objective": {"sampling": sampling}}
+        changes = {
+            "steps": 200,
+            "batch": {"max_padded_tokens": 512},
+            "objective": {"sampling": sampling},
+        }
         run = run_of(shards, tmp_path / "run", optim={"lr": 2e-3, "warmup_steps": 50}, **changes)
         run.execute()
         assert fired(run) == set()

@@ -13,13 +13,12 @@ from vinedresser.batch import EOS, PAD
 from vinedresser.conditioning import Conditioning
 from vinedresser.config import Experiment
 from vinedresser.data.shards import tokenizers
-from vinedresser.health.cost import Pace, cost
-from vinedresser.health.independence import batch_invariance
-from vinedresser.health.learning import MAX_FIRST_EXCESS, first_loss, judged
-from vinedresser.health.lint import data
-from vinedresser.health.memory import slope
-from vinedresser.health.preflight import dry
-from vinedresser.health.sentences import (
+from vinedresser.health.preflight.checks import dry
+from vinedresser.health.preflight.data import content
+from vinedresser.health.preflight.independence import batch_invariance, stepwise_equality
+from vinedresser.health.preflight.learning import first_loss, judged
+from vinedresser.health.preflight.resources import Speed, cost, slope
+from vinedresser.health.preflight.sentences import (
     Sentence,
     distinct,
     sentences_of,
@@ -27,6 +26,7 @@ from vinedresser.health.sentences import (
     together,
     with_filled_padding,
 )
+from vinedresser.health.rules import MAX_FIRST_EXCESS
 from vinedresser.model import Vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,7 +136,7 @@ def test_time_and_money_add_up(experiment, reversal):
     changed = experiment.override(
         {"steps": 1000, "evaluation.times": 5, "compute.workers": 2, "batch.max_padded_tokens": 512}
     )
-    found = cost(changed, reversal, Pace(2000.0, 3.6, 7200.0), 60.0, price=2.0)
+    found = cost(changed, reversal, Speed(2000.0, 3.6, 7200.0), 60.0, price=2.0)
     figures = found.figures
     assert figures["seconds"] == pytest.approx(3600 + 300)
     assert figures["price"] == pytest.approx(2 * 2 * 3900 / 3600)
@@ -144,7 +144,7 @@ def test_time_and_money_add_up(experiment, reversal):
     assert found.passed
     assert "1:05:00" in found.found
     # Judged more than trained.
-    slow = cost(changed, reversal, Pace(2000.0, 3.6, 7200.0), 800.0, price=0.0)
+    slow = cost(changed, reversal, Speed(2000.0, 3.6, 7200.0), 800.0, price=0.0)
     assert slow.passed is False
     assert "evaluation.times" in slow.pointer
     assert "price" not in slow.figures
@@ -156,19 +156,19 @@ def test_data_counts(reversal):
     lengths = {**reversal.meta["lengths"]["train"], "correlation": 0.9}
     meta = {**reversal.meta, "overlap": {}, "lengths": {"train": lengths}}
     clean = replace(reversal, meta=meta)
-    assert data(clean, rows, encoders).passed
-    copies = data(clean, [sentence([4, 5], [4, 5])] * 4, encoders)
+    assert content(clean, rows, encoders).passed
+    copies = content(clean, [sentence([4, 5], [4, 5])] * 4, encoders)
     assert copies.figures["identical_share"] == 1
     assert "own source" in copies.pointer
     overlap = {"train_repeats": 100, "dev": {"pairs": 10, "sources": 10}}
-    repeated = data(replace(clean, meta={**meta, "overlap": overlap}), rows, encoders)
+    repeated = content(replace(clean, meta={**meta, "overlap": overlap}), rows, encoders)
     assert repeated.figures["repeated_share"] == pytest.approx(100 / 400)
     assert repeated.figures["leaked_share"] == pytest.approx(10 / 40)
     assert "dedup" in repeated.pointer
     assert "leakage=drop" in repeated.pointer
     source = {**lengths["source"], "unknown": lengths["source"]["tokens"] // 10}
     unknown = {"train": {**lengths, "source": source, "correlation": 0.1}}
-    found = data(replace(clean, meta={**meta, "lengths": unknown}), rows, encoders)
+    found = content(replace(clean, meta={**meta, "lengths": unknown}), rows, encoders)
     assert found.figures["unknown_share"] == pytest.approx(0.1, abs=0.01)
     assert "source tokens are unknown" in found.pointer
     assert "shifted" in found.pointer
@@ -198,12 +198,12 @@ def test_large_losses_round_more_and_are_not_blamed_on_the_batch(sure, is_passed
     ("gap", "error", "updates", "is_passed", "words"),
     [
         (0.5, 0.01, 25, True, ""),
-        (0.03, 0.01, 200, None, "listen late"),  # large enough, and not sure
-        (0.005, 0.002, 200, None, "listen late"),  # sure enough, and small
+        (0.03, 0.01, 200, None, "use its source later"),  # large enough, and not sure
+        (0.005, 0.002, 200, None, "use its source later"),  # sure enough, and small
         (0.001, 0.002, 200, False, "do not belong together"),
         (-0.5, 0.01, 200, False, "do not belong together"),
         (0.0, 0.0, 200, False, "do not belong together"),
-        (0.001, 0.002, 60, None, "too few to tell"),
+        (0.001, 0.002, 60, None, "too few to decide"),
     ],
 )
 def test_what_a_gap_says(gap, error, updates, is_passed, words):
@@ -211,3 +211,35 @@ def test_what_a_gap_says(gap, error, updates, is_passed, words):
     assert found.passed is is_passed
     assert words in found.pointer
     assert bool(words) == bool(found.pointer)
+
+
+MODELS = {
+    "transformer": {"kind": "transformer", "d_model": 16, "num_heads": 2, "encoder_layers": 1},
+    "feeding": {"kind": "attention_rnn", "width": 8, "encoder_units": 8, "input_feeding": True},
+    "gru": {"kind": "attention_rnn", "width": 8, "encoder_units": 8, "cell": "gru"},
+    "conv": {"kind": "conv", "d_model": 16, "encoder_layers": 2, "decoder_layers": 2},
+    "rnn": {"kind": "rnn", "width": 8, "encoder_units": 8},
+}
+PAIRS = [sentence([4, 5, 6], [6, 7]), sentence([8], [4, 9, 8, 5]), sentence([7, 7], [5])]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stepwise_equality_of_the_zoo(name, experiment):
+    config = Experiment.from_json({**experiment.to_json(), "model": MODELS[name]}).model
+    found = stepwise_equality(config.build(Vocabulary(10, 10)), PAIRS)
+    assert found.passed
+    assert found.figures["drift"] < 1e-12
+
+
+def test_a_small_error_of_the_stepwise_pass_is_found():
+    """1e-5 in fp32 is rounding; in float64 it is a fault."""
+
+    class Drifting(Transformer):
+        def advance(self, state, tokens_B):
+            states_BD, state = super().advance(state, tokens_B)
+            return states_BD * (1 + 1e-5), state
+
+    found = stepwise_equality(Drifting(CONFIG, Vocabulary(10, 10)), PAIRS)
+    assert found.passed is False
+    assert 1e-6 < found.figures["drift"] < 1e-4
+    assert "caches" in found.pointer

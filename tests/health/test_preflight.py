@@ -14,16 +14,16 @@ from trainables.transformer import Transformer, TransformerConfig
 from vinedresser.batch import PAD
 from vinedresser.config import Experiment, Pair, Task, TextCorpus, Tokenizer
 from vinedresser.data.shards import ShardSet, prepare
-from vinedresser.health.preflight import checks
-from vinedresser.health.verdict import Check
+from vinedresser.health.preflight.check import Check
+from vinedresser.health.preflight.checks import checks
 from vinedresser.model import Memory, Vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
 NAMES = [
-    "data", "lengths", "first loss", "gradients reach", "overfit one batch", "conditioning",
-    "batch invariance", "memory slope", "time and cost",
+    "data", "lengths", "first loss", "gradients reach", "stepwise equality",
+    "overfit one batch", "conditioning", "batch invariance", "memory slope", "time and cost",
 ]  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from vinedresser.cli.show import print_json
 from vinedresser.config import Experiment
 from vinedresser.data.shards import prepare
-from vinedresser.health.preflight import checks
-from vinedresser.health.verdict import Check
+from vinedresser.health.preflight.check import Check
+from vinedresser.health.preflight.checks import checks
 
 # Word and colour of a verdict; None is one that could not be reached.
 _WORDS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("open", "yellow")}

@@ -1,4 +1,4 @@
-"""Can this model learn at all? First loss, gradients, one small batch, and real data."""
+"""Checks that a model can learn: first loss, gradients, one small batch, and real data."""
 
 import itertools
 import math
@@ -13,44 +13,40 @@ from vinedresser.batch import Batch
 from vinedresser.conditioning import Conditioning, conditioning_gap
 from vinedresser.config import Experiment
 from vinedresser.decode import greedy
-from vinedresser.health.sentences import Sentence, together
-from vinedresser.health.verdict import Check
+from vinedresser.health.preflight.check import Check
+from vinedresser.health.preflight.sentences import Sentence, together
+from vinedresser.health.readings import first_losses
+from vinedresser.health.rules import (
+    MAX_FIRST_EXCESS,
+    MIN_CONDITIONING_GAP,
+    MIN_FIRST_EXCESS,
+    is_uniform_guess,
+)
 from vinedresser.model import Seq2Seq
-from vinedresser.nn.norms import PowerNorm
 from vinedresser.objectives import likelihood
 from vinedresser.training.device import Device, seed_step
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.step import training_steps
 
-# Logits of standard deviation s that know nothing cost ln |V| + s^2 / 2 nats: 1 nat is s = 1.4.
-# The zoo starts at s = 1 or below, tied embeddings without their scale of d^-0.5 at s = sqrt(d).
-MAX_FIRST_EXCESS = 1.0
 # The loss in training and the one of logits() are the same sum in another order: 1e-6 of it.
 MAX_LOSS_DRIFT = 1e-3
-# Nats per token at which a batch counts as learned by heart (methods.md 99), and updates for it.
+# Nats per token at which a batch counts as overfitted (methods.md 99), and updates for it.
 LEARNED, OVERFIT_UPDATES = 0.01, 600
-# Passes until the running statistics of power norm are those of its inputs.
-_SETTLING = 30
-# A source must be worth so much, and so many standard errors: that a blind model passes by chance
-# has p = 3e-5 a look. Lengths alone are worth 0.01 (CMUdict, 10 updates).
-MIN_GAP, MIN_DEVIATIONS = 0.02, 4.0
-# From so many on, nothing is decided: a Transformer on spoken digits had 0.005 +- 0.002 nats after
-# 200 updates, 0.06 after 300 and 0.7 after 600.
+# Standard errors of the conditioning gap: a model without its source passes by chance with
+# p = 3e-5 per look.
+MIN_DEVIATIONS = 4.0
+# From this many on, a failure is not certain: a Transformer on spoken digits had 0.005 +- 0.002
+# nats after 200 updates, 0.06 after 300 and 0.7 after 600.
 _SOME_DEVIATIONS = 2.0
-# Updates after which is looked. CMUdict passes after 50, Multi30k and spoken digits after 50.
+# Updates after which the gap is measured. CMUdict, Multi30k and spoken digits pass after 50.
 LOOKS = (25, 50, 100, 150, 200)
-# With fewer updates than that nothing is decided; time runs out after so many seconds.
+# Fewer updates than that decide nothing; time limit in seconds.
 _MIN_UPDATES, _MAX_SECONDS = 100, 120.0
 
 
 @torch.no_grad()
 def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool) -> Check:
-    """The loss before the first update against that of a uniform guess (methods.md 105).
-
-    With tied embeddings a fresh model repeats the token that it was fed, whose logit is up to
-    sqrt(d): 6.9 nats in place of 3.8 for 43 ids and d = 128. That is harmless and soon unlearned,
-    so the loss over all other tokens is asked too. Power norm, which scales by statistics of
-    earlier passes only, is given some first.
+    """Check the loss before the first update against that of a uniform guess (methods.md 105).
 
     Args:
         model: on its device, in training mode, without dropout.
@@ -59,66 +55,47 @@ def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool)
         is_fresh: false for a warm start, which must be better than guessing.
     """
     batch = batch.to(model.device)
-    if any(isinstance(module, PowerNorm) for module in model.modules()):
-        for _ in range(_SETTLING):
-            model(batch)
-    states_BTD = model(batch)
-    loss, other = _losses(model, states_BTD, batch)
+    loss, other = first_losses(model, batch)
     guess = math.log(vocabulary)
     figures = {"first_loss": loss, "without_repeats": other, "ln_vocabulary": guess}
     found, written = f"{loss:.2f} nats/token", f"ln {vocabulary:,} = {guess:.2f}"
     if not is_fresh:
         pointer = (
-            "the warm start knows less than a uniform guess: its weights do not belong to this "
+            "the warm start predicts worse than a uniform guess: its weights do not belong to this "
             "data or model; look at `init`"
         )
         passed = loss < guess
         return Check(
             "first loss", passed, found, f"below {written}", "" if passed else pointer, figures
         )
+    states_BTD, is_real_BT = model(batch), batch.is_real_BT
     trained = float(likelihood(model, states_BTD, batch).mean)
-    if abs(trained - loss) > MAX_LOSS_DRIFT * max(1.0, loss):
+    logits_NV = model.logits(states_BTD[is_real_BT]).float()
+    decoded = float(F.cross_entropy(logits_NV, batch.target_BT[is_real_BT]))
+    if abs(trained - decoded) > MAX_LOSS_DRIFT * max(1.0, decoded):
         return Check(
-            "first loss", False, f"{trained:.2f} nats/token in training, {loss:.2f} by logits()",
+            "first loss", False, f"{trained:.2f} nats/token in training, {decoded:.2f} by logits()",
             "the same",
-            "training minimises something else than what is decoded: output_layer() must be None "
+            "training and decoding use different output layers: output_layer() must be None "
             "where logits() is more than that layer", figures,
         )  # fmt: skip
-    is_near = [abs(value - guess) <= MAX_FIRST_EXCESS for value in (loss, other)]
-    if is_near[1] and not is_near[0]:
+    passed, pointer = is_uniform_guess([loss, other], guess), ""
+    if passed and not is_uniform_guess([loss], guess):
         found += f", {other:.2f} without repeats"
-    pointer = ""
-    if not any(is_near):
-        pointer = _why_not_a_guess(is_too_low=loss < guess)
-    wanted = f"{written} ± {MAX_FIRST_EXCESS:g}"
-    return Check("first loss", any(is_near), found, wanted, pointer, figures)
-
-
-def _losses(model: Seq2Seq, states_BTD: Tensor, batch: Batch) -> tuple[float, float]:
-    """Nats per token; and the same where the token just fed cannot be said."""
-    is_real_BT = batch.is_real_BT
-    logits_NV = model.logits(states_BTD[is_real_BT]).float()
-    gold_N, fed_N = batch.target_BT[is_real_BT], batch.inputs_BT[is_real_BT]
-    loss = float(F.cross_entropy(logits_NV, gold_N))
-    is_other_N = gold_N != fed_N
-    logits_NV.scatter_(1, fed_N[:, None], -math.inf)
-    return loss, float(F.cross_entropy(logits_NV[is_other_N], gold_N[is_other_N]))
-
-
-def _why_not_a_guess(*, is_too_low: bool) -> str:
-    if is_too_low:
-        return (
-            "a fresh model knows better than a uniform guess: the loss leaves tokens out, or the "
-            "model sees the token that it is to predict"
+    if not passed:
+        pointer = (
+            "a fresh model predicts better than a uniform guess: the loss leaves tokens out, or "
+            "the decoder sees the token that it predicts"
+            if loss < guess
+            else "the fresh model prefers wrong tokens: its logits are too large; look at the "
+            "initial scale of the embeddings, of the output layer and of its bias"
         )
-    return (
-        "the fresh model is sure of wrong tokens: its logits are too large; look at the initial "
-        "scale of the embeddings, of the output layer and of its bias"
-    )
+    wanted = f"{written} {MIN_FIRST_EXCESS:+g} to {MAX_FIRST_EXCESS:+g}"
+    return Check("first loss", passed, found, wanted, pointer, figures)
 
 
 def gradients(model: Seq2Seq, batch: Batch) -> Check:
-    """Whether the loss moves every tensor that is to be trained.
+    """Check that every trained tensor gets a gradient.
 
     Args:
         model: on its device, in training mode.
@@ -140,7 +117,7 @@ def gradients(model: Seq2Seq, batch: Batch) -> Check:
     elif idle:
         pointer = (
             f"no gradient for {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}: "
-            + ("idle, harmless if meant" if passed else "the way from the loss back is cut, as by "
+            + ("idle, harmless if intended" if passed else "the graph from the loss is cut, as by "
                "detach() or no_grad(); these weights never learn")
         )  # fmt: skip
     figures = {"idle_tensors": float(len(idle)), "tensors": float(len(named))}
@@ -148,10 +125,10 @@ def gradients(model: Seq2Seq, batch: Batch) -> Check:
 
 
 def overfit(model: Seq2Seq, sentences: Sequence[Sentence], device: Device, *, cap: int) -> Check:
-    """Learns a few sentences by heart and decodes them (methods.md 99).
+    """Overfit a few sentences and decode them (methods.md 99).
 
     Adam at 0.3 / width, at most 3e-3, 10 updates of warm-up, gradients clipped at 1, no dropout:
-    what every form of the zoo learns in 30 to 260 updates.
+    every form of the zoo needs 30 to 260 updates.
 
     Args:
         model: fresh, on its device, in training mode, without dropout; trained further.
@@ -161,7 +138,7 @@ def overfit(model: Seq2Seq, sentences: Sequence[Sentence], device: Device, *, ca
     """
     batch = together(sentences).to(device.primary)
     loss, right, updates = math.inf, 0, 0
-    for updates in _overfitting(model, batch, device):  # noqa: B007 - how far it came
+    for updates in _overfitting(model, batch, device):  # noqa: B007 - its last value is reported
         model.eval()
         with torch.no_grad():
             loss = float(likelihood(model, model(batch), batch).mean)
@@ -182,7 +159,7 @@ def overfit(model: Seq2Seq, sentences: Sequence[Sentence], device: Device, *, ca
 
 
 def _overfitting(model: Seq2Seq, batch: Batch, device: Device) -> Iterator[int]:
-    """Yields the number of updates each time the loss may be low enough, and at the end."""
+    """Yield the number of updates each time the loss may be low enough, and at the end."""
     width = model(batch).shape[-1]
     rate = min(3e-3, 0.3 / width)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
@@ -198,7 +175,7 @@ def _overfitting(model: Seq2Seq, batch: Batch, device: Device) -> Iterator[int]:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.detach())
-        # Looked at now and then: a look waits for the device.
+        # Rarely: reading the loss waits for the device.
         if update == OVERFIT_UPDATES or (update % 10 == 0 and float(losses[-1]) < LEARNED):
             yield update
 
@@ -212,7 +189,7 @@ def _why_not_learned(loss: float, right: int, count: int) -> str:
             "differs from the teacher-forced pass; look at start(), step() and positions"
         )
     return (
-        "the model cannot even learn a few sentences by heart: look at masks, at the shift of the "
+        "the model cannot even overfit a few sentences: look at masks, at the shift of the "
         "decoder's inputs, and whether the decoder sees the source; then at its size"
     )
 
@@ -226,10 +203,10 @@ def conditioning(
     *,
     vocabulary: int,
 ) -> Check:
-    """Trains a little on real data, then asks what the right source is worth (methods.md 2).
+    """Train briefly on real data, then measure the conditioning gap (methods.md 2).
 
     Held-out sentences get each other's sources of about the same length. Training ends as soon as
-    the difference is beyond doubt.
+    the gap is significant.
 
     Args:
         model: on its device, in training mode; trained further.
@@ -254,13 +231,13 @@ def conditioning(
         is_late = time.perf_counter() - since > _MAX_SECONDS
         if updates in LOOKS or is_late:
             result = conditioning_gap(model, dev)
-            if is_late or updates == LOOKS[-1] or _listens(result):
+            if is_late or updates == LOOKS[-1] or _is_significant(result):
                 break
         step = next(steps)
         loss = float(step.nats / step.tokens)
         if not math.isfinite(loss):
             break
-    # What knows less than a uniform guess after all that is not learning.
+    # Worse than a uniform guess after all that: not learning.
     is_worse = result is None or result.true_nats > math.log(vocabulary) + MAX_FIRST_EXCESS
     if result is None or not math.isfinite(loss) or is_worse:
         return Check(
@@ -272,43 +249,43 @@ def conditioning(
     return judged(result, updates)
 
 
-def _listens(result: Conditioning) -> bool:
-    return result.gap >= MIN_GAP and result.deviations >= MIN_DEVIATIONS
+def _is_significant(result: Conditioning) -> bool:
+    return result.gap >= MIN_CONDITIONING_GAP and result.deviations >= MIN_DEVIATIONS
 
 
 def judged(result: Conditioning, updates: int) -> Check:
-    """What a gap says after so many updates: yes, no, or not yet."""
-    passed: bool | None = _listens(result)
+    """Return the verdict on a gap after some updates: passed, failed, or undecided."""
+    passed: bool | None = _is_significant(result)
     pointer = ""
     if not passed and updates < _MIN_UPDATES:
         passed = None
         pointer = (
-            f"{updates} updates in {_MAX_SECONDS:.0f} s are too few to tell; run it where it will "
-            "train, or with a smaller batch.max_padded_tokens"
+            f"{updates} updates in {_MAX_SECONDS:.0f} s are too few to decide; run it on the "
+            "machine of the training, or with a smaller batch.max_padded_tokens"
         )
     elif not passed and result.deviations >= _SOME_DEVIATIONS:
         passed = None
         pointer = (
-            "the right source is worth little so far: this model may listen late. Train it for "
-            "longer and watch dev/conditioning_gap; the rule source_ignored speaks if it stays low"
+            "the gap is small so far: the model may only start to use its source later. Train "
+            "longer and watch dev/conditioning_gap; the rule source_ignored fires if it stays low"
         )
     elif not passed:
         pointer = (
-            "other sentences' sources serve as well: source and target rows do not belong "
+            "shuffled sources cost nothing: source and target rows do not belong "
             "together (lines shifted or sorted on one side, wrongly encoded: `vinedresser "
             "describe` on the shards), or the decoder does not see its encoder"
         )
     return Check(
         "conditioning", passed,
         f"{result.gap:+.3f} ± {result.error:.3f} nats/token, {updates} updates",
-        f"> {MIN_GAP:g}, {MIN_DEVIATIONS:g} errors", pointer,
+        f"> {MIN_CONDITIONING_GAP:g}, {MIN_DEVIATIONS:g} errors", pointer,
         {"gap": result.gap, "error": result.error, "true_nats": result.true_nats,
          "updates": float(updates)},
     )  # fmt: skip
 
 
 def short(experiment: Experiment, *, tokens: int) -> Experiment:
-    """The experiment for a short training: one worker, smaller batches, a short warm-up."""
+    """Return the experiment for a short training: one worker, smaller batches, short warm-up."""
     optim = experiment.optim.model_copy(
         update={
             "warmup_steps": min(experiment.optim.warmup_steps, 20),

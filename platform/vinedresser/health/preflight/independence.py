@@ -1,5 +1,6 @@
-"""A sentence's loss and output must not depend on its batch mates or on padding."""
+"""Checks that results depend neither on batch mates and padding nor on the way of decoding."""
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -9,8 +10,8 @@ from torch import Tensor
 from vinedresser.batch import BOS, EOS, Batch
 from vinedresser.conditioning import sentence_nats
 from vinedresser.decode import greedy
-from vinedresser.health.sentences import Sentence, together, with_filled_padding
-from vinedresser.health.verdict import Check
+from vinedresser.health.preflight.check import Check
+from vinedresser.health.preflight.sentences import Sentence, together, with_filled_padding
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.gates import head_gates
 from vinedresser.nn.norms import BatchNorm
@@ -20,13 +21,16 @@ from vinedresser.nn.norms import BatchNorm
 MAX_DRIFT = 1e-3
 # Two next tokens whose log-probabilities are so near may swap places by rounding.
 _TIE = 1e-3
+# Largest difference of a log-probability between the two ways of decoding, in float64
+# (methods.md 3): the zoo stays below 1e-12.
+MAX_STEPWISE = 1e-6
 
 
 @torch.no_grad()
 def batch_invariance(
     model: Seq2Seq, dry: Seq2Seq, sentences: Sequence[Sentence], *, vocabulary: int, cap: int
 ) -> Check:
-    """Sentences together against each alone, with PAD and with other things on padding.
+    """Check sentences in a batch against each alone, with PAD and with other ids on padding.
 
     Args:
         model: as it is trained; in evaluation, losses and greedy outputs are compared.
@@ -42,7 +46,7 @@ def batch_invariance(
     finally:
         model.train(was_training)
     drift_in_training = 0.0 if head_gates(dry) else _in_training(dry, sentences)
-    # Not a fault but what batch normalisation is (nn/norms.py, methods.md 48).
+    # Batch normalisation works so (nn/norms.py, methods.md 48).
     is_meant = any(isinstance(module, BatchNorm) for module in dry.modules())
     passed = drift <= MAX_DRIFT and not turned and (drift_in_training <= MAX_DRIFT or is_meant)
     figures = {"drift": drift, "drift_in_training": drift_in_training, "outputs": float(turned)}
@@ -55,26 +59,60 @@ def batch_invariance(
     pointer = ""
     if drift > MAX_DRIFT or turned:
         pointer = (
-            "scores change with what else is in the batch: look for attention, convolution, "
+            "scores change with the other sentences of the batch: look for attention, convolution, "
             "recurrence or sums that reach over padding, and for statistics over the batch"
         )
     elif not passed:
         pointer = (
-            "in training, losses change with what else is in the batch: look for statistics over "
-            "the batch; nothing in the zoo but norm_kind=batch has them"
+            "in training, losses change with the other sentences of the batch: look for statistics "
+            "over the batch; nothing in the zoo but norm_kind=batch has them"
         )
     elif is_meant:
         pointer = (
-            f"norm_kind=batch: in training {drift_in_training:.1e} nats/token hang on batch mates "
-            "by design; evaluation and decoding do not"
+            f"norm_kind=batch: in training {drift_in_training:.1e} nats/token depend on batch "
+            "mates by design; evaluation and decoding do not"
         )
     return Check("batch invariance", passed, found, f"≤ {MAX_DRIFT:g}, 0", pointer, figures)
+
+
+@torch.no_grad()
+def stepwise_equality(model: Seq2Seq, sentences: Sequence[Sentence]) -> Check:
+    """Check that decoding step by step gives the teacher-forced log-probabilities (methods.md 3).
+
+    In float64 and in evaluation mode, where both ways differ by rounding alone.
+
+    Args:
+        model: a copy of it is used.
+        sentences: a few, of different lengths.
+    """
+    exact = copy.deepcopy(model).double().eval()
+    batch = together(sentences).to(exact.device)
+    source_BS = batch.source_BS
+    if source_BS.is_floating_point():
+        source_BS = source_BS.double()
+    memory = exact.encode(source_BS, batch.source_lengths_B)
+    whole_BTD, drift = exact.decode(memory, batch.inputs_BT), 0.0
+    state = exact.start(memory, batch.inputs_BT.shape[1])
+    for t, is_real_B in enumerate(batch.is_real_BT.unbind(1)):
+        logits_BV, state = exact.step(state, batch.inputs_BT[:, t])
+        log_p_BV = exact.logits(whole_BTD[:, t]).log_softmax(-1)
+        found = (logits_BV.log_softmax(-1) - log_p_BV)[is_real_B].abs().max()
+        drift = max(drift, float(found))
+    passed = drift <= MAX_STEPWISE
+    pointer = "" if passed else (
+        "step-by-step decoding differs from the teacher-forced pass: look at start(), advance(), "
+        "caches and positions"
+    )  # fmt: skip
+    return Check(
+        "stepwise equality", passed, f"{drift:.1e} nats", f"≤ {MAX_STEPWISE:g} in float64", pointer,
+        {"drift": drift},
+    )  # fmt: skip
 
 
 def _in_evaluation(
     model: Seq2Seq, sentences: Sequence[Sentence], vocabulary: int, cap: int
 ) -> tuple[float, int]:
-    """Largest change of a loss, see `_drift`, and how many greedy outputs changed."""
+    """Return the largest change of a loss, see `_drift`, and the number of changed outputs."""
     whole, alone = together(sentences), [together([s]) for s in sentences]
     own_B = torch.cat([_nats(model, batch) for batch in alone])
     filled = with_filled_padding(whole, vocabulary)
@@ -88,7 +126,7 @@ def _in_evaluation(
 
 
 def _in_training(dry: Seq2Seq, sentences: Sequence[Sentence]) -> float:
-    """Halves against the whole: one sentence alone is more than some forms can normalise.
+    """Return the drift of halves against the whole: some forms cannot normalise one sentence.
 
     Each pass starts from the same running statistics.
     """
@@ -104,12 +142,12 @@ def _in_training(dry: Seq2Seq, sentences: Sequence[Sentence]) -> float:
 
 
 def _drift(nats_B: Tensor, own_B: Tensor) -> float:
-    """Largest change in nats per token; of losses over 1, which round as much more, their share."""
+    """Return the largest change in nats per token; relative for losses over 1."""
     return float(((nats_B - own_B).abs() / own_B.abs().clamp(min=1)).max())
 
 
 def _nats(model: Seq2Seq, batch: Batch) -> Tensor:
-    """(B,) nats per token of each sentence."""
+    """Return the nats per token of each sentence, (B,)."""
     return sentence_nats(model, batch.to(model.device)).cpu() / batch.target_lengths_B
 
 
@@ -119,7 +157,7 @@ def _greedy(model: Seq2Seq, batch: Batch, cap: int) -> list[list[int]]:
 
 
 def _is_tie(model: Seq2Seq, batch: Batch, own: list[int], other: list[int]) -> bool:
-    """Whether two outputs part at two tokens that are equally probable but for rounding."""
+    """Return true if two outputs first differ at two equally probable tokens."""
     pairs = zip([*own, EOS], [*other, EOS], strict=False)
     at, (one, two) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
     batch = batch.to(model.device)

@@ -1,4 +1,4 @@
-"""Check: one row of the table."""
+"""Check: one row of the preflight table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """Result of one check.
 
     Attributes:
         name: of the check.
         passed: None where it could not be decided here, which is no failure.
         found: the measured value, with its unit.
-        wanted: what a healthy experiment has.
-        pointer: what a failure means, what to do, and which key; or a remark on a pass; or empty.
+        wanted: the values of a healthy experiment.
+        pointer: meaning of a failure, what to do, and which key; or a remark on a pass; or empty.
         figures: the measured values as numbers, for scripts.
     """
 

@@ -1,4 +1,4 @@
-"""The checks of one experiment, in the order in which they make sense to read."""
+"""Preflight checks of one experiment, in reading order."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -11,22 +11,34 @@ from vinedresser.config import Experiment, ModelConfig
 from vinedresser.data.batching.reader import in_order, load_split, stream
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.decode import length_limits
-from vinedresser.health import cost, lint
-from vinedresser.health.independence import batch_invariance
-from vinedresser.health.learning import conditioning, first_loss, gradients, overfit, short
-from vinedresser.health.memory import memory_slope
-from vinedresser.health.sentences import Sentence, distinct, sentences_of, spread, together
-from vinedresser.health.verdict import Check
+from vinedresser.health.preflight import data
+from vinedresser.health.preflight.check import Check
+from vinedresser.health.preflight.independence import batch_invariance, stepwise_equality
+from vinedresser.health.preflight.learning import (
+    conditioning,
+    first_loss,
+    gradients,
+    overfit,
+    short,
+)
+from vinedresser.health.preflight.resources import cost, evaluation_seconds, memory_slope, speed
+from vinedresser.health.preflight.sentences import (
+    Sentence,
+    distinct,
+    sentences_of,
+    spread,
+    together,
+)
 from vinedresser.model import Seq2Seq
 from vinedresser.training.device import resolve_device, seed_step
 from vinedresser.training.optimizer import freeze
 
-# Batches that sentences are taken from, each of one length: enough for all lengths.
+# Batches from which sentences are taken, each of one length: enough for all lengths.
 _SAMPLED = 12
-# Sentences that are learned by heart, and those that are compared alone and together.
-_BY_HEART, _COMPARED = 8, 16
-# Dev rows that are asked what their source is worth.
-_ASKED = 256
+# Sentences that are overfitted, compared alone and together, and decoded in both ways.
+_OVERFITTED, _COMPARED, _DECODED = 8, 16, 4
+# Dev rows that the conditioning gap is measured on.
+_HELD_OUT = 256
 # The short training's batches hold this share of the budget: more updates in less time; but at
 # least so many of the longest rows.
 _SHARE, _LONGEST_ROWS = 0.25, 8
@@ -41,13 +53,13 @@ def checks(
     price: float = 0.0,
     begin: Begin = lambda _: None,
 ) -> Iterator[Check]:
-    """Runs all checks, one after another; writes nothing.
+    """Run all checks, one after another; write nothing.
 
     Args:
-        experiment: what is to be trained.
+        experiment: to be trained.
         shards: of its task.
         price: of an hour of one worker, for the cost; 0 if unknown.
-        begin: is told what is being done, before it is.
+        begin: called with the name of each part before it starts.
 
     Raises:
         ConfigError: the model cannot be built for these vocabularies, or a pattern of optim.freeze
@@ -57,14 +69,14 @@ def checks(
     """
     subject = _Subject(experiment, shards)
     begin("data")
-    yield lint.data(shards, subject.sample, subject.encoders)
-    yield cost.lengths(shards, experiment, subject.dev)
+    yield data.content(shards, subject.sample, subject.encoders)
+    yield data.lengths(shards, experiment, subject.dev)
     yield from _of_a_dry_model(subject, begin)
     yield from _of_the_model(subject, begin, price)
 
 
 class _Subject:
-    """An experiment with its data at hand, and models of it."""
+    """An experiment with its opened data, and models of it."""
 
     def __init__(self, experiment: Experiment, shards: ShardSet) -> None:
         self.experiment, self.shards = experiment, shards
@@ -82,7 +94,7 @@ class _Subject:
             return [s for b in islice(batches, _SAMPLED) for s in sentences_of(b)]
 
     def build(self, config: ModelConfig, *, is_warm: bool) -> Seq2Seq:
-        """The model as a run has it before its first update, in training mode."""
+        """Build the model as a run has it before its first update, in training mode."""
         experiment = self.experiment
         seed_step(experiment.seed, 0, 0)
         model = config.instantiate(self.vocabulary)
@@ -96,14 +108,14 @@ class _Subject:
 
     @property
     def short_tokens(self) -> int:
-        """Budget of the short training's batches."""
+        """Return the padded tokens per batch of the short training."""
         tokens = self.experiment.batch.max_padded_tokens
         longest = max(s.longest for s in self.sample)
         return min(tokens, max(int(_SHARE * tokens), _LONGEST_ROWS * longest))
 
 
 def dry(config: ModelConfig) -> ModelConfig:
-    """The model's configuration with everything called dropout at 0."""
+    """Return the model's configuration with every key named dropout at 0."""
     return config.override(dict.fromkeys(_dropouts(config.to_json()), 0.0))
 
 
@@ -116,7 +128,7 @@ def _dropouts(tree: Mapping[str, Any], at: str = "") -> Iterator[str]:
 
 
 def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[Check]:
-    """Without dropout: what a fresh model says, what moves, and learning by heart."""
+    """Run the checks without dropout: first loss, gradients, stepwise equality, overfitting."""
     is_fresh = subject.experiment.init is None
     begin("first loss")
     model = subject.build(dry(subject.experiment.model), is_warm=True)
@@ -124,8 +136,9 @@ def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[Check]:
     size = subject.vocabulary.target
     yield first_loss(model, some, vocabulary=size, is_fresh=is_fresh)
     yield gradients(model, some)
+    yield stepwise_equality(model, spread(subject.sample, _DECODED))
     begin("overfitting one batch")
-    # Of the shorter half: 8 sentences say as much as 8 long ones.
+    # Of the shorter half: short sentences show as much as long ones.
     able = [s for s in distinct(subject.sample) if _is_in_reach(s, subject.cap)]
     able.sort(key=lambda s: s.longest)
     subject.dry = model
@@ -136,25 +149,25 @@ def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[Check]:
         )  # fmt: skip
         return
     yield overfit(
-        model, spread(able[: max(_BY_HEART, len(able) // 2)], _BY_HEART), subject.device,
+        model, spread(able[: max(_OVERFITTED, len(able) // 2)], _OVERFITTED), subject.device,
         cap=subject.cap,
     )  # fmt: skip
 
 
 def _is_in_reach(sentence: Sentence, cap: int) -> bool:
-    """Whether decoding may become as long as the target."""
+    """Return true if decoding may become as long as the target."""
     limit = length_limits(together([sentence]).source_lengths_B, cap)
     return len(sentence.target_T) <= int(limit)
 
 
 def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Check]:
-    """With dropout, precision, objective and optimizer as they are meant."""
+    """Run the checks with dropout, precision, objective and optimizer as configured."""
     experiment, shards, device = subject.experiment, subject.shards, subject.device
     model = subject.build(experiment.model, is_warm=True)
     freeze(model, experiment.optim.freeze)
     begin("a short training")
     brief = short(experiment, tokens=subject.short_tokens)
-    dev = list(in_order(subject.dev, tokens=experiment.evaluation.tokens, sentences=_ASKED))
+    dev = list(in_order(subject.dev, tokens=experiment.evaluation.tokens, sentences=_HELD_OUT))
     with closing(stream(shards, brief.batch, seed=experiment.seed)) as batches:
         yield conditioning(model, batches, dev, brief, device, vocabulary=subject.vocabulary.target)
     begin("batch invariance")
@@ -167,7 +180,7 @@ def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Che
     yield memory_slope(model, together(compared[: _COMPARED // 2]), experiment, device)
     begin("speed")
     with closing(stream(shards, experiment.batch, seed=experiment.seed)) as batches:
-        found = cost.pace(model, batches, experiment, device)
+        found = speed(model, batches, experiment, device)
     begin("one evaluation")
-    seconds = cost.evaluation_seconds(model, subject.dev, subject.encoders[1], experiment)
-    yield cost.cost(experiment, shards, found, seconds, price=price)
+    seconds = evaluation_seconds(model, subject.dev, subject.encoders[1], experiment)
+    yield cost(experiment, shards, found, seconds, price=price)

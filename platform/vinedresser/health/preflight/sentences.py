@@ -1,4 +1,4 @@
-"""Single sentences of real batches, and new batches made of them."""
+"""Sentence pairs taken out of real batches, and new batches made of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ class Sentence:
     Attributes:
         source_S: int64 ids, EOS at the end; or float32 frames (S, F).
         target_T: int64 ids, EOS at the end.
-        row: its position in its split.
+        row: index in its split.
     """
 
     source_S: Tensor
@@ -26,12 +26,12 @@ class Sentence:
 
     @property
     def longest(self) -> int:
-        """Positions of the longer side."""
+        """Return the positions of the longer side."""
         return max(len(self.source_S), len(self.target_T))
 
 
 def sentences_of(batch: Batch) -> list[Sentence]:
-    """The rows of a batch."""
+    """Return the rows of a batch."""
     return [
         Sentence(batch.source_BS[i, :source], batch.target_BT[i, :target], row)
         for i, (source, target, row) in enumerate(
@@ -46,7 +46,7 @@ def sentences_of(batch: Batch) -> list[Sentence]:
 
 
 def together(sentences: Sequence[Sentence]) -> Batch:
-    """Some sentences as one batch, padded to the longest."""
+    """Return sentences as one batch, padded to the longest."""
     sources, targets = [s.source_S for s in sentences], [s.target_T for s in sentences]
     return Batch(
         pad_sequence(sources, batch_first=True, padding_value=PAD),
@@ -58,10 +58,10 @@ def together(sentences: Sequence[Sentence]) -> Batch:
 
 
 def with_filled_padding(batch: Batch, vocabulary: int) -> Batch:
-    """The batch with something else than PAD where no source is: real ids, or frames of 9.
+    """Return the batch with real ids, or frames of 9, instead of source padding.
 
     Args:
-        batch: what to fill.
+        batch: padded with PAD or 0.
         vocabulary: ids of the source; 0 for frames.
     """
     source_BS = batch.source_BS.clone()
@@ -71,7 +71,7 @@ def with_filled_padding(batch: Batch, vocabulary: int) -> Batch:
 
 
 def distinct(sentences: Iterable[Sentence]) -> list[Sentence]:
-    """The first sentence of each source: the same source cannot have two right answers."""
+    """Return the first sentence of each source: one source cannot have two right answers."""
     found: dict[bytes, Sentence] = {}
     for sentence in sentences:
         found.setdefault(sentence.source_S.numpy().tobytes(), sentence)
@@ -79,7 +79,7 @@ def distinct(sentences: Iterable[Sentence]) -> list[Sentence]:
 
 
 def spread(sentences: Sequence[Sentence], count: int) -> list[Sentence]:
-    """At most `count` of them, of lengths that are evenly spread, shortest first."""
+    """Return at most `count` sentences of evenly spread lengths, shortest first."""
     ordered = sorted(sentences, key=lambda s: (s.longest, s.row))
     if len(ordered) <= count:
         return ordered

@@ -1,0 +1,1 @@
+"""Preflight checks: a few minutes before a run that find what would ruin it."""
