@@ -62,11 +62,19 @@ def test_flops_are_those_of_the_matrix_products():
     # One LSTM layer a side: 8 h^2 weights a step, and the output layer; 2 FLOPs a weight.
     found = summary_of("rnn", width=64, encoder_units=64)
     assert found.flops == pytest.approx(2 * (2 * 8 * 64 * 64 + 64 * 100))
-    # Attention adds QK and AV of 20 x 32 positions to the weights of each layer: keys come in 16s.
+    # Attention adds QK and AV of 20 x 20 positions to the weights per layer (kernels pad to 32).
     found = summary_of("transformer-tiny")
     weights = 2 * (4 * 128**2 + 2 * 128 * 512) + 2 * (8 * 128**2 + 2 * 128 * 512) + 128 * 100
-    attention = 6 * 2 * 32 * 128
+    attention = 6 * 2 * 20 * 128
     assert found.flops == pytest.approx(2 * (weights + attention))
+
+
+def test_doubling_both_lengths_quadruples_attention():
+    """methods.md 22: O(T U), whatever the kernels pad."""
+    model = named_model("transformer-tiny").build(JOINT)
+    once, twice = (n * summarise(model, JOINT, source=n, target=n).flops for n in (15, 30))
+    attention = twice - 2 * once  # the rest is linear
+    assert attention == 2 * (15 * 2 * 6 * 2 * 15 * 128)
 
 
 @pytest.mark.parametrize("name", NAMES)

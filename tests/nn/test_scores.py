@@ -28,7 +28,7 @@ def states(*shape: int) -> Tensor:
 def pair(kind: ScoreKind, module, s: Tensor, h: Tensor) -> Tensor:
     """The textbook score of one decoder state and one encoder state."""
     if kind == "cosine":
-        return module.log_sharpness.exp() * (s @ h) / (s.norm() * h.norm())
+        return (s @ h) / (s.norm() * h.norm())
     if kind == "additive":
         W, U, b = module.query.weight, module.key.weight, module.key.bias
         return sum(
@@ -54,28 +54,33 @@ def test_scores_equal_a_loop_over_pairs(kind):
 
 
 @torch.no_grad()
-def test_cosine_lies_between_its_sharpness_and_does_not_see_lengths():
+def test_cosine_lies_in_its_range_and_does_not_depend_on_lengths():
+    """methods.md 42: [-1, 1], whatever the sharpness and the rounding; scale invariant."""
     module, queries, memory = built("cosine"), states(B, T, D), states(B, S, D)
-    found = module(queries, module.remember(memory)) / module.log_sharpness.exp()
-    assert found.abs().max() <= 1 + 1e-6
-    same = module(queries * 37, module.remember(memory / 19)) / module.log_sharpness.exp()
+    found = module(queries, module.remember(memory))
+    same = module(queries * 37, module.remember(memory / 19))
     torch.testing.assert_close(same, found, atol=1e-6, rtol=0)
-    self_B = module(queries, module.remember(queries)).diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(self_B / module.log_sharpness.exp(), torch.ones(B, T))
+    many = states(1, 500, D)
+    for scores in (found, *(module(many, module.remember(sign * many)) for sign in (1, -1))):
+        assert -1 <= scores.min() <= scores.max() <= 1
+    diagonal = module(many, module.remember(many)).diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(diagonal, torch.ones(1, 500))
 
 
 @torch.no_grad()
 def test_cosine_can_be_sharp_from_the_start():
     module = built("cosine")
     memory = torch.eye(20, 20)[None]
-    weights = module(memory[:, :1], module.remember(memory)).softmax(-1)
+    keys = module.sharpened(module.remember(memory))
+    weights = (module.asked(memory[:, :1]) @ keys.transpose(1, 2)).softmax(-1)
     assert weights.max() > 0.99
 
 
 def test_cosine_learns_its_sharpness():
-    module = built("cosine")
-    module(states(B, T, D), module.remember(states(B, S, D))).square().sum().backward()
-    assert module.log_sharpness.grad.abs() > 1
+    attention, memory, is_real = attended("cosine")
+    context = attention(states(B, T, D), attention.remember(memory, memory, is_real))
+    context.square().sum().backward()
+    assert attention.score.log_sharpness.grad.abs() > 1e-3
 
 
 @pytest.mark.parametrize("width", [16, 64, 256])

@@ -7,16 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vinedresser.config import Optim
+from vinedresser.batch import Batch
+from vinedresser.config import Experiment, Optim
 from vinedresser.errors import ConfigError
+from vinedresser.model import Vocabulary
 from vinedresser.nn.gates import HeadGates
+from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer, freeze, learning_rate, set_learning_rate
+from vinedresser.training.step import training_steps
 
-NOAM = Optim(lr=512**-0.5 * 4000**-0.5, warmup_steps=4000, decay="inverse_sqrt", anneal=0.0)
+NOAM = Optim(lr=1, warmup_steps=4000, decay="noam", anneal=0.0)
 
 
 def noam(step: int) -> float:
-    return learning_rate(NOAM, step=step, steps=100_000)
+    return learning_rate(NOAM, step=step, steps=100_000, d_model=512)
 
 
 def test_vaswanis_schedule():
@@ -25,6 +29,35 @@ def test_vaswanis_schedule():
     assert noam(1) == pytest.approx(1.7469e-7, rel=1e-4)
     for step in (1, 17, 3999, 4000, 4001, 50_000, 100_000):
         assert noam(step) == pytest.approx(512**-0.5 * min(step**-0.5, step * 4000**-1.5))
+
+
+def test_noam_with_the_width_of_the_model(tiny_study):
+    base = {**tiny_study["base"], "steps": 8, "evaluation": {}}
+    optim = {"lr": 1, "decay": "noam", "warmup_steps": 4, "anneal": 0}
+    experiment = Experiment.from_json({**base, "optim": optim})
+    model = experiment.model.build(Vocabulary(10, 10))
+    ids_BT, lengths_B = torch.full((2, 3), 4), torch.tensor([3, 3])
+    batch = Batch(ids_BT, lengths_B, ids_BT, lengths_B, torch.arange(2))
+    optimizer = build_optimizer(model, experiment.optim, gate_lr_factor=1)
+    here = Device(torch.device("cpu"), None)
+    steps = training_steps(model, itertools.repeat(batch), optimizer, experiment, device=here)
+    d = experiment.model.d_model
+    wanted = [d**-0.5 * min(s**-0.5, s * 4**-1.5) for s in range(1, 9)]
+    assert [step.learning_rate for step in steps] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"kind": "rnn"}}, "model.d_model"),
+        ({"optim": {"lr": 1, "decay": "noam", "warmup_steps": 0}}, "warmup_steps 0"),
+        ({"optim": {"lr": 2e-3, "decay": "noam", "warmup_steps": 4}}, "optim.lr=1"),
+    ],
+)
+def test_noam_is_refused_where_its_inputs_are_unknown(tiny_study, changes, message):
+    optim = {"lr": 1, "decay": "noam", "warmup_steps": 4}
+    with pytest.raises(ConfigError, match=message):
+        Experiment.from_json({**tiny_study["base"], "optim": optim, **changes})
 
 
 def test_vaswanis_schedule_rises_then_falls():
@@ -150,5 +183,5 @@ def test_a_shared_weight_is_frozen_by_any_of_its_names(patterns, wanted):
 def test_everything_is_not_frozen_and_unknown_names_are_told():
     with pytest.raises(ConfigError, match="covers every parameter"):
         freeze(Tied(), ["output*", "between*"])
-    with pytest.raises(ConfigError, match=r"called output\.wieght; did you mean output\.weight\?"):
+    with pytest.raises(ConfigError, match=r"named output\.wieght; did you mean output\.weight\?"):
         freeze(Tied(), ["output.wieght"])

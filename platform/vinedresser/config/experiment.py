@@ -55,8 +55,10 @@ class Optim(Section):
     clip_norm: PositiveFloat = 1.0
     # Updates of linear warm-up from 0 to `lr`.
     warmup_steps: NonNegativeInt = 100
-    # After warm-up: constant, or ~ 1/sqrt(step) (methods.md 73).
-    decay: Literal["constant", "inverse_sqrt"] = "constant"
+    # After warm-up: constant, or ~ 1/sqrt(step). noam: warm-up and decay in one formula,
+    # lr * d_model^-0.5 * min(step^-0.5, step * warmup_steps^-1.5), with lr = 1 in the paper
+    # (Vaswani et al. 2017; methods.md 73); add anneal=0 to have it to the end.
+    decay: Literal["constant", "inverse_sqrt", "noam"] = "constant"
     # Share of the run at its end over which the rate falls linearly to 0.
     anneal: Probability = 1 / 3
     # Parameters that stay as they are: patterns over their names with * and ?, for example
@@ -232,6 +234,20 @@ class Experiment(Section):
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps} is more than steps {self.steps}"
             )
+        if self.optim.decay == "noam":
+            if getattr(self.model, "d_model", None) is None:
+                raise ValueError(
+                    "optim.decay noam needs model.d_model, which this model has not; set "
+                    "optim.decay=inverse_sqrt and optim.lr"
+                )
+            if self.optim.warmup_steps == 0:
+                raise ValueError("optim.decay noam with optim.warmup_steps 0; set 1 or more")
+            # A peak rate of the other schedules, carried over.
+            if self.optim.lr < 0.01:
+                raise ValueError(
+                    f"optim.lr {self.optim.lr:g} is the factor of the formula under optim.decay "
+                    "noam, and makes it 100 times too small; set optim.lr=1"
+                )
         if self.batches_an_update % self.compute.workers:
             raise ValueError(
                 f"batch.per_update {self.batch.per_update} is no multiple of compute.workers "

@@ -1,4 +1,4 @@
-"""What a model is made of: parameters by part, memory, arithmetic a token. No pass is trained."""
+"""Summary of a model: parameters by part, memory, arithmetic per token."""
 
 import re
 import warnings
@@ -10,21 +10,22 @@ from torch import nn
 
 from vinedresser.batch import EOS, Batch
 from vinedresser.model import Seq2Seq, Vocabulary
+from vinedresser.nn.attention import MultiHeadAttention
 
-# Shapes of a part that are shown; the rest are counted.
+# Shapes of a part that are written out; the rest are counted.
 _SHAPES = 2
 
 
 @dataclass(frozen=True)
 class Part:
-    """Modules of one kind at one place, equal layers taken together.
+    """Modules of one kind in one position, equal layers together.
 
     Attributes:
         name: path inside the model without the numbers of layers: `encoder.enc_self`.
         kind: class of the module.
         copies: layers that have it.
         shapes: of the parameters of all copies, the largest first, with how many of each.
-        parameters: numbers in them; shared ones count where they are met first.
+        parameters: numbers in them; shared ones count at their first name.
         tied: names of shared parameters that are counted elsewhere.
     """
 
@@ -37,7 +38,7 @@ class Part:
 
     @property
     def written(self) -> str:
-        """`512x768, 512 (2)`: the two largest shapes; of one layer where all are alike."""
+        """Return the two largest shapes, `512x768, 512 (2)`; of one layer where all are alike."""
         counts = [count for _, count in self.shapes]
         of = self.copies if all(count % self.copies == 0 for count in counts) else 1
         shown = [
@@ -50,13 +51,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Summary:
-    """A model by its parts.
+    """Parts and sizes of a model.
 
     Attributes:
         parts: in the order of the model.
         parameters: all, shared ones once.
         trainable: those with a gradient.
-        flops: multiply-adds x 2 of a forward pass a target token; 0 where it was not computed.
+        flops: multiply-adds x 2 of a forward pass per target token; 0 where not computed.
         source: source positions of the pair that `flops` is of.
         target: its target tokens.
     """
@@ -69,7 +70,7 @@ class Summary:
     target: int
 
     def bytes_of(self, size: int) -> int:
-        """Memory of the weights at `size` bytes a number."""
+        """Return the memory of the weights at `size` bytes per number."""
         return size * self.parameters
 
 
@@ -81,14 +82,14 @@ def summarise(
     target: int = 20,
     flops: bool = True,
 ) -> Summary:
-    """Counts parameters by part and, on one pair of sentences, the arithmetic of a forward pass.
+    """Count parameters by part and, on one pair of sentences, the arithmetic of a forward pass.
 
     Args:
         model: on the CPU.
         vocabulary: that it was built for.
         source: tokens or frames of the pair's source, >= 1.
         target: its target tokens, >= 1.
-        flops: whether to run the pass.
+        flops: true to run the pass.
     """
     unique = list(model.parameters())
     return Summary(
@@ -129,7 +130,7 @@ def _parts(model: nn.Module) -> list[Part]:
 
 
 def _owner(path: str) -> str:
-    """The module that a row of the table stands for: a child of the model, or of its layer."""
+    """Return the module of a row of the table: a child of the model, or of its layer."""
     words = path.split(".")
     numbered = next((i for i, word in enumerate(words) if word.isdigit()), None)
     return ".".join(words[:1] if numbered is None else words[: numbered + 2])
@@ -149,12 +150,17 @@ def _flops(model: Seq2Seq, vocabulary: Vocabulary, source: int, target: int) -> 
         torch.zeros(1, dtype=torch.int64),
     )
     was_training = model.training
+    padding = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    for module in padding:
+        module.pads_keys = False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a setting for other makers' GPUs
-        # oneDNN's recurrent kernels are one operation, which the counter does not know.
+        warnings.simplefilter("ignore")  # about a setting for other vendors' GPUs
+        # oneDNN's recurrent kernels are one operation, unknown to the counter.
         with torch.backends.mkldnn.flags(enabled=False):
             counter = FlopCounterMode(display=False)
             with counter:
                 model.eval().logits(model(batch))
+    for module in padding:
+        module.pads_keys = True
     model.train(was_training)
     return int(counter.get_total_flops())

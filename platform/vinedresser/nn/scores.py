@@ -1,4 +1,4 @@
-"""Score functions of attention over an encoded source, and the attention that they make.
+"""Score functions, and attention over an encoded source that uses them.
 
 B sentences, S source positions, T target positions, D features of a query, M features of a
 memory state, K features of a key.
@@ -20,7 +20,7 @@ _FIRST_SHARPNESS = 10.0
 
 
 def check_widths(kind: ScoreKind, query_width: int, memory_width: int) -> None:
-    """Refuses widths that a score function cannot compare.
+    """Refuse widths that a score function cannot compare.
 
     Raises:
         ValueError: cosine, dot or scaled_dot with unequal widths.
@@ -33,24 +33,28 @@ def check_widths(kind: ScoreKind, query_width: int, memory_width: int) -> None:
 
 
 class Score(nn.Module):
-    """Scores of queries against keys; what depends on the source alone is computed once.
+    """Scores of queries against keys; the part that depends on the source is computed once.
 
     Attributes:
-        is_product: whether scores are `asked(query)` times keys; else `forward` says it all.
+        is_product: true where scores are `asked(query)` times keys; else `forward` computes them.
     """
 
     is_product = True
 
     def remember(self, memory_BSM: Tensor) -> Tensor:
-        """Keys (B, S, K) of a memory."""
+        """Return the keys (B, S, K) of a memory."""
         return memory_BSM
 
     def asked(self, queries: Tensor) -> Tensor:
-        """What of the queries (..., D) is multiplied by the keys (..., K)."""
+        """Return the factor of the keys (..., K) from queries (..., D)."""
         return queries
 
+    def sharpened(self, keys_BSK: Tensor) -> Tensor:
+        """Return keys times the sharpness of the softmax over the scores, 1 unless learned."""
+        return keys_BSK
+
     def forward(self, queries_BTD: Tensor, keys_BSK: Tensor) -> Tensor:
-        """(B, T, S) scores; weights are their softmax over S."""
+        """Return scores (B, T, S)."""
         return self.asked(queries_BTD) @ keys_BSK.transpose(1, 2)
 
 
@@ -62,7 +66,7 @@ class ScaledDot(Score):
     """s^T h / sqrt(M): variance 1 for unit normals (Vaswani et al. 2017; methods.md 45)."""
 
     def remember(self, memory_BSM: Tensor) -> Tensor:
-        """See Score. The keys carry the scale: one product a source instead of one a step."""
+        """See Score. The keys carry the scale: one product per source instead of one per step."""
         scale: float = memory_BSM.shape[-1] ** -0.5
         return memory_BSM * scale
 
@@ -82,10 +86,11 @@ class General(Score):
 
 
 class Cosine(Score):
-    """beta * cos(s, h): addressing by content (Graves et al. 2014, eq. 5 and 6; methods.md 42).
+    """cos(s, h), in [-1, 1]: addressing by content (Graves et al. 2014; methods.md 42).
 
-    There the controller emits beta > 0 at each step; here it is one learned number, exp of a
-    parameter. Without it the weights of two positions would differ by a factor of e^2 at most.
+    Weights are softmax(beta * cos), their eq. 5. There the controller emits beta > 0 at each step;
+    here it is one learned number, exp of a parameter. Without it the weights of two positions
+    would differ by a factor of e^2 at most.
     """
 
     def __init__(self) -> None:
@@ -93,15 +98,22 @@ class Cosine(Score):
         self.log_sharpness = nn.Parameter(torch.tensor(_FIRST_SHARPNESS).log())
 
     def remember(self, memory_BSM: Tensor) -> Tensor:
-        """See Score. Keys of length beta; fp32 for the norms, whatever the precision."""
+        """See Score. Keys of length 1; fp32 for the norms, whatever the precision."""
         wide = torch.promote_types(memory_BSM.dtype, torch.float32)
-        units_BSM = F.normalize(memory_BSM.to(wide), dim=-1)
-        return (units_BSM * self.log_sharpness.exp()).to(memory_BSM.dtype)
+        return F.normalize(memory_BSM.to(wide), dim=-1).to(memory_BSM.dtype)
 
     def asked(self, queries: Tensor) -> Tensor:
         """See Score."""
         wide = torch.promote_types(queries.dtype, torch.float32)
         return F.normalize(queries.to(wide), dim=-1).to(queries.dtype)
+
+    def sharpened(self, keys_BSK: Tensor) -> Tensor:
+        """See Score. Keys of length beta."""
+        return (keys_BSK * self.log_sharpness.exp()).to(keys_BSK.dtype)
+
+    def forward(self, queries_BTD: Tensor, keys_BSK: Tensor) -> Tensor:
+        """See Score. Rounding does not leave [-1, 1]."""
+        return super().forward(queries_BTD, keys_BSK).clamp(-1, 1)
 
 
 class Additive(Score):
@@ -135,7 +147,7 @@ class Additive(Score):
 
 
 def score(kind: ScoreKind, query_width: int, memory_width: int) -> Score:
-    """A score function with fresh weights.
+    """Return a score function with fresh weights.
 
     Raises:
         ValueError: cosine, dot or scaled_dot with unequal widths.
@@ -149,11 +161,11 @@ def score(kind: ScoreKind, query_width: int, memory_width: int) -> Score:
 
 
 class Source:
-    """What attention needs of an encoded source, computed once.
+    """Keys, values and mask of an encoded source, computed once.
 
     Attributes:
-        keys_BSK: what queries are compared with.
-        values_BSM: what is averaged.
+        keys_BSK: compared with the queries.
+        values_BSM: averaged.
         bias_BS: -inf where a position gets weight 0, else 0.
     """
 
@@ -163,7 +175,7 @@ class Source:
         self.by_values = Product(values_BSM.transpose(1, 2))
 
     def select(self, rows: Tensor) -> "Source":
-        """The source of the given rows, in their order."""
+        """Return the source of the given rows, in their order."""
         parts = (self.keys_BSK, self.values_BSM, self.bias_BS)
         return Source(*(part.index_select(0, rows) for part in parts))
 
@@ -176,10 +188,10 @@ class Attention(nn.Module):
         self.score = score(kind, query_width, memory_width)
 
     def remember(self, memory_BSM: Tensor, values_BSM: Tensor, is_real_BS: Tensor) -> Source:
-        """Keys once a source.
+        """Return the keys and values of a source; once per source.
 
         Args:
-            memory_BSM: what the keys are made of.
+            memory_BSM: input of the keys.
             values_BSM: what is averaged: the memory, or a linear map of it, since
                 W sum_i alpha_i h_i = sum_i alpha_i W h_i.
             is_real_BS: true where a position counts; at least one in every row.
@@ -187,21 +199,25 @@ class Attention(nn.Module):
         dtype = step_dtype(memory_BSM)
         bias_BS = memory_BSM.new_zeros(is_real_BS.shape, dtype=dtype)
         bias_BS = bias_BS.masked_fill(~is_real_BS, -torch.inf)
-        keys_BSK = self.score.remember(memory_BSM)
+        keys_BSK = self.score.sharpened(self.score.remember(memory_BSM))
         return Source(keys_BSK.to(dtype), values_BSM.to(dtype), bias_BS)
 
     def forward(self, queries_BTD: Tensor, source: Source) -> Tensor:
-        """(B, T, D) queries -> (B, T, M) contexts."""
-        scores_BTS = self.score(queries_BTD.to(source.keys_BSK.dtype), source.keys_BSK)
+        """Return contexts (B, T, M) of queries (B, T, D)."""
+        queries_BTD = queries_BTD.to(source.keys_BSK.dtype)
+        if self.score.is_product:
+            scores_BTS = self.score.asked(queries_BTD) @ source.keys_BSK.transpose(1, 2)
+        else:
+            scores_BTS = self.score(queries_BTD, source.keys_BSK)
         return self._weights(scores_BTS + source.bias_BS[:, None]) @ source.values_BSM
 
     def begin(self, source: Source, steps: int) -> Tensor:
-        """(T, B, S): the `bias_BS` of each of exactly so many steps, taken in order."""
+        """Return the `bias_BS` of each of `steps` steps in order, (T, B, S)."""
         bias_TBS = source.bias_BS.expand(steps, -1, -1)
         return source.by_keys.begin(bias_TBS) if self.score.is_product else bias_TBS
 
     def step(self, query_BD: Tensor, source: Source, bias_BS: Tensor, known_BM: Tensor) -> Tensor:
-        """(B, D) -> known + context (B, M), with a step's bias from `begin`."""
+        """Return known + context (B, M) of a query (B, D), with a step's bias from `begin`."""
         if self.score.is_product:
             scores_BS = source.by_keys(bias_BS, self.score.asked(query_BD))
         else:
@@ -210,7 +226,7 @@ class Attention(nn.Module):
         return source.by_values(known_BM, self._weights(scores_BS[:, None])[:, 0])
 
     def _weights(self, scores_BTS: Tensor) -> Tensor:
-        # In fp32 inside, also where it takes and gives bf16.
+        # Computed in fp32, also with bf16 inputs and outputs.
         weights_BTS = torch.softmax(scores_BTS, -1, dtype=scores_BTS.dtype)
         record(self, weights_BTS[:, None])
         return weights_BTS

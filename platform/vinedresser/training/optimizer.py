@@ -12,16 +12,25 @@ from vinedresser.errors import ConfigError
 from vinedresser.nn.gates import HeadGates
 
 
-def learning_rate(config: Optim, *, step: int, steps: int) -> float:
-    """Learning rate of a 1-based step of a run of `steps` updates.
+def learning_rate(config: Optim, *, step: int, steps: int, d_model: int | None = None) -> float:
+    """Return the learning rate of a 1-based step of a run of `steps` updates.
 
-    Linear warm-up to `lr` over `warmup_steps`, then constant or lr * sqrt(warmup / step) (with
-    lr = d^-.5 w^-.5 this is methods.md 73), and over the last `anneal` share of the run a linear
-    fall that would reach 0 one step after the last.
+    Linear warm-up to `lr` over `warmup_steps`, then constant or lr * sqrt(warmup / step); or
+    noam, lr * d_model^-.5 * min(step^-.5, step * warmup^-1.5) (methods.md 73). Over the last
+    `anneal` share of the run a linear fall that would reach 0 one step after the last.
+
+    Args:
+        config: checked by its experiment.
+        step: 1-based.
+        steps: of the whole run.
+        d_model: width of the model, for noam.
     """
     warm = max(config.warmup_steps, 1)
     rate = config.lr * min(1.0, step / warm)
-    if config.decay == "inverse_sqrt" and step > warm:
+    if config.decay == "noam":
+        assert d_model is not None
+        rate = config.lr * float(d_model**-0.5 * min(step**-0.5, step * warm**-1.5))
+    elif config.decay == "inverse_sqrt" and step > warm:
         rate = config.lr * float((warm / step) ** 0.5)
     first_fall = steps - int(config.anneal * steps)
     if step > first_fall:
@@ -30,12 +39,12 @@ def learning_rate(config: Optim, *, step: int, steps: int) -> float:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Takes parameters out of training by patterns over their names (methods.md 77).
+    """Take parameters out of training by patterns over their names (methods.md 77).
 
     A tensor that parts of the model share is frozen for all of them by any of its names.
 
     Returns:
-        One entry a frozen tensor: its name, or all of them joined by ` = `; shared ones first.
+        One entry per frozen tensor: its name, or all of them joined by ` = `; shared ones first.
 
     Raises:
         ConfigError: a pattern that names no parameter, or nothing is left to train.
@@ -47,7 +56,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(
-                f"optim.freeze: no parameter is called {pattern}{did_you_mean(pattern, names)}; "
+                f"optim.freeze: no parameter is named {pattern}{did_you_mean(pattern, names)}; "
                 f"names look like {names[0]} and {names[-1]}"
             )
     frozen = [
@@ -64,9 +73,9 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def build_optimizer(model: nn.Module, config: Optim, *, gate_lr_factor: float) -> torch.optim.Adam:
-    """AdamW over all parameters; gates learn `gate_lr_factor` times as fast, without decay.
+    """Return AdamW over all parameters; gates learn `gate_lr_factor` times as fast, undecayed.
 
-    Each group carries `factor`, to be multiplied with the step's learning rate.
+    Each group has a `factor`, multiplied with the learning rate of the step.
     """
     gates = {
         id(module.log_alpha): module.log_alpha
@@ -88,6 +97,6 @@ def build_optimizer(model: nn.Module, config: Optim, *, gate_lr_factor: float) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Gives every group its share of a step's learning rate."""
+    """Set the learning rate of every group, times its factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]

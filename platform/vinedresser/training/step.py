@@ -140,6 +140,7 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
     updater = _Updater(trainee, device, experiment.seed, monitor)
     parameters = [p for p in model.parameters() if p.requires_grad]
     count = experiment.batches_a_rank
+    d_model = getattr(experiment.model, "d_model", None)
     for index in range(start + 1, experiment.steps + 1):
         begun = time.perf_counter()
         hosted = list(itertools.islice(batches, count))
@@ -147,7 +148,7 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
         if len(hosted) < count:
             return
         tokens, is_last = _agree(index, hosted, should_stop(), device)
-        rate = learning_rate(experiment.optim, step=index, steps=experiment.steps)
+        rate = learning_rate(experiment.optim, step=index, steps=experiment.steps, d_model=d_model)
         set_learning_rate(optimizer, rate)
         epsilon = gold_share(experiment.objective.sampling, index - 1)
         nats = updater.accumulate(index, hosted, epsilon, tokens)
