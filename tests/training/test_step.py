@@ -510,7 +510,7 @@ class TestFreezing:
             assert torch.equal(parameter, before[name]) == (name in frozen), name
 
     def test_a_pattern_that_names_nothing_is_an_error(self):
-        with pytest.raises(ConfigError, match=r"no parameter is called encodr\.\*"):
+        with pytest.raises(ConfigError, match=r"no parameter is named encodr\.\*"):
             freeze(built(experiment()), ["encodr.*"])
         with pytest.raises(ConfigError, match="covers every parameter"):
             freeze(built(experiment()), ["*"])
