@@ -75,7 +75,7 @@ def shown(tmp_path: Path, root: Path, monkeypatch: Any, capfd: Any) -> Iterator[
     places = {tmp_path: "<here>", root: "<root>", root.parent / "shared": "<shared>"}
 
     def run(*words: object, stdin: str = "", masks: Sequence[tuple[str, str]] = ()) -> str:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin, newline="\n"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         capfd.readouterr()
         code = main([str(word) for word in words])
         typed, text = f"vinedresser {' '.join(str(word) for word in words)}", ""
@@ -143,7 +143,7 @@ def files(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_help(shown: Shown, compared: Any) -> None:
-    from vinedresser.cli.commands import app
+    from vinedresser.cli.app import app
 
     assert sorted(VERBS) == sorted(c.name or c.callback.__name__ for c in app.registered_commands)
     compared("help", "".join([shown("--help"), *(shown(verb, "--help") for verb in VERBS)]))

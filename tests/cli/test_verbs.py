@@ -357,7 +357,7 @@ def bundle(reversal: ShardSet, tmp_path_factory: pytest.TempPathFactory, one_thr
 def test_translate_gives_a_line_for_a_line(
     in_process: Any, bundle: Path, stdin: str, lines: int, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin, newline="\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
     code, out, err = in_process("translate", bundle)
     assert (code, err) == (0, "")
     found = out.split("\n")

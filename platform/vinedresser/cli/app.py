@@ -1,35 +1,75 @@
-"""The program: one verb, what its libraries may say, and how errors and signals leave it."""
+"""The program: one verb, its words on stderr, and the one boundary where errors become lines."""
 
+import contextlib
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from types import FrameType
 
 import typer
 
-from vinedresser.cli.commands import app
-from vinedresser.errors import InterruptedRunError, VinedresserError
+from vinedresser.cli.verbs.attend import attend
+from vinedresser.cli.verbs.check import check
+from vinedresser.cli.verbs.describe import describe
+from vinedresser.cli.verbs.doctor import doctor
+from vinedresser.cli.verbs.evaluate import evaluate
+from vinedresser.cli.verbs.export import export
+from vinedresser.cli.verbs.prepare import prepare
+from vinedresser.cli.verbs.prune import prune
+from vinedresser.cli.verbs.retrain import retrain
+from vinedresser.cli.verbs.runs import runs
+from vinedresser.cli.verbs.sweep import sweep
+from vinedresser.cli.verbs.train import train
+from vinedresser.cli.verbs.translate import translate
+from vinedresser.cli.verbs.ui import ui
+from vinedresser.errors import ConfigError, InterruptedRunError, MachineError, VinedresserError
 
 # 128 + SIGINT, as shells have it.
 _INTERRUPTED = 130
+# Parts of torch's messages when a tensor is too large.
+_NO_MEMORY = (
+    "can't allocate memory", "out of memory", "size calculation overflowed", "not enough memory",
+    "numel: integer multiplication overflow",
+)  # fmt: skip
+
+app = typer.Typer(
+    help="Train and prune sequence-to-sequence models, selected on decoded quality.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (
+    prepare, train, check, sweep, prune, export, retrain, evaluate, translate, describe, attend,
+    runs, ui, doctor,
+):  # fmt: skip
+    app.command()(verb)
 
 
 class _ToStderr(logging.Handler):
-    """Writes to what `sys.stderr` is by then, so that lines appear above a bar, not through it."""
+    """Words of the package from INFO, each with the seconds since the start; errors of libraries.
+
+    They are written to what `sys.stderr` is at that moment, so that lines appear above a bar.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start = time.time()
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
-        try:
-            sys.stderr.write(self.format(record) + "\n")
-            sys.stderr.flush()
-        except (OSError, ValueError):  # closed: nobody is there to be told
-            self.handleError(record)
+        is_own = record.name.split(".")[0] == "vinedresser"
+        if is_own or record.levelno >= logging.ERROR:
+            seconds = f"{record.created - self._start:7.1f}s" if is_own else ""
+            with contextlib.suppress(OSError, ValueError):  # closed: there is no reader any more
+                sys.stderr.write(f"{seconds:8}  {record.getMessage()}\n")
+                sys.stderr.flush()
 
 
-def _quiet_libraries() -> None:
-    """Telemetry off unless the user asks for it, and no chatter of libraries on stderr."""
+def _open_streams() -> None:
+    """Set up the one log handler, switch telemetry off unless asked for, and quieten libraries."""
     for key, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -41,7 +81,10 @@ def _quiet_libraries() -> None:
         import warnings
 
         warnings.simplefilter("ignore")
-    logging.basicConfig(level=logging.ERROR, format="          %(message)s", handlers=[_ToStderr()])
+    for handler in logging.root.handlers:
+        if isinstance(handler, _ToStderr):
+            logging.root.removeHandler(handler)
+    logging.root.addHandler(_ToStderr())
     logging.getLogger("vinedresser").setLevel(logging.INFO)
 
 
@@ -49,16 +92,16 @@ class _Stopper:
     """SIGTERM as a KeyboardInterrupt, the one exception that Ray lets through its waits."""
 
     def __init__(self) -> None:
-        self.is_told = False
+        self.is_requested = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self.is_told = True
+        self.is_requested = True
         raise KeyboardInterrupt
 
     def exit_code(self) -> int:
-        """After an interruption: says how to go on."""
-        if self.is_told:
+        """After an interruption: print how to go on."""
+        if self.is_requested:
             error = InterruptedRunError("told to stop; the same command goes on from where it was")
             sys.stderr.write(f"{error}\n")
             return error.exit_code
@@ -67,7 +110,7 @@ class _Stopper:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb.
+    """Run one verb.
 
     Returns:
         0 fine, 2 wrong input or configuration, 3 environment, 4 training or search failed,
@@ -76,13 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in words or bool(os.environ.get("VINEDRESSER_DEBUG"))
     words = [word for word in words if word != "--debug"]
-    _quiet_libraries()
+    _open_streams()
     stopper = _Stopper()
     signal.signal(signal.SIGTERM, stopper)
     try:
+        _refuse_control_characters(words)
         result = app(words, standalone_mode=False)
-    except VinedresserError as error:
-        return _fail(error, str(error), error.exit_code, is_debug=is_debug)
     except KeyboardInterrupt:
         return stopper.exit_code()
     except BrokenPipeError:
@@ -90,26 +132,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except typer.Exit as error:
         return error.exit_code
-    except Exception as error:  # noqa: BLE001 - the last line of defence against a traceback
-        return _foreign(error, is_debug=is_debug)
+    except Exception as error:  # the last line of defence against a traceback
+        if is_debug:
+            raise
+        if (show := getattr(error, "show", None)) is not None:  # of the command line's words
+            show()
+            return 2
+        known = _as_known(error)
+        if known is not None:
+            sys.stderr.write(f"{known}\n")
+            return known.exit_code
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.stderr.write(
+            f"error[E-BUG] {type(error).__name__}: {line}; run again with --debug and report it\n"
+        )
+        return 1
     if result == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
         return stopper.exit_code()
     return result if isinstance(result, int) else 0
 
 
-def _fail(error: BaseException, text: str, code: int, *, is_debug: bool) -> int:
-    if is_debug:
-        raise error
-    sys.stderr.write(text + "\n")
-    return code
+def _refuse_control_characters(words: Sequence[str]) -> None:
+    """Refuse words that no file, key or sentence can be; JSON may be spread over lines.
+
+    Raises:
+        ConfigError: the first such word.
+    """
+    for word in words:
+        is_json = word.partition("=")[2][:1] in ("{", "[")
+        allowed = "\t\n\r" if is_json else "\t"
+        for at, char in enumerate(word, 1):
+            if (ord(char) < 32 and char not in allowed) or "\ud800" <= char <= "\udfff":
+                what = "a control character" if ord(char) < 32 else "not UTF-8"
+                raise ConfigError(f"{ascii(word)[:80]}: character {at} is {what}; remove it")
 
 
-def _foreign(error: Exception, *, is_debug: bool) -> int:
-    """Usage errors of the command line, and faults that nobody foresaw."""
-    show = getattr(error, "show", None)
-    if show is not None:
-        show()
-        return 2
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    text = f"error[E-BUG] {type(error).__name__}: {line}; run again with --debug and report it"
-    return _fail(error, text, 1, is_debug=is_debug)
+def _as_known(error: Exception) -> VinedresserError | None:
+    """Return what the user can act on in an error; None where it is a fault of ours."""
+    if isinstance(error, VinedresserError):
+        return error
+    line = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError) or any(part in line.lower() for part in _NO_MEMORY):
+        reason = line or "out of memory"
+        return MachineError(f"{reason}; choose smaller sizes, or a machine with more memory")
+    if isinstance(error, OSError):
+        reason = (error.strerror or line or type(error).__name__).lower()
+        path = f"{error.filename}: " if error.filename else ""
+        return MachineError(f"{path}{reason}")
+    if isinstance(error, RecursionError):
+        return ConfigError("a value is nested too deeply; flatten it")
+    return None

@@ -1,0 +1,41 @@
+"""`evaluate`: a model's scores on a split of a task's corpus."""
+
+from typing import Annotated
+
+import typer
+
+from vinedresser.cli.arguments import HERE, AsJson, Model, Overrides, Workspace, open_model
+from vinedresser.cli.render import print_json
+
+
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Argument(help="import path or file of a task")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Score a model on a task; `split=dev`, `beam=4` and `length_alpha=0.6` are its own keys."""
+    from vinedresser import evaluate as scoring
+    from vinedresser.cli.options import Scoring, split_words
+    from vinedresser.config import Evaluation, Task, resolve
+    from vinedresser.data.corpora.corpus import read
+
+    options, rest = split_words(Scoring(), overrides or [])
+    value = resolve(task, [Task]).override(rest)
+    bundle = open_model(model, workspace)
+    rows = [(row.source, row.target) for row in read(value, options.split)]
+    evaluated = scoring.evaluate(
+        bundle.model,
+        scoring.tokenized(rows, bundle.source_tokenizer, bundle.target_tokenizer),
+        bundle.target_tokenizer,
+        metric=value.metric,
+        config=Evaluation(beam=options.beam, length_alpha=options.length_alpha),
+        cap=value.max_target_length,
+    )
+    result = {"split": options.split, "beam": options.beam, **evaluated.scores.to_json()}
+    if as_json:
+        return print_json(result)
+    for key, item in result.items():
+        print(f"{key:22} {item:.4f}" if isinstance(item, float) else f"{key:22} {item}")
+    return None

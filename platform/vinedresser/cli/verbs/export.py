@@ -1,0 +1,31 @@
+"""`export`: a bundle in the model registry, behind the gate."""
+
+from typing import Annotated
+
+import typer
+
+from vinedresser.cli.arguments import HERE, AsJson, Model, Overrides, Workspace, open_model
+from vinedresser.cli.render import print_json
+
+
+def export(
+    model: Model,
+    name: Annotated[str, typer.Argument(help="name of the registered model")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Register a bundle; it becomes champion only through the gate (split, max_regression)."""
+    from vinedresser.config import parse_overrides
+    from vinedresser.registry.gate import Gate
+    from vinedresser.registry.registration import register
+    from vinedresser.tracking import store_for
+
+    gate = Gate().override(parse_overrides(overrides or []))
+    bundle = open_model(model, workspace)
+    store = store_for(workspace, bundle.experiment.task.name)
+    registered = register(bundle.folder, name=name, store=store, gate=gate)
+    if as_json:
+        return print_json(vars(registered))
+    verdict = "champion" if registered.is_champion else "not champion"
+    return print(f"{name} version {registered.version}: {verdict}, {registered.reason}")

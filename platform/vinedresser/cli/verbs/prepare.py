@@ -1,0 +1,40 @@
+"""`prepare`: a corpus as verified shards."""
+
+import logging
+from typing import Annotated, Literal
+
+import typer
+
+from vinedresser.cli.arguments import HERE, AsJson, DryRun, Overrides, Workspace, resolve_value
+from vinedresser.cli.render import print_json
+
+_log = logging.getLogger(__name__)
+
+
+def prepare(
+    task: Annotated[str, typer.Argument(help="import path or YAML/JSON file of a task")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    executor: Annotated[
+        Literal["auto", "in_process", "ray"],
+        typer.Option(help="auto: Ray where the corpus is large enough to pay; the same bytes"),
+    ] = "auto",
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Turn a corpus into length-bucketed, verified Parquet shards."""
+    from vinedresser.config import Task
+
+    value = resolve_value(task, [Task], overrides)
+    if dry_run:
+        return print_json(value.to_json())
+    from vinedresser.cluster import connect
+    from vinedresser.data import shards
+
+    made = shards.prepare(
+        value, workspace / "shards", executor=executor, connect=connect, say=_log.info
+    )
+    if as_json:
+        counts = dict(made.counts)
+        return print_json({"folder": str(made.folder), "digest": made.digest, "counts": counts})
+    return print(made.folder)

@@ -1,0 +1,78 @@
+"""`prune`: a smaller model that is proved equal to the one with closed heads."""
+
+import logging
+from typing import Annotated
+
+import typer
+
+from vinedresser.cli.arguments import (
+    HERE,
+    AsJson,
+    DryRun,
+    Model,
+    Overrides,
+    Workspace,
+    open_model,
+    print_plan,
+    resolve_value,
+    site_of,
+)
+from vinedresser.cli.render import print_json, print_table
+
+_log = logging.getLogger(__name__)
+_DEFAULT = "search_spaces.heads"
+
+
+def prune(
+    model: Model,
+    pruning: Annotated[str, typer.Argument(help="import path or file of a pruning")] = _DEFAULT,
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Close heads of a finished model, remove them, and prove the smaller model equal."""
+    from vinedresser.pruning.search import Pruner, Pruning
+
+    words = overrides or []
+    if "=" in pruning:
+        pruning, words = _DEFAULT, [pruning, *words]
+    value = resolve_value(pruning, [Pruning], words)
+    if dry_run:
+        return print_plan(value, as_json=as_json)
+    from vinedresser.bundle import load_bundle
+    from vinedresser.cluster import connect
+    from vinedresser.data import shards
+
+    whole = open_model(model, workspace)
+    experiment = whole.experiment
+    with connect():
+        prepared = shards.prepare(experiment.task, workspace / "shards", say=_log.info)
+        site = site_of(prepared, workspace, kind="prune")
+        pruner = Pruner(
+            experiment.name, value, whole.folder, shards=prepared, site=site, say=_log.info
+        )
+        small = load_bundle(pruner.run())
+    scores, metric = small.scores, small.scores["metric"]
+    if as_json:
+        return print_json({"bundle": str(small.folder), "scores": dict(scores)})
+    split = "test" if "test" in scores else "dev"
+    before, after = scores["parameters"]
+    slow, fast = scores["sentences_per_second"]
+    found = (scores["finalist"][metric], scores[split][metric])
+    heads = [
+        (f"heads, {kind}", str(own["total"]), str(own["kept"]))
+        for kind, own in scores["heads"].items()
+    ]
+    print_table(
+        ["", "whole", "pruned"],
+        [
+            (f"{split} {metric}", f"{found[0]:.2f}", f"{found[1]:.2f}"),
+            *heads,
+            ("parameters", f"{before:,}", f"{after:,}"),
+            ("greedy sentences/s", f"{slow:,.0f}", f"{fast:,.0f}"),
+            ("parity, max |logit|", "", f"{scores['parity_max_abs']:.1e}"),
+        ],
+        title=small.folder.name,
+    )
+    return print(small.folder)

@@ -1,0 +1,80 @@
+"""`retrain`: the whole chain of a pipeline, and its closing table."""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from vinedresser.cli.arguments import (
+    HERE,
+    AsJson,
+    DryRun,
+    Overrides,
+    Workspace,
+    print_plan,
+    resolve_value,
+)
+from vinedresser.cli.render import print_json, print_lines, print_table
+
+_log = logging.getLogger(__name__)
+
+
+def retrain(
+    pipeline: Annotated[str, typer.Argument(help="import path or file of a pipeline")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run the whole chain: prepare, sweep, finalist, prune, compact, register."""
+    from vinedresser import pipeline as chain
+
+    value = resolve_value(pipeline, [chain.Pipeline], overrides)
+    if dry_run:
+        return print_plan(value, as_json=as_json)
+    from vinedresser.cli.progress import watching
+
+    found = chain.retrain(value, workspace, say=_log.info, watch=lambda: watching(_log.info))
+    if as_json:
+        return print_json(found)
+    metric, model = found["metric"], found["model"]
+    before, after = found["parameters"]
+    slow, fast = found["sentences_per_second"]
+    quality = (found[f"finalist_{metric}"], found[f"pruned_{metric}"])
+    exact = (found["finalist_exact_error"], found["pruned_exact_error"])
+    heads = [
+        (f"heads, {kind}", str(own["total"]), str(own["kept"]))
+        for kind, own in found["heads"].items()
+    ]
+    print_lines("")
+    print_table(
+        ["", "finalist", "pruned"],
+        [
+            (f"inferred {metric}", f"{quality[0]:.2f}", f"{quality[1]:.2f}"),
+            ("sentences not exactly right, %", f"{exact[0]:.1f}", f"{exact[1]:.1f}"),
+            ("teacher-forced dev loss, nats", f"{found['teacher_forced_nats']:.3f}", ""),
+            *heads,
+            ("heads, all", str(found["heads_total"]), str(found["heads_kept"])),
+            ("parameters", f"{before:,}", f"{after:,}"),
+            ("greedy sentences/s", f"{slow:,.0f}", f"{fast:,.0f}"),
+        ],
+        title=f"{model}, {found['split']} split",
+    )
+    # Without an activated environment the program is found by its path only.
+    program = "vinedresser" if shutil.which("vinedresser") else sys.argv[0]
+    at = "" if workspace == Path("workspace") else f" -w {workspace}"
+    return print_lines(
+        f"\nparity of the pruned model: logits differ by {found['parity_max_abs']:.1e} at most, "
+        f"greedy outputs identical: {'yes' if found['parity_same_output'] else 'no'}",
+        f"registered: {model} version {found['version']}, "
+        f"champion is version {found['champion_version']}",
+        f"{found['seconds']:.0f} s\n",
+        Text("Next:", "bold"),
+        f"  {program} ui{at}",
+        f"  echo vinedresser | {program} translate models:/{model}@champion{at}",
+        f"  {program} sweep {pipeline} num_trials=40 base.steps=4000{at}",
+    )

@@ -1,0 +1,62 @@
+"""`sweep`: a search, and the table of its trials."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vinedresser.cli.arguments import (
+    HERE,
+    AsJson,
+    DryRun,
+    Overrides,
+    Workspace,
+    print_plan,
+    resolve_value,
+    site_of,
+)
+from vinedresser.cli.render import print_json, print_table
+
+_log = logging.getLogger(__name__)
+
+
+def sweep(
+    study: Annotated[str, typer.Argument(help="import path or file; a pipeline's study will do")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Search a study's space with Ray Tune and Optuna, judged by the decoded metric."""
+    from vinedresser.config.study import Study
+    from vinedresser.pipeline import Pipeline
+
+    value = resolve_value(study, [Study, Pipeline], overrides, "study")
+    if dry_run:
+        return print_plan(value, as_json=as_json)
+    from vinedresser import sweep as search
+    from vinedresser.cluster import connect
+    from vinedresser.data import shards
+
+    with connect(dashboard=value.base.compute.workers > 1):
+        prepared = shards.prepare(value.base.task, workspace / "shards", say=_log.info)
+        site = site_of(prepared, workspace, kind="trial")
+        outcome = search.sweep(value, site, shards_digest=prepared.digest, say=_log.info)
+    if as_json:
+        trials = [vars(trial) for trial in outcome.trials]
+        return print_json({"folder": outcome.folder, "trials": trials})
+    return print_table(
+        ["trial", "state", outcome.metric, "parameters"],
+        [
+            (
+                str(trial.number),
+                trial.state,
+                "" if math.isnan(trial.value) else f"{trial.value:.2f}",
+                search.short_params(trial.params),
+            )
+            for trial in outcome.trials
+        ],
+        title=Path(outcome.folder).name,
+    )

@@ -1,0 +1,70 @@
+"""`train`: one experiment, from its corpus to a bundle."""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from vinedresser.cli.arguments import (
+    HERE,
+    AsJson,
+    DryRun,
+    Overrides,
+    Workspace,
+    print_plan,
+    resolve_value,
+    site_of,
+)
+from vinedresser.cli.render import print_json
+
+_log = logging.getLogger(__name__)
+
+
+def train(
+    experiment: Annotated[str, typer.Argument(help="import path or file; a study's base will do")],
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="forget this run's checkpoints and outcome")
+    ] = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train one experiment and leave its best model, by the decoded metric, as a bundle."""
+    from vinedresser.config import Experiment
+    from vinedresser.config.study import Study
+
+    value = resolve_value(experiment, [Experiment, Study], overrides, "base")
+    if dry_run:
+        return print_plan(value, as_json=as_json)
+    from vinedresser import distributed
+    from vinedresser.cli.progress import watching
+    from vinedresser.cluster import connect
+    from vinedresser.data import shards
+
+    metric = value.task.metric
+
+    def report(metrics: Mapping[str, Any]) -> None:
+        if f"dev/{metric}" in metrics:
+            _log.info(
+                "step %.0f/%d  %s %.2f  best %.2f  teacher-forced %.3f nats",
+                metrics["step"], value.steps, metric, metrics[f"dev/{metric}"],
+                metrics[f"best/{metric}"], metrics["dev/teacher_forced_nats"],
+            )  # fmt: skip
+
+    with connect() if value.compute.workers > 1 else contextlib.nullcontext():
+        prepared = shards.prepare(value.task, workspace / "shards", say=_log.info)
+        with watching(_log.info) as tell:
+            outcome = distributed.train(
+                value,
+                site_of(prepared, workspace),
+                report=report,
+                tell=tell,
+                from_scratch=from_scratch,
+            )
+    if as_json:
+        return print_json({"bundle": outcome.bundle, "scores": outcome.scores})
+    _log.info("dev %s %.2f at step %d", metric, outcome.value, outcome.best_step)
+    return print(outcome.bundle)

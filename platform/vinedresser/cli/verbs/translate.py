@@ -1,0 +1,57 @@
+"""`translate`: standard input to standard output, line by line."""
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from vinedresser.cli.arguments import HERE, AsJson, Model, Overrides, Workspace, open_model
+
+if TYPE_CHECKING:
+    from vinedresser.bundle import Bundle
+
+# Lines that are read before they are translated: batches of similar lengths.
+_LINES = 512
+
+
+def translate(
+    model: Model,
+    overrides: Overrides = None,
+    workspace: Workspace = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Translate stdin to stdout, line by line; `beam=4` for beam search.
+
+    A model of recordings reads their paths: one a line, or several of one utterance with tabs.
+    """
+    from vinedresser.cli.options import Scoring
+    from vinedresser.config import parse_overrides
+    from vinedresser.errors import DataError
+
+    options = Scoring().override(parse_overrides(overrides or []))
+    bundle = open_model(model, workspace)
+    lines: list[str] = []
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            lines.append(line.decode().rstrip("\n").rstrip("\r"))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"standard input:{number}:{error.start + 1}: byte 0x{line[error.start]:02x} is "
+                "not UTF-8; convert the text to UTF-8"
+            ) from None
+        if "\0" in lines[-1]:
+            column = lines[-1].index("\0") + 1
+            raise DataError(f"standard input:{number}:{column}: NUL character; remove it")
+        if len(lines) == _LINES or sys.stdin.isatty():
+            _print_outputs(bundle, lines, options.beam, as_json=as_json)
+            lines = []
+    _print_outputs(bundle, lines, options.beam, as_json=as_json)
+
+
+def _print_outputs(bundle: "Bundle", lines: list[str], beam: int, *, as_json: bool) -> None:
+    """Print one line per line; an empty line stays empty."""
+    full = [line for line in lines if line.strip()]
+    outputs = iter(bundle.translate(full, beam=beam) if full else [])
+    for line in lines:
+        text = next(outputs) if line.strip() else ""
+        print(json.dumps({"source": line, "output": text}, ensure_ascii=False) if as_json else text)
+    sys.stdout.flush()

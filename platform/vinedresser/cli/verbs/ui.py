@@ -1,0 +1,21 @@
+"""`ui`: MLflow's own pages of the workspace."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from vinedresser.cli.arguments import HERE, Workspace
+
+
+def ui(
+    port: Annotated[int, typer.Argument(help="port on loopback", min=1, max=65535)] = 5000,
+    workspace: Workspace = HERE,
+) -> None:
+    """Serve the MLflow pages of the workspace on loopback, in their light form."""
+    from vinedresser.tracking import serve_ui, store_for
+
+    sys.stderr.write(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)\n")
+    code = serve_ui(store_for(workspace, "Default"), port)
+    if code:
+        raise typer.Exit(code)
