@@ -94,7 +94,7 @@ def test_what_was_found_before_a_crash_is_shown(
     def fails(*_args: object, **_options: object) -> None:
         raise MachineError("out of memory at 8 x 8 tokens")
 
-    module = importlib.import_module("vinedresser.health.preflight.checks")
+    module = importlib.import_module("vinedresser.health.preflight")
     monkeypatch.setattr(module, "memory_slope", fails)
     code, out, err = main("check", file)
     assert code == 3
@@ -106,19 +106,21 @@ def test_what_was_found_before_a_crash_is_shown(
 
 @pytest.mark.parametrize("trials", [1, 6])
 def test_of_a_study_the_time_is_said_to_be_of_one_trial(
+    main: Main,
     trials: int,
     tiny_study: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from vinedresser.cli import check as verb
-    from vinedresser.config import Experiment
-    from vinedresser.health.preflight.check import Check
+    from vinedresser.health.verdict import Check
 
-    experiment = Experiment.from_json(tiny_study["base"])
-    monkeypatch.setattr(verb, "checks", lambda *_a, **_k: iter([Check("time", True, "1 h", "")]))
-    assert verb.check(experiment, tmp_path, price=0, trials=trials, as_json=False)
-    out = capsys.readouterr().out
+    module = importlib.import_module("vinedresser.health.preflight")
+    found = [Check("time", True, "1 h [bold]", "", pointer="[/] is no markup")]
+    monkeypatch.setattr(module, "checks", lambda *_a, **_k: iter(found))
+    (tmp_path / "study.json").write_text(json.dumps({**tiny_study, "num_trials": trials}))
+    code, out, _ = main("check", "study.json")
+    assert code == 0
     assert ("a sweep of 6 takes up to 6 times that" in out) == (trials == 6)
+    assert "1 h [bold]" in out
+    assert "time: [/] is no markup" in out
     assert out.splitlines()[-1].startswith("all passed")

@@ -486,9 +486,28 @@ def test_attend_refuses_in_one_line_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_doctor_creates_nothing(
+    in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vinedresser.cli.verbs import doctor
+
+    monkeypatch.setattr(doctor, "_ray", lambda: "not started")
+    code, out, err = in_process("doctor", "--json")
+    parts = {row["part"]: row for row in json.loads(out)}
+    assert code == 0, out
+    assert f"{tmp_path}/space can be made" in parts["workspace"]["detail"]
+    assert "no runs at" in parts["mlflow"]["detail"]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "space").mkdir()
+    code, out, err = in_process("doctor", "--json")
+    assert f"{tmp_path}/space can be written" in out
+    assert list((tmp_path / "space").iterdir()) == []
+
+
 @pytest.mark.slow
-def test_doctor_tries_every_part(cli: Cli) -> None:
+def test_doctor_tries_every_part(cli: Cli, tmp_path: Path) -> None:
     done = cli("doctor", "--json")
+    assert list(tmp_path.iterdir()) == []
     parts = {row["part"]: row["works"] for row in json.loads(done.stdout)}
     assert {"python", "torch", "ray", "mlflow", "workspace", "shared memory"} <= set(parts)
     assert done.returncode == (0 if all(parts.values()) else 3)
