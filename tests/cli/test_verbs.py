@@ -492,14 +492,14 @@ def test_doctor_creates_nothing(
     from vinedresser.cli.verbs import doctor
 
     monkeypatch.setattr(doctor, "_ray", lambda: "not started")
-    code, out, err = in_process("doctor", "--json")
+    code, out, _ = in_process("doctor", "--json")
     parts = {row["part"]: row for row in json.loads(out)}
     assert code == 0, out
     assert f"{tmp_path}/space can be made" in parts["workspace"]["detail"]
     assert "no runs at" in parts["mlflow"]["detail"]
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "space").mkdir()
-    code, out, err = in_process("doctor", "--json")
+    _, out, _ = in_process("doctor", "--json")
     assert f"{tmp_path}/space can be written" in out
     assert list((tmp_path / "space").iterdir()) == []
 

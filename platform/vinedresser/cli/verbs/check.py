@@ -1,6 +1,5 @@
 """`check`: what an experiment needs, before a cluster is spent on it."""
 
-import logging
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,9 +14,8 @@ from vinedresser.cli.render import print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from vinedresser.config import Experiment
-    from vinedresser.health.verdict import Check
+    from vinedresser.health.preflight.check import Check
 
-_log = logging.getLogger(__name__)
 
 # Word and colour of a verdict; None is one that could not be reached.
 _WORDS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("open", "yellow")}
@@ -42,10 +40,10 @@ def check(
     trials = getattr(resolve(experiment, kinds), "num_trials", 1)
 
     from vinedresser.data import shards
-    from vinedresser.health.preflight import checks
+    from vinedresser.health.preflight.checks import checks
 
     since = time.perf_counter()
-    prepared = shards.prepare(value.task, workspace / "shards", say=_log.info)
+    prepared = shards.prepare(value.task, workspace / "shards")
     found: list[Check] = []
     is_whole = False
     try:

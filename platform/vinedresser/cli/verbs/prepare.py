@@ -1,14 +1,11 @@
 """`prepare`: a corpus as verified shards."""
 
-import logging
 from typing import Annotated, Literal
 
 import typer
 
 from vinedresser.cli.arguments import HERE, AsJson, DryRun, Overrides, Workspace, resolve_value
 from vinedresser.cli.render import print_json
-
-_log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -31,9 +28,7 @@ def prepare(
     from vinedresser.cluster import connect
     from vinedresser.data import shards
 
-    made = shards.prepare(
-        value, workspace / "shards", executor=executor, connect=connect, say=_log.info
-    )
+    made = shards.prepare(value, workspace / "shards", executor=executor, connect=connect)
     if as_json:
         counts = dict(made.counts)
         return print_json({"folder": str(made.folder), "digest": made.digest, "counts": counts})

@@ -47,7 +47,7 @@ def prune(
     whole = open_model(model, workspace)
     experiment = whole.experiment
     with connect():
-        prepared = shards.prepare(experiment.task, workspace / "shards", say=_log.info)
+        prepared = shards.prepare(experiment.task, workspace / "shards")
         site = site_of(prepared, workspace, kind="prune")
         pruner = Pruner(
             experiment.name, value, whole.folder, shards=prepared, site=site, say=_log.info

@@ -41,7 +41,7 @@ def sweep(
     from vinedresser.data import shards
 
     with connect(dashboard=value.base.compute.workers > 1):
-        prepared = shards.prepare(value.base.task, workspace / "shards", say=_log.info)
+        prepared = shards.prepare(value.base.task, workspace / "shards")
         site = site_of(prepared, workspace, kind="trial")
         outcome = search.sweep(value, site, shards_digest=prepared.digest, say=_log.info)
     if as_json:

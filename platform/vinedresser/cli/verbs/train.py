@@ -55,7 +55,7 @@ def train(
             )  # fmt: skip
 
     with connect() if value.compute.workers > 1 else contextlib.nullcontext():
-        prepared = shards.prepare(value.task, workspace / "shards", say=_log.info)
+        prepared = shards.prepare(value.task, workspace / "shards")
         with watching(_log.info) as tell:
             outcome = distributed.train(
                 value,
