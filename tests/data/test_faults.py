@@ -1,4 +1,4 @@
-"""Bad days of a preparation: kills, failing disks, damaged shards. Ids are those of the issues."""
+"""Faults of a preparation: kills, failing disks, damaged shards (tests/test_faults.py)."""
 
 import contextlib
 import json
@@ -23,49 +23,6 @@ from vinedresser.data.shards import open_shards, prepare, tokenizers
 from vinedresser.errors import DamagedError, DataError
 from vinedresser.workspace.commit import verify
 
-# Fault -> the tests that produce it, here and in other files. D24 concerns scoring.
-TESTS = {
-    "D01": ["test_d01_different_line_counts_say_where_they_part"],
-    "D02": ["test_shifted_sides_are_told_and_true_ones_are_not", "test_strict_alignment_refuses"],
-    "D03": ["test_d03_empty_lines_are_dropped_and_named", "test_too_much_lost_is_refused"],
-    "D04": ["test_bad_bytes_are_named_by_line_and_column"],
-    "D05": ["test_d05_a_byte_order_mark_changes_no_token"],
-    "D06": ["test_what_is_not_text_is_refused"],
-    "D07": ["test_byte_order_mark_is_stripped_and_noted"],
-    "D08": ["test_only_a_line_feed_ends_a_line"],
-    "D09": ["test_what_is_not_text_is_refused"],
-    "D10": ["test_d10_a_line_of_a_hundred_million_characters"],
-    "D11": ["test_d11_a_truncated_or_damaged_archive_is_refused"],
-    "D12": ["test_all_unreadable_files_are_told_at_once", "test_d12_a_file_that_another_owns"],
-    "D13": ["test_repeats_are_counted_and_dropped_keeping_the_first"],
-    "D14": ["test_d14_five_test_lines_in_train"],
-    "D15": ["test_d15_a_corpus_smaller_than_its_vocabulary"],
-    "D16": ["test_nothing_left_says_why"],
-    "D17": ["test_d17_one_pair_and_two_workers"],
-    "D18": ["test_d18_d19_malformed_rows_are_named"],
-    "D19": ["test_d18_d19_malformed_rows_are_named"],
-    "D20": ["test_d20_decomposed_text_gives_the_same_ids"],
-    "D21": ["test_file_that_changes_while_being_read", "test_d21_a_file_that_grows_is_refused"],
-    "D22": ["test_prepared_twice_is_a_no_op", "test_content_decides_and_paths_do_not"],
-    "D23": ["test_d23_six_damages_of_a_dictionary"],
-    "D25": ["test_d25_killed_workers_change_no_byte"],
-    "S05": ["test_s05_s06_s07_a_fault_at_any_call", "test_s05_a_killed_driver"],
-    "S06": ["test_s05_s06_s07_a_fault_at_any_call"],
-    "S07": ["test_s05_s06_s07_a_fault_at_any_call"],
-    "S08": ["test_s08_no_mutation_is_read_as_good_data", "test_damage_is_found_and_rebuilt"],
-    "S09": ["test_s09_missing_extra_renamed_and_no_manifest"],
-}
-
-
-def test_every_fault_of_this_room_has_its_tests():
-    wanted = {f"D{i:02d}" for i in range(1, 26)} - {"D24"} | {f"S{i:02d}" for i in range(5, 10)}
-    assert set(TESTS) == wanted
-    sources = [path.read_text() for path in Path(__file__).parent.rglob("test_*.py")]
-    defined = set(re.findall(r"^def (test_\w+)\(", "\n".join(sources), re.MULTILINE))
-    for names in TESTS.values():
-        for name in names:
-            assert any(found.startswith(name) for found in defined), name
-
 
 def refused(task: Task, folder: Path) -> str:
     with pytest.raises(DataError) as caught:
@@ -75,6 +32,7 @@ def refused(task: Task, folder: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.fault("D01")
 def test_d01_different_line_counts_say_where_they_part(text_task, tmp_path):
     draw = random.Random(3)
     lines = [b"w " * draw.randint(1, 30) for _ in range(1000)]
@@ -88,6 +46,7 @@ def test_d01_different_line_counts_say_where_they_part(text_task, tmp_path):
     assert abs(int(near[1]) - 612) <= 1
 
 
+@pytest.mark.fault("D03")
 def test_d03_empty_lines_are_dropped_and_named(text_task, tmp_path, logged):
     lines = [b"a%d" % i for i in range(40)]
     for at in (3, 17, 30):
@@ -99,6 +58,7 @@ def test_d03_empty_lines_are_dropped_and_named(text_task, tmp_path, logged):
     )
 
 
+@pytest.mark.fault("D05")
 def test_d05_a_byte_order_mark_changes_no_token(text_task, tmp_path):
     task = text_task()
     plain = prepare(task, tmp_path / "a", executor="in_process")
@@ -127,6 +87,7 @@ print(shards.meta["account"]["train"])
 """
 
 
+@pytest.mark.fault("D10")
 @pytest.mark.slow
 @pytest.mark.parametrize("characters", [1_000_000, 100_000_000])
 def test_d10_a_line_of_a_hundred_million_characters(text_task, tmp_path, characters):
@@ -144,6 +105,7 @@ def test_d10_a_line_of_a_hundred_million_characters(text_task, tmp_path, charact
     )
 
 
+@pytest.mark.fault("D12")
 def test_d12_a_file_that_another_owns():
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("needs root and setpriv to be somebody else")
@@ -164,6 +126,7 @@ def test_d12_a_file_that_another_owns():
     assert "train.source: permission denied" in done[1].stderr
 
 
+@pytest.mark.fault("D14")
 def test_d14_five_test_lines_in_train(text_task, tmp_path):
     task = text_task(test_source=b"".join(b"t%d\n" % i for i in range(9)),
                      test_target=b"".join(b"u%d\n" % i for i in range(9)))  # fmt: skip
@@ -177,6 +140,7 @@ def test_d14_five_test_lines_in_train(text_task, tmp_path):
     assert "cleaning.leakage=drop" in found
 
 
+@pytest.mark.fault("D15")
 def test_d15_a_corpus_smaller_than_its_vocabulary(text_task, tmp_path):
     three = {f"train_{side}": b"ab cd\nef\ngh\n" for side in ("source", "target")}
     task = text_task(Tokenizer(kind="bpe", vocab_size=8000), **three)
@@ -187,6 +151,7 @@ def test_d15_a_corpus_smaller_than_its_vocabulary(text_task, tmp_path):
     assert prepare(task, tmp_path / "out").counts["train"] == 3
 
 
+@pytest.mark.fault("D17")
 def test_d17_one_pair_and_two_workers(text_task, tmp_path):
     one = {
         f"{split}_{side}": b"a b\n" for split in ("train", "dev") for side in ("source", "target")
@@ -196,6 +161,7 @@ def test_d17_one_pair_and_two_workers(text_task, tmp_path):
     assert [batch.rows_B.tolist() for batch in batches] == [[0], [0]]
 
 
+@pytest.mark.fault("D20")
 @pytest.mark.parametrize("kind", ["bpe", "characters", "symbols"])
 def test_d20_decomposed_text_gives_the_same_ids(text_task, tmp_path, kind):
     lines = "".join(f"über größe {i % 3} naïve Å\n" for i in range(40)).encode()
@@ -206,6 +172,7 @@ def test_d20_decomposed_text_gives_the_same_ids(text_task, tmp_path, kind):
     assert source.encode(composed) == source.encode(decomposed)
 
 
+@pytest.mark.fault("D21")
 def test_d21_a_file_that_grows_is_refused(text_task, tmp_path, monkeypatch):
     task, path = text_task(), tmp_path / "train.source"
     corpus = open_corpus(task)
@@ -215,6 +182,7 @@ def test_d21_a_file_that_grows_is_refused(text_task, tmp_path, monkeypatch):
     assert "train.source: changed while it was being read" in refused(task, tmp_path)
 
 
+@pytest.mark.fault("D23")
 def test_d23_six_damages_of_a_dictionary(lexicon_task, tmp_path):
     good = "".join(f"w{i} W AH{i % 3}\n" for i in range(9))
     for text, part in (
@@ -352,6 +320,7 @@ def shim(tmp_path_factory):
     return library
 
 
+@pytest.mark.fault("S05", "S06", "S07")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kill", "error"])
 def test_s05_s06_s07_a_fault_at_any_call(text_task, tmp_path, shim, kind):
@@ -387,6 +356,7 @@ prepare(Task.from_json(json.loads(sys.argv[1]), where="test"), Path(sys.argv[2])
 """
 
 
+@pytest.mark.fault("S05")
 @pytest.mark.slow
 def test_s05_a_killed_driver(text_task, tmp_path):
     many = b"".join(b"line %d of some words\n" % i for i in range(3000))
@@ -407,6 +377,7 @@ def test_s05_a_killed_driver(text_task, tmp_path):
         assert list(out.iterdir()) == [shards.folder]
 
 
+@pytest.mark.fault("D25")
 @pytest.mark.ray
 @pytest.mark.slow
 def test_d25_killed_workers_change_no_byte(text_task, tmp_path, monkeypatch, local_ray):
@@ -447,6 +418,7 @@ def test_d25_killed_workers_change_no_byte(text_task, tmp_path, monkeypatch, loc
 # Damage on disk.
 
 
+@pytest.mark.fault("S08")
 def test_s08_no_mutation_is_read_as_good_data(text_task, tmp_path):
     """1,000 flips, cuts and additions over all files of a set: none is opened."""
     shards = prepare(text_task(), tmp_path / "out")
@@ -485,6 +457,7 @@ def test_s08_damaged_shards_alone_are_written_anew(text_task, tmp_path, monkeypa
     assert list((tmp_path / "out").iterdir()) == [shards.folder]
 
 
+@pytest.mark.fault("S09")
 def test_s09_missing_extra_renamed_and_no_manifest(text_task, tmp_path, monkeypatch):
     monkeypatch.setattr("vinedresser.data.corpora.row.BLOCK_ROWS", 10)
     shards = prepare(text_task(), tmp_path / "out")

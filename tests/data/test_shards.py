@@ -80,6 +80,7 @@ def test_many_blocks_give_the_same_split(text_task, tmp_path, monkeypatch):
     np.testing.assert_array_equal(split.target.offsets, whole.target.offsets)
 
 
+@pytest.mark.fault("D22")
 def test_prepared_twice_is_a_no_op(text_task, tmp_path, logged):
     task = text_task()
     first = prepare(task, tmp_path / "out")
@@ -91,6 +92,7 @@ def test_prepared_twice_is_a_no_op(text_task, tmp_path, logged):
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
+@pytest.mark.fault("D22")
 def test_content_decides_and_paths_do_not(text_task, tmp_path):
     task = text_task()
     first = prepare(task, tmp_path / "out")
@@ -106,6 +108,7 @@ def test_content_decides_and_paths_do_not(text_task, tmp_path):
     assert prepare(task, tmp_path / "out").folder != first.folder
 
 
+@pytest.mark.fault("S08")
 @pytest.mark.parametrize("damage", ["flip", "delete", "extra"])
 def test_damage_is_found_and_rebuilt(text_task, tmp_path, damage, logged):
     task = text_task()
@@ -142,6 +145,7 @@ def test_overlap_with_test_is_told(text_task, tmp_path, logged):
     assert any("3 rows have a source of test, 3 of them" in line for line in logged.messages)
 
 
+@pytest.mark.fault("D02")
 def test_shifted_sides_are_told_and_true_ones_are_not(text_task, tmp_path):
     random = np.random.default_rng(0)
     counts = random.integers(1, 40, 300)
@@ -153,6 +157,7 @@ def test_shifted_sides_are_told_and_true_ones_are_not(text_task, tmp_path):
         assert any("shifted" in note for note in notes) == warned
 
 
+@pytest.mark.fault("D16")
 def test_nothing_left_says_why(text_task, tmp_path):
     task = text_task().model_copy(update={"max_source_length": 1})
     with pytest.raises(DataError, match="train: 0 of 40 pairs left: 40 too_long"):

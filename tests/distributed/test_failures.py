@@ -23,6 +23,7 @@ def checkpoint(folder: Path, step: int) -> None:
     (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
 
 
+@pytest.mark.fault("T22")
 def test_t22_deaths_without_a_new_checkpoint_are_counted_and_outlive_the_driver(tmp_path) -> None:
     checkpoint(tmp_path, 4)
     assert OwnPolicy(tmp_path).make_decision(DEAD) is AGAIN

@@ -189,6 +189,7 @@ def meanwhile(folder: Path, act: Callable[[], None], *, after: int = 1) -> Itera
         thread.join()
 
 
+@pytest.mark.fault("T05")
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray", "one_thread")
 def test_t05_a_killed_worker_costs_time_and_nothing_else(
@@ -223,6 +224,7 @@ with connect(cpus=2):
 """
 
 
+@pytest.mark.fault("T06")
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray", "one_thread")
 def test_t06_a_killed_driver_takes_its_children_along_and_the_same_command_goes_on(
@@ -294,6 +296,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.fault("T07")
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_t07_a_lost_node_leaves_the_run_to_the_workers_that_there_is_room_for(
@@ -317,6 +320,7 @@ def writer_pid(folder: Path) -> int:
     return int(lease["process"].split("~")[1])
 
 
+@pytest.mark.fault("T08")
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray", "one_thread")
 def test_t08_a_frozen_worker_is_replaced_and_writes_no_more(
@@ -343,6 +347,7 @@ def test_t08_a_frozen_worker_is_replaced_and_writes_no_more(
     assert ((folder / "outcome.json").read_bytes(), sorted(folder.rglob("*"))) == ended
 
 
+@pytest.mark.fault("T09")
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["worker", "driver"])
 @pytest.mark.usefixtures("local_ray", "one_thread")
@@ -390,6 +395,7 @@ def hanging(marker: Path, times: int) -> Callable[[Mapping[str, Any]], None]:
     return hangs
 
 
+@pytest.mark.fault("T10")
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray", "one_thread")
 def test_t10_a_rank_that_hangs_twice_at_a_step_is_named_and_a_third_command_may_try(
@@ -418,6 +424,7 @@ def test_t10_a_rank_that_hangs_twice_at_a_step_is_named_and_a_third_command_may_
     assert_same(train(impatient, site, report=lambda _: None), whole)
 
 
+@pytest.mark.fault("T14")
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray", "one_thread")
 def test_t14_a_run_goes_on_with_another_number_of_workers(

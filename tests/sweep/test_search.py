@@ -340,6 +340,7 @@ def test_a_study_is_named_by_the_content_that_it_starts_from(
     assert folder_of(tmp_path / "moved") == before
 
 
+@pytest.mark.fault("T01")
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")

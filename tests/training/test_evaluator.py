@@ -25,6 +25,7 @@ def spoil_pass(run: Run, at: int) -> None:
     run.model.source_embedding.register_forward_hook(spoil)
 
 
+@pytest.mark.fault("T01")
 @pytest.mark.parametrize("kind", ["layer", "batch", "power"])
 def test_t01_a_pass_that_is_not_a_number_is_left_out(kind, reversal: ShardSet, tmp_path: Path):
     config = experiment(reversal, **{"model.norm_kind": kind, "optim.max_skipped": 1})
@@ -46,6 +47,7 @@ def spoil_average(run: Run) -> None:
     run.averaged.tensors["output.bias"][5] = math.nan
 
 
+@pytest.mark.fault("T01")
 @pytest.mark.parametrize("gated", [[], ["enc_self"]], ids=["best", "last, for gates"])
 def test_t01_weights_that_are_not_a_number_never_ship(gated, reversal: ShardSet, tmp_path: Path):
     told: list[dict[str, float]] = []
@@ -67,6 +69,7 @@ def test_t01_weights_that_are_not_a_number_never_ship(gated, reversal: ShardSet,
     assert [values["best/per"] for values in (*told, outcome.last_report)] == [best] * 3
 
 
+@pytest.mark.fault("T01")
 def test_t01_a_run_without_a_finite_evaluation_fails(reversal: ShardSet, tmp_path: Path):
     told: list[dict[str, float]] = []
     run = a_run(experiment(reversal), reversal, tmp_path, report=lambda v: told.append(dict(v)))

@@ -1,4 +1,4 @@
-"""Bad days of a training run: kills, bad numbers, no memory. Ids are those of the issues."""
+"""Faults of a training run: kills, bad numbers, no memory (tests/test_faults.py)."""
 
 import json
 import logging
@@ -39,54 +39,6 @@ from vinedresser.workspace.storage import read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Fault -> the tests that produce it, here and in other files.
-TESTS = {
-    "T01": [
-        "test_t01_a_gradient_that_is_not_a_number",
-        "test_t01_a_pass_that_is_not_a_number",
-        "test_t01_weights_that_are_not_a_number_never_ship",
-        "test_t01_a_run_without_a_finite_evaluation",
-        "test_a_failing_trial_says_why",
-    ],
-    "T02": ["test_t02_a_rate_of_a_thousand", "test_t02_a_rollback_goes_on_at_half_the_rate"],
-    "T03": ["test_t03_memory_that_runs_out_once", "test_batches_go_in_parts_with_the_same"],
-    "T04": ["test_t04_a_limit_on_memory"],
-    "T05": ["test_a_run_that_is_killed_here", "test_t05_a_killed_worker"],
-    "T06": ["test_t06_a_killed_driver", "test_t06_a_kill_while", "test_t06_a_finished_run"],
-    "T07": ["test_t07_a_lost_node_leaves_the_run"],
-    "T08": ["test_t08_an_overtaken_attempt", "test_t08_a_stopped_command", "test_t08_a_frozen"],
-    "T09": ["test_t09_the_command_exits_with_75", "test_t09_sigterm_stops_all_ranks"],
-    "T10": ["test_t10_a_rank_that_hangs_twice_at_a_step", "test_t10_a_rank_that_hangs_leaves"],
-    "T11": ["test_t11_a_slow_rank_is_named"],
-    "T12": ["test_a_damaged_checkpoint_is_passed_over"],
-    "T13": ["test_all_damaged_is_refused_with_the_reasons"],
-    "T14": ["test_t14_two_workers_one_and_two_again", "test_t14_a_run_goes_on_with_another"],
-    "T15": ["test_t15_other_threads_are_told"],
-    "T16": ["test_t16_a_changed_key_is_another_run", "test_t16_other_data_are_another_run"],
-    "T17": ["test_a_run_that_is_killed_here"],
-    "T19": ["test_t19_the_reader_fails"],
-    "T20": ["test_t20_a_model_that_never_ends"],
-    "T21": ["test_t21_the_clock_jumps"],
-    "T22": ["test_t22_the_same_failure_three_times", "test_t22_deaths_without_a_new_checkpoint"],
-}
-# Fault -> why it is not produced, and the tests of what it looks like to a run.
-REASONS = {
-    "T18": (
-        "checkpoints are written by the thread that trains, none in the background",
-        ["test_t18_a_failing_disk_is_told_at_once"],
-    ),
-}
-
-
-def test_every_fault_of_training_has_its_tests():
-    assert set(TESTS) | set(REASONS) == {f"T{i:02d}" for i in range(1, 23)}
-    assert not set(TESTS) & set(REASONS)
-    sources = [path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py")]
-    defined = set(re.findall(r"^ *def (test_\w+)\(", "\n".join(sources), re.MULTILINE))
-    for names in [*TESTS.values(), *(names for _, names in REASONS.values())]:
-        for name in names:
-            assert any(found.startswith(name) for found in defined), name
-
 
 def command(
     config: Experiment, shards: ShardSet, workspace: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,6 +72,7 @@ def poison(run: Run, at: int) -> None:
     next(iter(run.model.parameters())).register_hook(spoil)
 
 
+@pytest.mark.fault("T01")
 def test_t01_a_gradient_that_is_not_a_number_stops_the_run(reversal, whole, tmp_path):
     config = experiment(reversal)
     run = a_run(config, reversal, tmp_path)
@@ -142,6 +95,7 @@ def test_t01_a_gradient_that_is_not_a_number_stops_the_run(reversal, whole, tmp_
     assert weights(again) == weights(whole[0])
 
 
+@pytest.mark.fault("T01")
 def test_t01_a_gradient_that_is_not_a_number_is_left_out(reversal, whole, tmp_path):
     run = a_run(experiment(reversal, **{"optim.max_skipped": 1}), reversal, tmp_path)
     poison(run, 7)
@@ -159,6 +113,7 @@ def test_t01_a_gradient_that_is_not_a_number_is_left_out(reversal, whole, tmp_pa
         twice.execute()
 
 
+@pytest.mark.fault("T02")
 def test_t02_a_rate_of_a_thousand_goes_back_so_often_and_no_more(
     reversal, tmp_path, monkeypatch, caplog
 ):
@@ -175,6 +130,7 @@ def test_t02_a_rate_of_a_thousand_goes_back_so_often_and_no_more(
     assert finished(folder) is None
 
 
+@pytest.mark.fault("T02")
 def test_t02_a_rollback_goes_on_at_half_the_rate(reversal, tmp_path, monkeypatch):
     """It explodes at step 12 of the first attempt, and at no other."""
     config = experiment(reversal, **{"optim.rollbacks": 1})
@@ -204,6 +160,7 @@ def test_t02_a_rollback_goes_on_at_half_the_rate(reversal, tmp_path, monkeypatch
     assert outcome.best_step > 0
 
 
+@pytest.mark.fault("T03")
 def test_t03_memory_that_runs_out_once(reversal, whole, tmp_path, caplog):
     """methods.md 34: sums over an update do not depend on how it is cut."""
     config = experiment(reversal, **{"model.dropout": 0, "model.attention_dropout": 0})
@@ -262,6 +219,7 @@ except VinedresserError as error:
 """
 
 
+@pytest.mark.fault("T04")
 @pytest.mark.parametrize(("room", "ends"), [(150, "value"), (1, "MachineError 3")])
 def test_t04_a_limit_on_memory(reversal, tmp_path, room, ends):
     """An update wants over 500 MB beside 20 MB of weights; with less it goes in parts."""
@@ -281,6 +239,7 @@ def test_t04_a_limit_on_memory(reversal, tmp_path, room, ends):
         assert re.search(r"peak \d\.\d GiB of memory", done.stdout)
 
 
+@pytest.mark.fault("T06")
 def test_t06_a_kill_while_the_tracking_database_is_made(tmp_path, monkeypatch):
     """A half-made one would keep every later command of the workspace from its tracking."""
     store, real = store_for(tmp_path, "faults"), Path.replace
@@ -301,6 +260,7 @@ def test_t06_a_kill_while_the_tracking_database_is_made(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*.new-*"))
 
 
+@pytest.mark.fault("T06")
 def test_t06_a_finished_run_is_not_begun_again(reversal, tmp_path, monkeypatch):
     """Its last worker died after the outcome was written, and its group is started again."""
     config = experiment(reversal)
@@ -315,6 +275,7 @@ def test_t06_a_finished_run_is_not_begun_again(reversal, tmp_path, monkeypatch):
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.fault("T08")
 def test_t08_an_overtaken_attempt_writes_no_more(reversal, tmp_path):
     """It was declared dead, wakes up after another has begun, and comes to its next checkpoint."""
     config = experiment(reversal)
@@ -340,6 +301,7 @@ with leased(RunFolder(folder).command_lease, "run"):
 """
 
 
+@pytest.mark.fault("T08")
 def test_t08_a_stopped_command_keeps_its_folder(reversal, whole, tmp_path, monkeypatch):
     config = experiment(reversal)
     stopped = subprocess.Popen(
@@ -363,6 +325,7 @@ def test_t08_a_stopped_command_keeps_its_folder(reversal, whole, tmp_path, monke
 COMMAND = "import sys; from vinedresser.cli import main; sys.exit(main())"
 
 
+@pytest.mark.fault("T09")
 @pytest.mark.slow
 def test_t09_the_command_exits_with_75(reversal, tmp_path):
     """`vinedresser train` gets SIGTERM, and is run again."""
@@ -465,6 +428,7 @@ def nats_of(workspace: Path) -> dict[int, tuple[float, int]]:
     }
 
 
+@pytest.mark.fault("T14")
 @pytest.mark.slow
 def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
     """Two batches an update, whoever reads them; dropout draws by batch, not by rank."""
@@ -533,6 +497,7 @@ def test_t10_an_evaluation_that_is_made_up_for_has_its_time(reversal, tmp_path, 
     assert [step for step, patience in beats if patience == STORING] == [8, 10, 15, 20]
 
 
+@pytest.mark.fault("T15")
 def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):
     config = experiment(reversal)
     killed_run(config, reversal, tmp_path, 16)
@@ -546,6 +511,7 @@ def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):
     assert "not bit-exact from here on: threads 1 -> 2" in caplog.text
 
 
+@pytest.mark.fault("T16")
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
@@ -569,6 +535,7 @@ def test_t16_a_changed_key_is_another_run(reversal, tmp_path, caplog, key, value
     assert f"the unfinished {before.name} differs: {said}" in caplog.text
 
 
+@pytest.mark.fault("T16")
 def test_t16_other_data_are_another_run(reversal, tmp_path):
     config = experiment(reversal)
     other = reversal.task.model_copy(update={"tokenizer": Tokenizer(kind="characters")})
@@ -581,6 +548,8 @@ def test_t16_other_data_are_another_run(reversal, tmp_path):
         assert run_folder(same, reversal, tmp_path) == run_folder(config, reversal, tmp_path)
 
 
+# T18 itself cannot happen: the training thread writes the checkpoints, none in the background.
+@pytest.mark.fault("T18")
 @pytest.mark.parametrize("call", [1, 4, 7])
 def test_t18_a_failing_disk_is_told_at_once(reversal, whole, tmp_path, monkeypatch, call):
     """The second checkpoint's n-th sync fails; the step that wants it stored is the one to fail."""
@@ -607,6 +576,7 @@ def test_t18_a_failing_disk_is_told_at_once(reversal, whole, tmp_path, monkeypat
     assert weights(again) == weights(whole[0])
 
 
+@pytest.mark.fault("T19")
 def test_t19_the_reader_fails(reversal, whole, tmp_path, monkeypatch):
     """Its thread reads ahead: updates whose batches were read are made, then its error comes."""
     config, real = experiment(reversal), Batches.__getitem__
@@ -628,6 +598,7 @@ def test_t19_the_reader_fails(reversal, whole, tmp_path, monkeypatch):
     assert weights(again) == weights(whole[0])
 
 
+@pytest.mark.fault("T20")
 @pytest.mark.parametrize("beam", [1, 3])
 def test_t20_a_model_that_never_ends(reversal, beam):
     config = experiment(reversal, **{"evaluation.beam": beam, "evaluation.sentences": 0})
@@ -650,6 +621,7 @@ def test_t20_a_model_that_never_ends(reversal, beam):
     assert max(limits) <= cap
 
 
+@pytest.mark.fault("T21")
 def test_t21_the_clock_jumps(reversal, whole, tmp_path, monkeypatch):
     real, jumps = time.time, [0]
 

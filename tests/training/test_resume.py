@@ -143,6 +143,7 @@ def answers(
     return cases, {line["name"]: line for line in lines}
 
 
+@pytest.mark.fault("T05", "T17")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_is_killed_here_ends_in_the_same_bits(answers, name):
@@ -235,6 +236,7 @@ DAMAGES: Mapping[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.fault("T12")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(
     config, reversal, killed, whole, tmp_path, caplog, damage
@@ -284,6 +286,7 @@ def test_the_best_so_far_is_among_what_is_stored(config, reversal, tmp_path, mon
     assert not list(values)
 
 
+@pytest.mark.fault("T13")
 def test_all_damaged_is_refused_with_the_reasons(config, reversal, killed, whole, tmp_path):
     """Fault T13: starting over is for the user to say."""
     shutil.copytree(killed, tmp_path / "workspace")

@@ -424,6 +424,7 @@ class TestOutOfMemory:
         optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
         return model, list(training_steps(model, endless(), optimizer, config, device=HERE))
 
+    @pytest.mark.fault("T03")
     @pytest.mark.parametrize(
         "error",
         [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 9 GB")],

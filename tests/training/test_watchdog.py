@@ -45,6 +45,7 @@ print("went on")
 """
 
 
+@pytest.mark.fault("T10")
 @pytest.mark.parametrize(("how", "waited"), [("sleeps", False), ("waits", True)])
 def test_t10_a_rank_that_hangs_leaves_its_stacks_and_ends(tmp_path: Path, how, waited) -> None:
     done = run(HANG, tmp_path, how)
@@ -92,6 +93,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.fault("T11")
 @pytest.mark.parametrize(("slow", "told"), [(0.1, True), (1.2e-3, False)])
 def test_t11_a_slow_rank_is_named_once_with_its_ratio(tmp_path: Path, slow, told) -> None:
     words = [sys.executable, "-c", PACE, str(tmp_path / "meeting")]

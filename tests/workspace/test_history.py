@@ -25,6 +25,7 @@ def whole(reversal, tmp_path_factory) -> dict[str, Any]:
     return ending(run, run.execute())
 
 
+@pytest.mark.fault("T22")
 def test_t22_the_same_failure_three_times(reversal, whole, tmp_path):
     """Counted in the run's folder: each start may be a new process."""
     config = experiment(reversal)

@@ -33,6 +33,7 @@ def test_rows_and_empty_sides_are_accounted_for(text_task):
     }
 
 
+@pytest.mark.fault("D04")
 def test_bad_bytes_are_named_by_line_and_column(text_task):
     task = text_task(train_source="fü".encode() + b"\xff\nok\nx\xfe\n", train_target=b"1\n2\n3\n")
     found = message(task)
@@ -47,6 +48,7 @@ def test_twenty_problems_and_their_total(text_task):
     assert found[-1].endswith("train.source: 33 such places in all")
 
 
+@pytest.mark.fault("D06", "D09")
 @pytest.mark.parametrize(
     ("content", "part"),
     [
@@ -65,6 +67,7 @@ def test_what_is_not_text_is_refused(text_task, content, part):
     assert len(found.splitlines()) == 1
 
 
+@pytest.mark.fault("D12")
 def test_all_unreadable_files_are_told_at_once(text_task, tmp_path):
     task = text_task()
     (tmp_path / "train.source").unlink()
@@ -91,6 +94,7 @@ def test_different_line_counts_name_both(text_task):
     assert "train.target has 999;" in found
 
 
+@pytest.mark.fault("D07")
 def test_byte_order_mark_is_stripped_and_noted(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\nlast")
@@ -103,6 +107,7 @@ def test_byte_order_mark_is_stripped_and_noted(tmp_path):
     ]
 
 
+@pytest.mark.fault("D08")
 @given(
     st.lists(
         st.text(st.sampled_from("aä\u2028\u2029\x0b\x0c\x1c\x1d\x1e\x85 "), min_size=1, max_size=8),
@@ -116,6 +121,7 @@ def test_only_a_line_feed_ends_a_line(tmp_path_factory, lines):
     assert list(lines_of(path)) == lines
 
 
+@pytest.mark.fault("D21")
 def test_file_that_changes_while_being_read(text_task, tmp_path):
     rows = read(text_task(), "train")
     next(rows)

@@ -125,6 +125,7 @@ def test_wrong_lists_of_files(tmp_path, source, target, part):
     assert part in str(caught.value)
 
 
+@pytest.mark.fault("D11")
 @pytest.mark.parametrize("form", ["gzip", "zstd"])
 def test_d11_a_truncated_or_damaged_archive_is_refused(plain, tmp_path, form):
     path = tmp_path / "train.src"

@@ -81,6 +81,7 @@ def test_rows_in_are_rows_out_and_itemised_drops(tmp_path_factory, rows, cleanin
         assert all(1 <= line <= len(rows) for line in lines)
 
 
+@pytest.mark.fault("D13")
 def test_repeats_are_counted_and_dropped_keeping_the_first(tmp_path):
     rows = [(f"s{i}", f"t{i}") for i in range(20)]
     rows += [rows[3], ("s3", "other"), rows[3], rows[7], ("t4", "s4")]
@@ -139,6 +140,7 @@ def test_a_ratio_limit_drops_from_train_alone(tmp_path):
     assert shards.counts["dev"] == 1  # "dev a" and "b" are 6 and 2 tokens
 
 
+@pytest.mark.fault("D03")
 def test_too_much_lost_is_refused(tmp_path):
     rows = [("a" * 20, "b")] * 6 + [("c", "d")] * 4
     with pytest.raises(
@@ -168,6 +170,7 @@ def test_leaked_rows(tmp_path):
         assert found["dev"]["pair_lines"] == [12]
 
 
+@pytest.mark.fault("D02")
 def test_strict_alignment_refuses_what_is_a_warning_else(tmp_path):
     counts = np.random.default_rng(0).integers(1, 9, 300)
     rows = [("a" * int(n), "b" * int(m)) for n, m in zip(counts, np.roll(counts, 1), strict=True)]
