@@ -1,4 +1,4 @@
-"""Bundle: a model as a folder. Weights, the experiment that made it, tokenizers, scores, hashes.
+"""Bundle: a model as a folder with weights, experiment, tokenizers, scores and hashes.
 
 The one form in which a trained model leaves a run: `translate`, `evaluate`, `prune`, `export` and
 the registry all take it.
@@ -26,7 +26,7 @@ from vinedresser.data.tokenizers.tokenizer import (
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.model import Seq2Seq, Vocabulary
-from vinedresser.workspace.commit import commit, verify
+from vinedresser.workspace.commit import Manifest, commit, verify
 
 FORMAT = 1
 
@@ -36,27 +36,35 @@ class Bundle:
     """A loaded model with everything it needs to be used.
 
     Attributes:
-        folder: where it was read from.
-        digest: SHA-256 over all its files.
-        experiment: what trained it; its `model` section builds the weights' shapes.
+        manifest: of its folder, verified.
+        experiment: configuration of its training; its `model` section builds the weights' shapes.
         model: on the CPU, in eval mode, fp32.
         scores: plain JSON, see evaluate.py.
     """
 
-    folder: Path
-    digest: str
+    manifest: Manifest
     experiment: Experiment
     model: Seq2Seq
     source_tokenizer: SourceEncoder
     target_tokenizer: TextTokenizer
     scores: Mapping[str, Any]
 
+    @property
+    def folder(self) -> Path:
+        """Folder that it was read from."""
+        return self.manifest.folder
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all its files."""
+        return self.manifest.digest
+
     def translate(self, sentences: Sequence[str], *, beam: int = 1) -> list[str]:
-        """Decodes sentences, in their order; longer ones than trained on are refused.
+        """Decode sentences, in their order; longer ones than trained on are refused.
 
         Args:
             sentences: plain text; for a model of recordings the path of one, or of several that
-                follow each other, with tabs between them.
+                follow each other, separated by tabs.
             beam: hypotheses kept; 1 is greedy.
 
         Raises:
@@ -74,7 +82,7 @@ class Bundle:
         return result
 
     def read(self, sentences: Sequence[str]) -> Side:
-        """Sentences as `translate` takes them, tokenized.
+        """Tokenize sentences as `translate` takes them.
 
         Raises:
             DataError: see `translate`.
@@ -111,7 +119,7 @@ class Bundle:
 
 
 def vocabulary_of(source: SourceEncoder, target: TextTokenizer, *, joint: bool) -> Vocabulary:
-    """The sizes a model is built for."""
+    """Return the sizes that a model is built for."""
     return Vocabulary(source.size, target.size, joint, source.features)
 
 
@@ -123,7 +131,7 @@ def save_bundle(
     tokenizers: tuple[SourceEncoder, TextTokenizer],
     scores: Mapping[str, Any],
 ) -> Path:
-    """Commits a bundle; a folder that is already there is left as it is."""
+    """Commit a bundle; a folder that exists already is left as it is."""
     with commit(target) as staging:
         plain = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()
@@ -137,20 +145,24 @@ def save_bundle(
     return target
 
 
-def load_bundle(folder: Path) -> Bundle:
-    """Verifies hashes first, then parses.
+def load_bundle(origin: Path | Manifest) -> Bundle:
+    """Verify hashes first, then parse.
+
+    Args:
+        origin: a folder, or the manifest of a folder that was verified already.
 
     Raises:
         DamagedError: the folder is incomplete or was changed.
-        DataError: it is no bundle, of another format, or its weights do not fit its model.
+        DataError: not a bundle, of another format, or its weights do not fit its model.
     """
-    manifest = verify(folder)
+    manifest = verify(origin) if isinstance(origin, Path) else origin
+    folder = manifest.folder
     if manifest.meta.get("kind") != "bundle":
         raise DataError(f"{folder}: not a model bundle; name the folder of one")
     if manifest.meta.get("format") != FORMAT:
         raise DataError(
             f"{folder}: bundle format {manifest.meta.get('format')}, this version reads {FORMAT}; "
-            "export it anew"
+            "export it again"
         )
     experiment = Experiment.from_json(
         json.loads((folder / "experiment.json").read_text()), where=str(folder / "experiment.json")
@@ -164,14 +176,14 @@ def load_bundle(folder: Path) -> Bundle:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise DataError(f"{folder}: the weights do not fit the model: {first}") from None
     scores = json.loads((folder / "scores.json").read_text())
-    return Bundle(folder, manifest.digest, experiment, model, source, target, scores)
+    return Bundle(manifest, experiment, model, source, target, scores)
 
 
 def refuse_other_pieces(bundle: Bundle, source: SourceEncoder, target: SourceEncoder) -> None:
-    """Refuses a bundle whose ids mean other pieces: weights of equal shapes would fit them.
+    """Refuse a bundle whose ids mean other pieces: weights of equal shapes would fit them.
 
     Raises:
-        DataError: which side has another tokenizer.
+        DataError: a side has another tokenizer.
     """
     for side, mine, theirs in (
         ("source", source, bundle.source_tokenizer), ("target", target, bundle.target_tokenizer),
@@ -187,26 +199,26 @@ def refuse_other_pieces(bundle: Bundle, source: SourceEncoder, target: SourceEnc
 def warm_start(
     model: Seq2Seq, bundle: Bundle, config: ModelConfig, *, partial: bool = False
 ) -> str:
-    """Copies a bundle's weights into a model (methods.md 76, 83).
+    """Copy a bundle's weights into a model (methods.md 76, 83).
 
     Head gates that the bundle does not have stay open, as built.
 
     Args:
-        model: with fresh weights; where they are refused, it is left alone.
-        bundle: where from.
-        config: what built the model.
-        partial: take what fits; the rest stays fresh.
+        model: with fresh weights; left as it is if the bundle is refused.
+        bundle: source of the weights.
+        config: configuration that built the model.
+        partial: take the tensors that fit; the others stay fresh.
 
     Returns:
-        The account: a line of counts, one for each kind of tensor that was not taken, and one of
-        the model's settings that are others than the bundle's, dropout aside: with equal shapes
-        the weights are taken, but may mean something else.
+        An account: a line of counts, a line per kind of tensor that was not taken, and a line of
+        settings that differ from the bundle's, dropout aside: with equal shapes the weights are
+        taken, but may compute another function.
 
     Raises:
         DataError: a tensor is missing, unknown or of another shape, and `partial` is not set; or
             none fits.
-        ConfigError: the number of heads is another, and `partial` is not set; or what is one
-            tensor here are different ones there.
+        ConfigError: another number of heads, and `partial` is not set; or a tensor that is shared
+            in the model has different values in the bundle.
     """
     own, given = model.state_dict(), bundle.model.state_dict()
     fresh = [name for name in own if name not in given and name.endswith("gates.log_alpha")]
@@ -246,7 +258,7 @@ def _refuse_other_function(
     *,
     partial: bool,
 ) -> None:
-    """Refuses weights that fit in shape and would be another function: see `warm_start`."""
+    """Refuse weights that fit in shape but would compute another function: see `warm_start`."""
     if "num_heads" in changed and not partial:
         there, here = changed["num_heads"]
         raise ConfigError(
@@ -263,14 +275,14 @@ def _refuse_other_function(
 
 
 def _changed(there: ModelConfig, here: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Key -> its values, of all that may change what a model computes in evaluation."""
+    """Return key -> both values, of settings that may change what a model computes."""
     before, now = there.to_json(), here.to_json()
     keys = [key for key in {**now, **before} if "dropout" not in key]
     return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
 
 
 def _torn(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
-    """The names of a tensor that is shared in the model and given with different values."""
+    """Return the names of a tensor that is shared in the model and given with other values."""
     shared: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in given:

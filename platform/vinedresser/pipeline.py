@@ -126,8 +126,9 @@ class Chain:
                 "finalist.png",
             )
             small = self.prune(finalist, tracker)
-            registered = self.register(small, tracker)
-            table = self.table(finalist, load_bundle(small), registered)
+            bundle = load_bundle(small)
+            registered = self.register(bundle, tracker)
+            table = self.table(finalist, bundle, registered)
             table["seconds"] = round(time.perf_counter() - started, 1)
             self._close(tracker, table)
         return table
@@ -211,12 +212,12 @@ class Chain:
         )
         return pruner.compact(chosen)
 
-    def register(self, bundle: Path, tracker: Tracker) -> Registered:
+    def register(self, bundle: Bundle, tracker: Tracker) -> Registered:
         """Step 6: a version in the registry; the champion alias moves last, through the gate."""
         name = self.pipeline.model_name
         gate = self.pipeline.gate.override({"split": self.held_out})
         registered = register(
-            bundle, name=name, store=self.store, gate=gate, run_id=tracker.run_id or None
+            bundle.manifest, name=name, store=self.store, gate=gate, run_id=tracker.run_id or None
         )
         known = " (unchanged)" if registered.already else ""
         verdict = "is champion" if registered.is_champion else "is not champion"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,14 +19,14 @@ from typing import Any
 import pytest
 
 from vinedresser import tracking
-from vinedresser.cli.verbs import locate
+from vinedresser.cli.arguments import open_model
 from vinedresser.errors import BusyError, ConfigError, DamagedError, DataError, MachineError
 from vinedresser.registry import registration as registry
 from vinedresser.registry.gate import Gate, judge
 from vinedresser.registry.registration import fetch, register
 from vinedresser.tracking import Store
 from vinedresser.tracking.store import DEFAULTS, connect
-from vinedresser.workspace.commit import commit, verify
+from vinedresser.workspace.commit import Manifest, commit, verify
 
 # MLflow's own imports warn (sqlalchemy's noload, pydantic, ...); none of it is ours to change.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,13 +62,13 @@ def scores(per: float, **more: Any) -> dict[str, Any]:
     return {**base, "dev": {"per": per}, "test": {"per": per}, **more}
 
 
-def bundle(folder: Path, per: float, content: str = "", **more: Any) -> Path:
+def bundle(folder: Path, per: float, content: str = "", **more: Any) -> Manifest:
     target = folder / f"bundle-{per}-{content}-{len(more)}"
     with commit(target) as staging:
         (staging.path / "weights.safetensors").write_bytes(f"{per}{content}".encode() * 500)
         (staging.path / "experiment.json").write_text("{}")
         (staging.path / "scores.json").write_text(json.dumps(scores(per, **more)))
-    return target
+    return verify(target)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +107,8 @@ def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path)
     run = tracking.open_run(store, key=name, name="trained it")
     run.close("FINISHED")
 
-    def put(folder: Path) -> registry.Registered:
-        return register(folder, name=name, store=store, gate=GATE, run_id=run.run_id)
+    def put(made: Manifest) -> registry.Registered:
+        return register(made, name=name, store=store, gate=GATE, run_id=run.run_id)
 
     first, better = bundle(tmp_path, 0.3), bundle(tmp_path, 0.2)
     one = put(first)
@@ -130,12 +131,13 @@ def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path)
     aliases = client.get_registered_model(name).aliases
     assert {key: int(value) for key, value in aliases.items()} == {"champion": 4, "challenger": 5}
     version = client.get_model_version(name, "2")
-    assert version.tags["vinedresser.bundle"] == verify(better).digest
+    assert version.tags["vinedresser.bundle"] == better.digest
     assert version.run_id == run.run_id
     assert client.get_run(run.run_id).outputs.model_outputs
 
     got = fetch(f"models:/{name}@champion", store=store, cache=tmp_path / "cache")
-    assert verify(got).digest == verify(bundle(tmp_path, 0.2, "equal")).digest == got.name
+    assert got == verify(got.folder)
+    assert got.digest == bundle(tmp_path, 0.2, "equal").digest == got.folder.name
     assert fetch(f"models:/{name}/2", store=store, cache=tmp_path / "cache") != got
     assert not list((tmp_path / "cache").glob(".fetch-*"))
 
@@ -146,8 +148,8 @@ def test_what_does_not_exist_is_answered_with_what_does(store, name, tmp_path) -
         ("models:/nothing/1", f"there are .*{name}"),
         (f"models:/{name}/99", "versions 1; aliases challenger, champion"),
         (f"models:/{name}@best", "aliases challenger, champion"),
-        (f"models:/{name}", "is wanted"),
-        ("runs:/x/y", "is wanted"),
+        (f"models:/{name}", "expected models:"),
+        ("runs:/x/y", "expected models:"),
     ]:
         with pytest.raises(ConfigError, match=word):
             fetch(uri, store=store, cache=tmp_path / "cache")
@@ -161,7 +163,8 @@ def stored(store: Store, name: str, version: str) -> Path:
     """Where the registry keeps the weights of a version."""
     source = connect(store).get_model_version_download_uri(name, version)
     path = urllib.request.url2pathname(source.removeprefix("file://"))
-    return Path(path) / "artifacts" / "bundle" / "weights.safetensors"
+    (found,) = (Path(path) / "artifacts").glob("*/weights.safetensors")
+    return found
 
 
 def test_a_tampered_or_lost_version_is_refused_and_can_be_replaced(store, name, tmp_path) -> None:
@@ -190,7 +193,7 @@ def test_a_moved_workspace_finds_its_models_and_writes_no_more_where_it_was(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     old, new, made = tmp_path / "it's old", tmp_path / "new ü", bundle(tmp_path, 0.3)
-    shutil.copytree(made, old / "runs" / "it" / "bundle")
+    shutil.copytree(made.folder, old / "runs" / "it" / "bundle")
     before = tracking.store_for(old, "export")
     tags = {"vinedresser.folder": str(old / "runs" / "it")}
     run = tracking.open_run(before, key=name, name="trained it", tags=tags)
@@ -199,10 +202,13 @@ def test_a_moved_workspace_finds_its_models_and_writes_no_more_where_it_was(
     old.rename(new)
     store = tracking.store_for(new, "export")
     got = fetch(f"models:/{name}@champion", store=store, cache=tmp_path / "cache")
-    assert verify(got).digest == verify(made).digest
+    assert verify(got.folder).digest == made.digest
     again = register(made, name=name, store=store, gate=GATE, run_id=run.run_id)
     assert (again.version, again.already) == (one.version, True)
-    assert locate(run.run_id, new) == new / "runs" / "it" / "bundle"
+    assert tracking.tagged_folder(store, run.run_id) == old / "runs" / "it"
+    found = re.escape(str(new / "runs" / "it" / "bundle"))
+    with pytest.raises(DataError, match=f"{found}: not a model bundle"):
+        open_model(run.run_id, new)
     assert register(bundle(tmp_path, 0.2), name=name, store=store, gate=GATE).is_champion
     same = tracking.open_run(store, key=name, name="trained it")
     same.text("x", "note.txt")
@@ -220,25 +226,25 @@ def test_a_moved_workspace_finds_its_models_and_writes_no_more_where_it_was(
 def test_a_damaged_cache_is_fetched_anew(store, name, tmp_path) -> None:
     register(bundle(tmp_path, 0.3), name=name, store=store, gate=GATE)
     got = fetch(f"models:/{name}/1", store=store, cache=tmp_path / "cache")
-    (got / "weights.safetensors").write_bytes(b"short")
+    (got.folder / "weights.safetensors").write_bytes(b"short")
     assert fetch(f"models:/{name}/1", store=store, cache=tmp_path / "cache") == got
-    verify(got)
+    verify(got.folder)
 
 
 def test_a_bad_bundle_registers_nothing(store, name, tmp_path) -> None:
     damaged = bundle(tmp_path, 0.3)
-    (damaged / "weights.safetensors").write_bytes(b"short")
+    (damaged.folder / "weights.safetensors").write_bytes(b"short")
     with pytest.raises(DamagedError):
-        register(damaged, name=name, store=store, gate=GATE)
+        register(verify(damaged.folder), name=name, store=store, gate=GATE)
     with commit(tmp_path / "unscored") as staging:
         (staging.path / "weights.safetensors").write_bytes(b"1")
     with pytest.raises(DataError, match=r"scores\.json"):
-        register(tmp_path / "unscored", name=name, store=store, gate=GATE)
+        register(verify(tmp_path / "unscored"), name=name, store=store, gate=GATE)
     with pytest.raises(ConfigError, match="no model"):
         fetch(f"models:/{name}/1", store=store, cache=tmp_path / "cache")
 
 
-@pytest.mark.parametrize("stop", ["_save", "_download", "_promote"])
+@pytest.mark.parametrize("stop", ["_add", "_downloaded", "_promote"])
 def test_what_fails_half_way_moves_no_champion_and_can_be_repeated(
     store, tmp_path, monkeypatch, stop
 ) -> None:
@@ -346,4 +352,4 @@ def test_a_bundle_travels_through_a_server(server: Store, tmp_path: Path) -> Non
     assert register(good, name="m", store=server, gate=GATE).already
     assert not register(bundle(tmp_path, 0.4), name="m", store=server, gate=GATE).is_champion
     got = fetch("models:/m@champion", store=server, cache=tmp_path / "cache")
-    assert verify(got).digest == verify(good).digest
+    assert verify(got.folder).digest == good.digest

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ import pytest
 
 from vinedresser import tracking
 from vinedresser.errors import BusyError, ConfigError, MachineError
-from vinedresser.tracking import MemoryTracker, MlflowTracker, NullTracker, Store, remote, store
+from vinedresser.tracking import MemoryTracker, Store, outbox, runs, store
+from vinedresser.tracking.outbox import MlflowTracker
 from vinedresser.tracking.runs import flat
 from vinedresser.workspace.process import this_process
 
@@ -123,16 +125,21 @@ def test_params_become_dotted_keys_and_json() -> None:
     assert len(got.pop("long")) == 6000
 
 
-def test_metrics_tags_and_artifacts_arrive_in_few_batches(sqlite: Store) -> None:
+def test_metrics_tags_and_artifacts_arrive_in_few_batches(sqlite: Store, monkeypatch) -> None:
     from matplotlib.figure import Figure
 
     tracker = tracking.open_run(sqlite, key="a", name="n", params={f"p{i}": i for i in range(250)})
-    assert isinstance(tracker, MlflowTracker)
-    batches = []
-    send = tracker._client.log_batch
-    tracker._client.log_batch = lambda run_id, metrics=(), **rest: (
-        batches.append(len(metrics)), send(run_id, metrics=metrics, **rest),
-    )  # fmt: skip
+    batches, connect = [], outbox.connect
+
+    def counting(one: Store) -> object:
+        client = connect(one)
+        send = client.log_batch
+        client.log_batch = lambda run_id, metrics=(), **rest: (
+            batches.append(len(metrics)), send(run_id, metrics=metrics, **rest),
+        )  # fmt: skip
+        return client
+
+    monkeypatch.setattr(outbox, "connect", counting)
     for step in range(1, 301):
         tracker.log({f"train/m{i}": step + i for i in range(10)}, step)
     tracker.log({"bad": float("nan"), "worse": float("inf"), "odd@name": 1.0}, 301)
@@ -182,6 +189,82 @@ def test_a_key_is_reopened_and_never_duplicated(sqlite: Store) -> None:
         tracking.open_run(sqlite, key="a' or '1", name="n")
 
 
+def test_a_run_of_a_deleted_experiment_is_refused_by_the_next_call_and_not_by_close(sqlite) -> None:
+    store.connect(sqlite).delete_experiment(tracking.initialise(sqlite))
+    tracker = tracking.open_run(sqlite, key="k", name="n")
+    with pytest.raises(ConfigError, match="was deleted"):
+        _ = tracker.run_id
+    with pytest.raises(ConfigError, match="was deleted"):
+        tracker.log({"x": 1.0}, 1)
+    tracker.close("FAILED")
+
+
+def test_a_busy_store_does_not_end_a_training(sqlite: Store, monkeypatch, caplog) -> None:
+    """It waits in the thread, and goes on without tracking (cluster.md A6)."""
+    tracking.initialise(sqlite)
+    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.1)
+    with store.locked(sqlite, "run k", seconds=1):
+        tracker = tracking.open_run(sqlite, key="k", name="n")
+        tracker.log({"x": 1.0}, 1)
+        assert tracker.run_id == ""
+        tracker.log({"x": 1.0}, 2)
+        tracker.close("FINISHED")
+    assert "in work by process" in caplog.text
+    assert "the run goes on without tracking" in caplog.text
+
+
+def test_openers_do_not_wait_for_each_other_where_the_store_exists(sqlite: Store) -> None:
+    """Importing mlflow took seconds under one lock of the workspace (cluster.md A6)."""
+    identity = tracking.initialise(sqlite)
+    with store.locked(sqlite, f"creation of {sqlite.shown}", seconds=1):
+        assert tracking.initialise(sqlite) == identity
+
+
+def test_a_run_is_opened_when_there_is_something_to_deliver_or_patience_ends(tmp_path) -> None:
+    opened, one = threading.Event(), Store("http://127.0.0.1:1", "e", None, tmp_path)
+
+    def opening() -> str:
+        opened.set()
+        raise MachineError("away")
+
+    silent = MlflowTracker(one, opening, patience=3600)
+    assert not opened.wait(0.05)
+    silent.close("KILLED")
+    assert opened.is_set()
+    opened.clear()
+    MlflowTracker(one, opening, patience=3600).log({"x": 1.0}, 1)
+    assert opened.wait(10)
+    opened.clear()
+    MlflowTracker(one, opening, patience=0)
+    assert opened.wait(10)
+
+
+def test_what_is_logged_before_the_run_is_open_is_delivered(sqlite: Store) -> None:
+    gate, columns = threading.Event(), {"a": [1, 2]}
+
+    def opening() -> str:
+        gate.wait()
+        client = store.connect(sqlite)
+        return str(client.create_run(tracking.initialise(sqlite)).info.run_id)
+
+    tracker = MlflowTracker(sqlite, opening)
+    tracker.log({"x": 1.0}, 1)
+    tracker.table(columns, "t.json")
+    tracker.tag({"k": "old"})
+    columns["a"].append(3)
+    gate.set()
+    assert tracker.run_id
+    tracker.log({"x": 2.0}, 2)
+    tracker.tag({"k": "new"})
+    tracker.close("FINISHED")
+    client = store.connect(sqlite)
+    history = client.get_metric_history(tracker.run_id, "x")
+    assert [(point.value, point.step) for point in history] == [(1.0, 1), (2.0, 2)]
+    assert client.get_run(tracker.run_id).data.tags["k"] == "new"
+    path = Path(client.download_artifacts(tracker.run_id, "t.json"))
+    assert json.loads(path.read_text())["data"] == [[1], [2]]
+
+
 def test_leaderboard_puts_sweeps_first_then_the_best(sqlite: Store) -> None:
     def run(
         name: str, kind: str, metric: str, value: float | None, parent: str | None = None
@@ -207,9 +290,9 @@ def test_leaderboard_puts_sweeps_first_then_the_best(sqlite: Store) -> None:
     assert rows[3].started.tzinfo is not None
     assert 0 <= rows[3].seconds < 60
     assert len(tracking.leaderboard(sqlite, limit=2)) == 2
-    assert tracking.run_folder(sqlite, best) == Path("/runs/better")
+    assert tracking.tagged_folder(sqlite, best) == Path("/runs/better")
     with pytest.raises(ConfigError, match="no run"):
-        tracking.run_folder(sqlite, "0" * 32)
+        tracking.tagged_folder(sqlite, "0" * 32)
     with pytest.raises(ConfigError, match="no experiment"):
         tracking.leaderboard(sqlite, experiment="nothing")
 
@@ -229,7 +312,7 @@ def test_a_killed_process_leaves_a_run_that_reap_closes_and_a_key_reopens(sqlite
     mine = tracking.open_run(sqlite, key="mine", name="mine")
     client = store.connect(sqlite)
     foreign = client.create_run(tracking.initialise(sqlite)).info.run_id
-    arguments = [sys.executable, "-c", OPEN_AND_WAIT, str(sqlite.locks.parent), sqlite.experiment]
+    arguments = [sys.executable, "-c", OPEN_AND_WAIT, str(sqlite.leases.parent), sqlite.experiment]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         orphan = process.stdout.readline().strip()
@@ -281,11 +364,15 @@ def test_an_absent_server_neither_stops_nor_blocks(tmp_path, caplog, monkeypatch
     start = time.monotonic()
     with caplog.at_level(logging.WARNING, "vinedresser"):
         tracker = tracking.open_run(absent, key="k", name="n")
-        assert isinstance(tracker, NullTracker)
-        assert "without tracking" in caplog.text
+        assert tracker.run_id == ""
+        assert caplog.text.count("without tracking") == 1
+        tracker.log({"m": 1.0}, 1)
+        tracker.close("FINISHED")
+        assert "not delivered" not in caplog.text
         # A server that was there when the run was opened, and is not now.
-        monkeypatch.setattr(remote, "KEPT_METRICS", 50)
-        orphan = MlflowTracker(absent, "0" * 32)
+        monkeypatch.setattr(outbox, "KEPT_METRICS", 50)
+        orphan = MlflowTracker(absent, lambda: "0" * 32)
+        assert orphan.run_id
         begun = time.monotonic()
         for step in range(300):
             orphan.log({"m": 1.0}, step)
@@ -332,7 +419,7 @@ def test_ui_answers_and_ends_whole_on_interrupt(sqlite: Store) -> None:
         "sys.exit(tracking.serve_ui(s, int(sys.argv[2])))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(sqlite.locks.parent), str(port)],
+        [sys.executable, "-c", code, str(sqlite.leases.parent), str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -350,7 +437,8 @@ def test_ui_answers_and_ends_whole_on_interrupt(sqlite: Store) -> None:
 def test_a_server_keeps_runs_children_and_files(server: Server, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     there = tracking.store_for(tmp_path, "served")
-    parent = tracking.open_run(there, key="p", name="parent", description="*why*")
+    note = {"mlflow.note.content": "*why*"}
+    parent = tracking.open_run(there, key="p", name="parent", tags=note)
     child = tracking.open_run(there, key="c", name="child", parent=parent.run_id)
     child.log({"dev/per": 0.5}, 1)
     child.text("hello", "notes/a.txt")
@@ -372,7 +460,6 @@ def test_a_server_killed_in_the_middle_stops_nothing(server: Server, tmp_path, m
     """The last test that uses the server."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     tracker = tracking.open_run(tracking.store_for(tmp_path, "killed"), key="p", name="n")
-    assert isinstance(tracker, MlflowTracker)
     tracker.log({"m": 1.0}, 1)
     server.kill()
     longest = 0.0

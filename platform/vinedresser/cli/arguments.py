@@ -86,25 +86,25 @@ def open_model(name: str, workspace: Path) -> "Bundle":
     from vinedresser.bundle import load_bundle
     from vinedresser.errors import ConfigError
     from vinedresser.registry.registration import fetch
-    from vinedresser.tracking import run_folder
+    from vinedresser.tracking import tagged_folder
+    from vinedresser.workspace import layout
     from vinedresser.workspace.commit import is_committed
 
     if name.startswith("models:/"):
-        return load_bundle(
-            fetch(name, store=existing_store(workspace), cache=workspace / "cache").absolute()
-        )
+        cache = layout.Workspace(workspace.absolute()).cache
+        return load_bundle(fetch(name, store=existing_store(workspace), cache=cache))
     folder = Path(name)
     if not folder.is_dir():
-        found = run_folder(existing_store(workspace), name) if "/" not in name else None
+        found = tagged_folder(existing_store(workspace), name) if "/" not in name else None
         if found is None:
             raise ConfigError(
                 f"{name}: no such folder or run; name a bundle folder, a run id or "
                 "models:/name@champion"
             )
         # The tag holds the folder of the run when it was written; the workspace may have moved.
-        folder = found if found.is_dir() else workspace / "runs" / found.name
-    if not is_committed(folder) and is_committed(folder / "bundle"):
-        folder /= "bundle"
+        folder = found if found.is_dir() else layout.Workspace(workspace).runs / found.name
+    if not is_committed(folder) and is_committed(layout.RunFolder(folder).bundle):
+        folder = layout.RunFolder(folder).bundle
     return load_bundle(folder.absolute())
 
 

@@ -1,19 +1,19 @@
 """One worker of a run, with its tracking run opened and closed around it."""
 
-import contextlib
 import logging
 from pathlib import Path
 
 from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
 from vinedresser.distributed.site import Site
-from vinedresser.errors import DivergedError, MachineError
+from vinedresser.errors import DivergedError
 from vinedresser.figures.corpus import picture
-from vinedresser.tracking import LaterTracker, NullTracker, Tracker, ending, open_run, reap
+from vinedresser.tracking import NullTracker, Tracker, ending, open_run
 from vinedresser.training.device import resolve_device
 from vinedresser.training.outcome import Outcome, finished
 from vinedresser.training.progress import Tell, untold
 from vinedresser.training.run import Report, RolledBackError, Run
+from vinedresser.workspace.layout import RunFolder
 
 _log = logging.getLogger("vinedresser")
 
@@ -33,8 +33,7 @@ def execute(
         return done if rank == 0 else None
     shards = open_shards(Path(site.shards), task=experiment.task)
     where = resolve_device(experiment.compute, rank=rank)
-    # MLflow is imported while the first updates are made, and not before.
-    tracker = LaterTracker(lambda: _open(experiment, site, folder)) if rank == 0 else NullTracker()
+    tracker = _open(experiment, site, folder) if rank == 0 else NullTracker()
     with ending(tracker):
         while True:
             run = Run(
@@ -59,10 +58,10 @@ def execute(
 
 
 def _open(experiment: Experiment, site: Site, folder: Path) -> Tracker:
-    """The tracking run; a command that trains closes those of killed processes too."""
-    tracker = open_run(
+    """Return the tracker of the run; it imports MLflow while the first updates are made."""
+    return open_run(
         site.store,
-        key=folder.name.rsplit("-", 1)[1],
+        key=RunFolder(folder).key,
         name=folder.name,
         parent=site.parent,
         params=experiment.to_json(),
@@ -74,8 +73,3 @@ def _open(experiment: Experiment, site: Site, folder: Path) -> Tracker:
             "vinedresser.model": type(experiment.model).__module__,
         },
     )
-    if site.kind == "train" and not isinstance(tracker, NullTracker):
-        with contextlib.suppress(MachineError):  # the tracker has told, or will
-            for run_id in reap(site.store):
-                _log.info("tracking: run %s of a killed process closed", run_id[:8])
-    return tracker

@@ -1,4 +1,4 @@
-"""The leaderboard: runs as plain rows, the best first; and where a run keeps its files."""
+"""Leaderboard: runs as plain rows, the best first; and the folder of a run."""
 
 import time
 from dataclasses import dataclass
@@ -7,26 +7,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vinedresser.errors import ConfigError
+from vinedresser.metrics import is_lower_better
 from vinedresser.tracking.runs import pages
-from vinedresser.tracking.store import Store, connect, initialise, server_errors
+from vinedresser.tracking.store import (
+    ABSENT,
+    Store,
+    connect,
+    initialise,
+    none_if,
+    server_errors,
+)
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Run
 
-# Metrics that count errors or surprise; all others grow with quality.
-LOWER_IS_BETTER = frozenset({"per", "wer", "cer", "ter", "nats"})
 RUN_ID_LENGTH = 32
 FOLDER, KIND, METRIC = "vinedresser.folder", "vinedresser.kind", "vinedresser.metric"
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run as a leaderboard shows it.
+    """Row of the leaderboard.
 
     Attributes:
         parent: run id of the parent, if any.
-        kind: sweep, trial, train, prune or pipeline; empty for a run of somebody else.
+        kind: sweep, trial, train, prune or pipeline; empty for a run of another program.
         state: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
         metric: name of the ranking metric; `value` is the best so far, None before the first.
         started: in UTC.
@@ -62,22 +67,15 @@ def _row(run: "Run") -> RunRow:
     )
 
 
-def leaderboard(
-    store: Store,
-    *,
-    experiment: str | None = None,
-    limit: int = 20,
-    lower_is_better: frozenset[str] = LOWER_IS_BETTER,
-) -> list[RunRow]:
-    """An experiment's runs: sweeps first, then the rest, each best first; no value comes last.
+def leaderboard(store: Store, *, experiment: str | None = None, limit: int = 20) -> list[RunRow]:
+    """Return an experiment's runs: sweeps first, each kind best first, without a value last.
 
-    Runs ranked by different metrics stand in groups, one a metric. Looks at the 5,000 newest.
+    Runs ranked by different metrics stand in groups, one per metric. Reads the 5,000 newest.
 
     Args:
-        store: where.
+        store: store of the runs.
         experiment: another experiment than the store's.
         limit: rows at most.
-        lower_is_better: names (without `dev/` or the like) of metrics where less is better.
 
     Raises:
         MachineError: the store does not answer.
@@ -86,8 +84,7 @@ def leaderboard(
 
     def rank(row: RunRow) -> tuple[bool, bool, str, float, float]:
         name, value = row.metric or "", row.value
-        is_lower = name.rpartition("/")[2] in lower_is_better
-        directed = 0.0 if value is None else value if is_lower else -value
+        directed = 0.0 if value is None else value if is_lower_better(name) else -value
         return row.kind != "sweep", value is None, name, directed, -row.started.timestamp()
 
     if experiment in (None, store.experiment):
@@ -106,44 +103,37 @@ def leaderboard(
     return sorted(rows, key=rank)[:limit]
 
 
-def run_folder(store: Store, run_id: str) -> Path | None:
-    """The folder that a run wrote into its tag `vinedresser.folder`; None if it wrote none.
+def tagged_folder(store: Store, run_id: str) -> Path | None:
+    """Return the folder in a run's tag `vinedresser.folder`; None without the tag.
 
     Args:
-        store: where.
-        run_id: the whole id, or its beginning where that names one run of the store.
+        store: store of the run.
+        run_id: the whole id, or a beginning that only one run of the store has.
 
     Raises:
         ConfigError: no such run, or several.
         MachineError: the store does not answer.
     """
     client = connect(store)
-    from mlflow.exceptions import MlflowException
-
     with server_errors(store):
         if len(run_id) < RUN_ID_LENGTH:
-            run_id = _completed(client, run_id)
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise ConfigError(f"no run {run_id} in {store.shown}") from None
+            names = {one.experiment_id for one in client.search_experiments()}
+            ids = [run.info.run_id for name in names for run in pages(client, name)]
+            matches = [one for one in ids if one.startswith(run_id)]
+            if len(matches) > 1:
+                raise ConfigError(
+                    f"run {run_id}: {len(matches)} runs begin so; give more of the id"
+                )
+            run_id = matches[0] if matches else run_id
+        run = none_if(ABSENT, lambda: client.get_run(run_id))
+        if run is None:
+            raise ConfigError(f"no run {run_id} in {store.shown}")
     folder = run.data.tags.get(FOLDER)
     return Path(folder) if folder else None
 
 
-def _completed(client: "MlflowClient", beginning: str) -> str:
-    names = {one.experiment_id for one in client.search_experiments()}
-    ids = [run.info.run_id for name in names for run in pages(client, name)]
-    found = [run_id for run_id in ids if run_id.startswith(beginning)]
-    if len(found) > 1:
-        raise ConfigError(f"run {beginning}: {len(found)} runs begin so; give more of the id")
-    return found[0] if found else beginning
-
-
 def experiments(store: Store) -> list[str]:
-    """Names of the store's experiments that hold runs or may; MLflow's own default is left out.
+    """Return the names of the store's experiments, without MLflow's own default.
 
     Raises:
         MachineError: the store does not answer.

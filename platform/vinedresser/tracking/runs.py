@@ -1,4 +1,4 @@
-"""Opening runs by their content key, never twice; closing those whose process is gone."""
+"""Runs of the tracking store: opened by their content key, closed after a killed process."""
 
 import contextlib
 import getpass
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from vinedresser.errors import MachineError
-from vinedresser.tracking.remote import BATCH_TAGS, MAX_TAG, MlflowTracker, safe_key
+from vinedresser.errors import BusyError, MachineError
+from vinedresser.tracking.outbox import BATCH_TAGS, MAX_TAG, MlflowTracker, safe_key
 from vinedresser.tracking.store import (
     Store,
     connect,
@@ -22,7 +22,6 @@ from vinedresser.tracking.store import (
     logger,
     server_errors,
 )
-from vinedresser.tracking.tracker import NullTracker
 from vinedresser.workspace.process import is_alive, this_process
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ MAX_NAME = 200
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and texts of a nested mapping; texts are JSON, strings as they are."""
+    """Return dotted keys and texts of a nested mapping; texts are JSON, strings as they are."""
     for key, value in params.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
@@ -48,7 +47,7 @@ def flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def _revision() -> str:
-    """The commit of the folder we run in; empty outside of a repository."""
+    """Return the commit of the working directory; empty outside of a repository."""
     git = shutil.which("git")
     if git is None:
         return ""
@@ -71,7 +70,7 @@ def _provenance() -> dict[str, str]:
     return tags | {"mlflow.source.name": "vinedresser", "mlflow.source.type": "LOCAL"}
 
 
-def open_run(  # noqa: PLR0913 (keyword-only; each is a field of the run, none is a switch)
+def open_run(
     store: Store,
     *,
     key: str,
@@ -79,79 +78,65 @@ def open_run(  # noqa: PLR0913 (keyword-only; each is a field of the run, none i
     parent: str | None = None,
     params: Mapping[str, Any] = {},
     tags: Mapping[str, str] = {},
-    description: str = "",
-) -> MlflowTracker | NullTracker:
-    """The run of a key: the one that is there, re-opened, or else a new one.
+) -> MlflowTracker:
+    """Return a tracker of the key's run: the existing one is opened again, or else a new one.
 
-    Parameters that differ from the first time are kept beside them as tags `resume.N.<key>`,
+    The run is opened in the tracker's thread. A run without a parent closes those of killed
+    processes then. Parameters that differ from the first time are kept as tags `resume.N.<key>`,
     because MLflow does not change a parameter.
 
     Args:
-        store: where; `initialise` is done here.
-        key: digest of what the run is; letters, digits and `_.:-` only.
+        store: store of the run; created if necessary.
+        key: digest of the run's content; letters, digits and `_.:-` only.
         name: shown in the user interface; need not be unique.
         parent: run id of the run that this one is a part of.
-        params: may be nested; kept under dotted keys, 6,000 characters a value.
-        tags: for what is not a number, such as `vinedresser.kind`.
-        description: Markdown, shown on top of the run.
-
-    Returns:
-        A tracker to be closed; one that forgets everything where the server is not there.
+        params: may be nested; kept under dotted keys, 6,000 characters per value.
+        tags: for values that are not numbers, such as `vinedresser.kind`.
 
     Raises:
         ValueError: a key with other characters.
-        ConfigError: the experiment was deleted.
     """
     if not re.fullmatch(r"[\w.:-]{1,250}", key):
-        raise ValueError(f"run key {key!r}: letters, digits and _.:- are wanted, 250 at most")
-    tags = {**tags, **_provenance(), KEY: key, "mlflow.runName": name[:MAX_NAME]}
+        raise ValueError(f"run key {key!r}: expected letters, digits and _.:-, 250 at most")
+    tags = {**tags, KEY: key, "mlflow.runName": name[:MAX_NAME]}
     if parent:
         tags["mlflow.parentRunId"] = parent
-    if description:
-        tags["mlflow.note.content"] = description
-    try:
+
+    def opening() -> str:
         if not is_reachable(store):
             raise MachineError(f"tracking store {store.shown}: does not answer")
         experiment = initialise(store)
         client = connect(store)
         with locked(store, f"run {key}", seconds=LOCK_SECONDS), server_errors(store):
-            run_id = _open(client, experiment, key, dict(flat(params)), tags)
-    except MachineError as error:
-        logger.warning("%s; the run goes on without tracking", error.args[0])
-        return NullTracker()
-    return MlflowTracker(store, run_id, client)
+            run_id = _open(client, experiment, dict(flat(params)), {**tags, **_provenance()})
+        with contextlib.suppress(BusyError, MachineError):  # the next run tries again
+            for orphan in [] if parent else reap(store):
+                logger.info("tracking: run %s of a killed process closed", orphan[:8])
+        return run_id
+
+    return MlflowTracker(store, opening)
 
 
 def _open(
-    client: "MlflowClient",
-    experiment: str,
-    key: str,
-    params: Mapping[str, str],
-    tags: Mapping[str, str],
+    client: "MlflowClient", experiment: str, params: Mapping[str, str], tags: Mapping[str, str]
 ) -> str:
-    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-    if found:
-        return _reopen(client, found[0], params, tags)
-    run = client.create_run(experiment, tags=_short(tags), run_name=tags["mlflow.runName"])
-    _write(client, run.info.run_id, params, {})
-    return str(run.info.run_id)
-
-
-def _reopen(
-    client: "MlflowClient", run: "Run", params: Mapping[str, str], tags: Mapping[str, str]
-) -> str:
-    run_id = str(run.info.run_id)
-    count = int(run.data.tags.get(RESUMED, "0")) + 1
-    before = run.data.params
+    """Open the run with the key in the tags, or create it; return its id."""
+    found = client.search_runs([experiment], f"tags.`{KEY}` = '{tags[KEY]}'", max_results=1)
+    if not found:
+        run = client.create_run(experiment, tags=_short(tags), run_name=tags["mlflow.runName"])
+        _write(client, run.info.run_id, params, {})
+        return str(run.info.run_id)
+    run_id, before = str(found[0].info.run_id), found[0].data
+    count = int(before.tags.get(RESUMED, "0")) + 1
     changed = {
         safe_key(f"resume.{count}.{key}"): value
         for key, value in params.items()
-        if key in before and before[key] != value
+        if before.params.get(key, value) != value
     }
-    # What was said when it ended no longer holds; a tag can only be emptied in the same batch.
-    stale = {REASON: ""} if REASON in run.data.tags else {}
+    # The reason of its end no longer holds; a tag can only be emptied in the same batch.
+    stale = {REASON: ""} if REASON in before.tags else {}
     client.update_run(run_id, status="RUNNING")
-    fresh = {key: value for key, value in params.items() if key not in before}
+    fresh = {key: value for key, value in params.items() if key not in before.params}
     _write(client, run_id, fresh, {**changed, **stale, **tags, RESUMED: str(count)})
     return run_id
 
@@ -173,10 +158,10 @@ def _write(
 
 
 def reap(store: Store) -> list[str]:
-    """Closes the experiment's runs that are RUNNING although their process is gone.
+    """Close the experiment's runs that are RUNNING although their process is dead.
 
-    They become KILLED with a `vinedresser.reason`; opening one by its key later goes on with it.
-    Runs of other hosts, and runs that we did not open, are left alone.
+    They become KILLED with a `vinedresser.reason`; opening one by its key later resumes it.
+    Runs of other hosts, and runs of other programs, are left as they are.
 
     Returns:
         The ids of the runs that were closed.
@@ -195,7 +180,7 @@ def reap(store: Store) -> list[str]:
 
 
 def end_children(store: Store, parent: str, reason: str) -> None:
-    """Closes as KILLED what is RUNNING under a run whose parts are over, whoever owned them.
+    """Close the RUNNING children of a run as KILLED, whatever process owned them.
 
     Raises:
         MachineError: the store does not answer.
@@ -209,7 +194,7 @@ def end_children(store: Store, parent: str, reason: str) -> None:
 
 
 def _close(client: "MlflowClient", store: Store, run: "Run") -> bool:
-    """Closes an orphan unless somebody re-opened it since it was found."""
+    """Close an orphan unless it was opened again since it was found."""
     run_id = run.info.run_id
     with locked(store, f"run {run.data.tags.get(KEY, run_id)}", seconds=LOCK_SECONDS):
         now = client.get_run(run_id)
@@ -224,7 +209,7 @@ def _close(client: "MlflowClient", store: Store, run: "Run") -> bool:
 def pages(
     client: "MlflowClient", experiment: str, query: str = "", *, most: int = 5000
 ) -> "Iterator[Run]":
-    """The runs of an experiment that match, the newest first, at most `most`."""
+    """Return the runs of an experiment that match, the newest first, at most `most`."""
     token, seen = None, 0
     while True:
         page = client.search_runs([experiment], query, max_results=1000, page_token=token)

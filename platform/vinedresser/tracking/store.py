@@ -1,4 +1,4 @@
-"""Store: which tracking database or server, which experiment; and how to reach it safely."""
+"""Store: a tracking database or server with an experiment, and safe ways to reach it."""
 
 import contextlib
 import glob
@@ -10,14 +10,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vinedresser.errors import ConfigError, MachineError
-from vinedresser.tracking.moved import follow
+from vinedresser.tracking.relocation import relocate
 from vinedresser.workspace.layout import Workspace
 from vinedresser.workspace.lease import Lease, leased
 
@@ -26,13 +26,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vinedresser")
 
-# Seconds that one question to a server may take; with the single retry 10 s at the very worst,
+T = TypeVar("T")
+# MLflow's error codes.
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+EXISTS = ("RESOURCE_ALREADY_EXISTS",)
+
+# Seconds that one request to a server may take; with the single retry 10 s at the very worst,
 # where MLflow's defaults (120 s, 7 retries) blocked 249.6 s on a closed port.
 TIMEOUT = 5
 _SQLITE = "sqlite:///"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
-# Nothing is reported home, no pickled model is ever opened, no request hangs.
+# No telemetry, no pickled models, no request that hangs.
 DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -46,42 +51,42 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Store:
-    """Where runs are kept.
+    """Tracking store and experiment of runs.
 
     Attributes:
         uri: tracking URI, of a database or a server.
         experiment: name of the experiment that new runs go to.
-        artifacts: `file://` URI under which a new experiment keeps files; None lets the server
-            choose.
-        locks: folder of the lock files by which processes that share a workspace take turns.
+        artifacts: `file://` URI of a new experiment's files; None for a location chosen by the
+            server.
+        leases: folder of the leases of processes that share a workspace.
     """
 
     uri: str
     experiment: str
     artifacts: str | None
-    locks: Path
+    leases: Path
 
     @property
     def is_server(self) -> bool:
-        """Whether the store is reached by HTTP."""
+        """Return whether the store is reached by HTTP."""
         return self.uri.startswith(("http://", "https://"))
 
     @property
     def shown(self) -> str:
-        """The URI without its user, password and query, for messages."""
+        """URI without user, password and query, for messages."""
         parts = urllib.parse.urlsplit(self.uri)
         host = parts.netloc.rpartition("@")[2]
         return f"{parts.scheme}://{host}{parts.path}"
 
 
 def store_for(workspace: Path, experiment: str) -> Store:
-    """The user's `MLFLOW_TRACKING_URI`, or else an SQLite database inside the workspace.
+    """Return the store of `MLFLOW_TRACKING_URI`, or else a database inside the workspace.
 
-    Touches nothing; `initialise` does.
+    Creates nothing; see `initialise`.
 
     Raises:
         ConfigError: a kind of store that MLflow no longer writes, or a path that SQLite's URIs
-            cannot name.
+            cannot express.
     """
     root = workspace.absolute()
     folder = Workspace(root)
@@ -95,25 +100,27 @@ def store_for(workspace: Path, experiment: str) -> Store:
             )
         return Store(uri, experiment, None, folder.leases)
     if set(str(root)) & set("?#%"):
-        raise ConfigError(f"{root}: a workspace's path holds none of ? # %; name another folder")
+        raise ConfigError(
+            f"{root}: a workspace's path must hold none of ? # %; name another folder"
+        )
     artifacts = folder.artifacts.as_uri()
     return Store(f"{_SQLITE}{folder.database}", experiment, artifacts, folder.leases)
 
 
-def _environment() -> None:
-    """Sets what mlflow reads from the environment, unless the user has."""
+def _set_defaults() -> None:
+    """Set what mlflow reads from the environment at import, unless the user has."""
     for key, value in DEFAULTS.items():
         os.environ.setdefault(key, value)
 
 
 def connect(store: Store) -> "MlflowClient":
-    """A client of the store, without touching MLflow's process-wide state."""
+    """Return a client of the store; MLflow's process-wide state stays as it is."""
     if store.artifacts is not None:
-        follow(Path(store.uri.removeprefix(_SQLITE)), store.artifacts)
-    _environment()
+        relocate(Path(store.uri.removeprefix(_SQLITE)), store.artifacts)
+    _set_defaults()
     from mlflow import MlflowClient
 
-    # Alembic announces every migration of a new database; a user cannot act on that.
+    # Alembic logs every migration of a new database; a user cannot act on that.
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=store.uri, registry_uri=store.uri)
@@ -125,23 +132,24 @@ def locked(store: Store, name: str, *, seconds: float) -> AbstractContextManager
     Raises:
         BusyError: another process held it for all of `seconds`.
     """
-    path = store.locks / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
+    path = store.leases / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
     return leased(path, name, wait=seconds)
 
 
 def why(error: BaseException, store: Store) -> str:
-    """A failure in one short line, without the credentials that a URI may hold."""
+    """Return an error as one short line, without the credentials that a URI may hold."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return first.replace(store.uri, store.shown)[:200]
 
 
 @contextlib.contextmanager
 def server_errors(store: Store) -> Iterator[None]:
-    """Turns a tracking store's trouble into one line with a fix; our own errors pass.
+    """Turn errors of a tracking store into one line with a fix; errors of ours pass.
 
     Raises:
         MachineError: the store did not answer, or refused.
     """
+    _set_defaults()
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
@@ -155,10 +163,25 @@ def server_errors(store: Store) -> Iterator[None]:
         ) from error
 
 
-def is_reachable(store: Store) -> bool:
-    """Whether a server answers anything at all within 5 s; a database is taken to be there.
+def none_if(codes: tuple[str, ...], call: Callable[[], T]) -> T | None:
+    """Return a call's result; None if the store answers with one of its error codes."""
+    from mlflow.exceptions import MlflowException
 
-    Asked before mlflow is imported, so that an absent server costs no 3 s of import.
+    try:
+        return call()
+    except MlflowException as error:
+        if error.error_code not in codes:
+            raise
+    except FileNotFoundError:  # of a store of files
+        if codes != ABSENT:
+            raise
+    return None
+
+
+def is_reachable(store: Store) -> bool:
+    """Return whether a server answers within 5 s; True for a database.
+
+    Needs no mlflow, so that an absent server does not cost 3 s of import.
     """
     if not store.is_server:
         return True
@@ -178,30 +201,40 @@ def is_reachable(store: Store) -> bool:
 
 
 def initialise(store: Store) -> str:
-    """Creates the database and the experiment unless they are there; the experiment's id.
+    """Create the database and the experiment unless they exist; return the experiment's id.
 
-    Takes a lock: of 4 processes that create one SQLite database at once, 3 fail.
+    Takes a lease for the creation: of 4 processes that create one SQLite database at once, 3 fail.
+    What exists is found without it, and mlflow is imported before it is taken, because processes
+    that wait for each other's import of some seconds would time out.
 
     Raises:
         MachineError: the store does not answer or cannot be written.
         ConfigError: the experiment was deleted.
         BusyError: another process has been creating it for 60 s.
     """
-    try:
-        return _initialise(store)
-    except OSError as error:
-        raise MachineError(f"{store.locks}: {error.strerror}; name another workspace") from error
+    with server_errors(store):
+        found = None if _is_new(store) else _experiment(store)
+        if found is None:
+            with locked(store, f"creation of {store.shown}", seconds=60):
+                if _is_new(store):
+                    _create_database(store)
+                # The kind makes MLflow's pages open on runs and charts, not on traces of prompts.
+                found = _experiment(store) or none_if(
+                    EXISTS,  # on a shared server the lease does not reach other workspaces
+                    lambda: connect(store).create_experiment(
+                        store.experiment,
+                        artifact_location=store.artifacts,
+                        tags={"mlflow.experimentKind": "custom_model_development"},
+                    ),
+                )
+        return str(found or _experiment(store))
 
 
-def _initialise(store: Store) -> str:
-    with locked(store, f"creation of {store.shown}", seconds=60):
-        _environment()
-        with server_errors(store):
-            _create_database(store)
-            client = connect(store)
-            found = client.get_experiment_by_name(store.experiment)
-            if found is None:
-                return _create(client, store)
+def _experiment(store: Store) -> str | None:
+    """Return the id of the store's experiment, if it exists."""
+    found = connect(store).get_experiment_by_name(store.experiment)
+    if found is None:
+        return None
     if found.lifecycle_stage != "active":
         raise ConfigError(
             f"experiment {store.experiment} was deleted; restore it with "
@@ -210,41 +243,23 @@ def _initialise(store: Store) -> str:
     return str(found.experiment_id)
 
 
+def _is_new(store: Store) -> bool:
+    """Return whether the store is an SQLite file that is still to be made."""
+    path = store.uri.removeprefix(_SQLITE)
+    return path != store.uri and "?" not in path and not Path(path).exists()
+
+
 def _create_database(store: Store) -> None:
-    """Makes a new SQLite database beside its place, and moves it there whole.
+    """Make a new SQLite database under another name, and rename it into place whole.
 
     A process that is killed between two of MLflow's migrations leaves a database that no later
     one can open: `table trace_info already exists`.
     """
     path = Path(store.uri.removeprefix(_SQLITE))
-    if not store.uri.startswith(_SQLITE) or "?" in store.uri or path.exists():
-        return
     for left in path.parent.glob(f".{glob.escape(path.name)}.new-*"):
         left.unlink(missing_ok=True)
-    # Another name each time: MLflow keeps what it has opened, by URI.
+    # A new name each time: MLflow caches opened stores by URI.
     partial = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    uri = f"{_SQLITE}{partial}"
-    connect(replace(store, uri=uri)).search_experiments(max_results=1)
+    connect(replace(store, uri=f"{_SQLITE}{partial}")).search_experiments(max_results=1)
     partial.replace(path)
-
-
-def _create(client: "MlflowClient", store: Store) -> str:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        # The kind makes MLflow's pages open on runs and charts instead of on traces of prompts.
-        made = client.create_experiment(
-            store.experiment,
-            artifact_location=store.artifacts,
-            tags={"mlflow.experimentKind": "custom_model_development"},
-        )
-        return str(made)
-    except MlflowException as error:
-        # On a shared server the lock does not reach the others: somebody else was first.
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-        found = client.get_experiment_by_name(store.experiment)
-        if found is None:
-            raise
-        return str(found.experiment_id)

@@ -1,4 +1,4 @@
-"""Tracker: what training may say to a tracking store; in memory for tests, null for silence."""
+"""Tracker: interface of training to a tracking store; in memory for tests, null for none."""
 
 import contextlib
 import copy
@@ -14,58 +14,58 @@ State = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 class Tracker(Protocol):
-    """Where a run's metrics, tags and artifacts go. No method raises for a server's trouble."""
+    """Receiver of a run's metrics, tags and artifacts. No method raises for a server's error."""
 
     @property
     def run_id(self) -> str:
-        """Of the store; empty where nothing is tracked."""
+        """Id of the run in the store; empty without tracking."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Notes metrics at a step (1-based). Non-finite values are skipped and counted."""
+        """Note metrics at a step (1-based). Non-finite values are skipped and counted."""
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Sets tags; a later value of the same key replaces the earlier."""
+        """Set tags; a later value of the same key replaces the earlier."""
 
     def text(self, content: str, name: str) -> None:
-        """Stores a text as the artifact `name`, a relative POSIX path."""
+        """Store a text as the artifact `name`, a relative POSIX path."""
 
     def table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
-        """Stores columns of equal length as a JSON table that the user interface can show."""
+        """Store columns of equal length as a JSON table that the user interface can show."""
 
     def figure(self, figure: "Figure", name: str) -> None:
-        """Stores a Matplotlib figure; the name's ending (.png, .svg) says the format."""
+        """Store a Matplotlib figure; the ending of the name (.png, .svg) is the format."""
 
     def close(self, state: State, reason: str = "") -> None:
-        """Ends the run with its state, and says why. Only the first call counts."""
+        """End the run with its state and the reason. Only the first call counts."""
 
 
 class NullTracker:
-    """Forgets everything: rank > 0, a dry run, or a tracking server that was not there."""
+    """Tracker without effect: rank > 0, or a dry run."""
 
     def __init__(self, run_id: str = "") -> None:
         self.run_id = run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Forgets metrics."""
+        """Ignore metrics."""
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Forgets tags."""
+        """Ignore tags."""
 
     def text(self, content: str, name: str) -> None:
-        """Forgets a text."""
+        """Ignore a text."""
 
     def table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
-        """Forgets a table."""
+        """Ignore a table."""
 
     def figure(self, figure: "Figure", name: str) -> None:
-        """Forgets a figure."""
+        """Ignore a figure."""
 
     def close(self, state: State, reason: str = "") -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 class MemoryTracker:
-    """Keeps everything in lists and dicts, for tests.
+    """Tracker that keeps everything in lists and dicts, for tests.
 
     Attributes:
         metrics: (key, value, step) in the order of logging.
@@ -82,34 +82,34 @@ class MemoryTracker:
         self.reason = ""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Appends each metric."""
+        """Append each metric."""
         self.metrics += [(key, float(value), step) for key, value in metrics.items()]
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Merges tags."""
+        """Merge tags."""
         self.tags |= tags
 
     def text(self, content: str, name: str) -> None:
-        """Keeps a text."""
+        """Keep a text."""
         self.artifacts[name] = content
 
     def table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
-        """Keeps a copy of the columns."""
+        """Keep a copy of the columns."""
         self.artifacts[name] = copy.deepcopy(dict(columns))
 
     def figure(self, figure: "Figure", name: str) -> None:
-        """Keeps the figure itself."""
+        """Keep the figure itself."""
         self.artifacts[name] = figure
 
     def close(self, state: State, reason: str = "") -> None:
-        """Keeps the first state."""
+        """Keep the first state."""
         if self.state is None:
             self.state, self.reason = state, reason
 
 
 @contextlib.contextmanager
 def ending(tracker: Tracker) -> Iterator[None]:
-    """Closes a run with the state that the block's end deserves; whatever it raises passes.
+    """Close a run with the state that follows from the end of the block; errors pass.
 
     FINISHED; KILLED for a trial that Tune stops (by SystemExit out of its report), for Ctrl-C and
     for SIGTERM; FAILED with the reason for everything else.

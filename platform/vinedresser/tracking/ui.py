@@ -40,7 +40,7 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _stop_on_term() -> Iterator[None]:
-    """Lets SIGTERM end the block as Ctrl-C does, so that no server is left behind."""
+    """Let SIGTERM end the block as Ctrl-C does, so that no server is left behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -52,17 +52,17 @@ def _stop_on_term() -> Iterator[None]:
 
 
 def serve_ui(store: Store, port: int) -> int:
-    """Runs the user interface at http://127.0.0.1:<port> until it ends or is interrupted.
+    """Run the user interface at http://127.0.0.1:<port> until it ends or is interrupted.
 
     Returns:
-        The server's exit code; 0 after Ctrl-C or SIGTERM, the ways to stop it.
+        The server's exit code; 0 after Ctrl-C or SIGTERM.
 
     Raises:
         MachineError: the port is in use, or the store does not answer.
         ConfigError: the store is a server, which has its own user interface.
     """
     if store.is_server:
-        raise ConfigError(f"tracking is done at {store.shown}; open that address in a browser")
+        raise ConfigError(f"the tracking server is {store.shown}; open that address in a browser")
     _check_port(port)
     initialise(store)
     command = [sys.executable, "-m", "mlflow", "server"]

@@ -35,14 +35,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of a committed folder.
+    """Content of a committed folder; as a return value of `verify`, of one that is intact.
 
     Attributes:
+        folder: where it was read.
         files: relative POSIX path -> (bytes, SHA-256 in hex).
         meta: the writer's description of the content; plain JSON.
         digest: SHA-256 of the manifest's content, hence of everything in the folder.
     """
 
+    folder: Path
     files: Mapping[str, tuple[int, str]]
     meta: Mapping[str, Any]
     digest: str
@@ -193,7 +195,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{path}: does not match its own digest; the folder is damaged")
     if schema != SCHEMA:
         raise DamagedError(f"{path}: schema {schema}, this version reads {SCHEMA}; write it anew")
-    return Manifest(files, meta, digest)
+    return Manifest(folder, files, meta, digest)
 
 
 def differing(folder: Path, manifest: Manifest) -> tuple[list[str], list[str]]:

@@ -24,7 +24,7 @@ def export(
     gate = Gate().override(parse_overrides(overrides or []))
     bundle = open_model(model, workspace)
     store = store_for(workspace, bundle.experiment.task.name)
-    registered = register(bundle.folder, name=name, store=store, gate=gate)
+    registered = register(bundle.manifest, name=name, store=store, gate=gate)
     if as_json:
         return print_json(vars(registered))
     verdict = "champion" if registered.is_champion else "not champion"

@@ -1,7 +1,7 @@
-"""A workspace that was moved or copied: its own database finds its files again.
+"""Relocation of a workspace: its own database follows a move or a copy.
 
-MLflow keeps the absolute location of every artifact. In a moved workspace no registered model was
-found, and new files went to where the workspace had been.
+MLflow stores the absolute location of every artifact. Without this, no registered model is found
+in a moved workspace, and new files go to the old location.
 """
 
 import contextlib
@@ -17,21 +17,22 @@ _LOCATIONS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-# Of the experiments that `store_for` named a place for.
+# Of the experiments that `store_for` chose a location for.
 _OLD = (
     "SELECT DISTINCT artifact_location FROM experiments "
     "WHERE artifact_location LIKE 'file://%/mlartifacts' AND artifact_location != ?"
 )
 
 
-def follow(database: Path, new: str) -> None:
-    """Names the workspace's folder of artifacts where its database has that of another place.
+def relocate(database: Path, new: str) -> None:
+    """Replace the old location of artifacts in a workspace's database by the present one.
 
-    Costs less than 1 ms. A database that cannot be read or written is left alone; MLflow will tell.
+    Takes less than 1 ms. A database that cannot be read or written is left as it is; MLflow
+    reports the error.
 
     Args:
-        database: the workspace's own, an SQLite file; need not be there yet.
-        new: `file://` URI of the folder of artifacts beside it.
+        database: the workspace's own SQLite file; may be absent.
+        new: `file://` URI of the folder of artifacts.
     """
     if not database.is_file():
         return
@@ -41,7 +42,8 @@ def follow(database: Path, new: str) -> None:
         opened,  # all or nothing
     ):
         for (old,) in opened.execute(_OLD, (new,)).fetchall():
-            if _is_one_folder(old, new):  # by a link
+            paths = [Path(urllib.parse.unquote(urllib.parse.urlsplit(u).path)) for u in (old, new)]
+            if paths[0].resolve() == paths[1].resolve():  # by a link
                 continue
             for table, column in _LOCATIONS:
                 opened.execute(
@@ -49,12 +51,3 @@ def follow(database: Path, new: str) -> None:
                     f"WHERE substr({column} || '/', 1, ?) = ? || '/'",
                     (new, len(old) + 1, len(old) + 1, old),
                 )
-
-
-def _is_one_folder(one: str, other: str) -> bool:
-    first, second = (
-        Path(urllib.parse.unquote(urllib.parse.urlsplit(uri).path)) for uri in (one, other)
-    )
-    with contextlib.suppress(OSError):  # gone, or another user's
-        return first.samefile(second)
-    return False
