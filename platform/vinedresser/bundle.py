@@ -1,6 +1,6 @@
 """Bundle: a model as a folder with weights, experiment, tokenizers, scores and hashes.
 
-The one form in which a trained model leaves a run: `translate`, `evaluate`, `prune`, `export` and
+The one form of a trained model outside of its run: `translate`, `evaluate`, `prune`, `export` and
 the registry all take it.
 """
 
@@ -27,6 +27,7 @@ from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.workspace.commit import Manifest, commit, verify
+from vinedresser.workspace.layout import BundleFolder
 
 FORMAT = 1
 
@@ -136,11 +137,12 @@ def save_bundle(
         plain = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()
         }
-        save_file(plain, staging.path / "weights.safetensors")
+        files = BundleFolder(staging.path)
+        save_file(plain, files.weights)
         for tokenizer, side in zip(tokenizers, ("source", "target"), strict=True):
             tokenizer.save(staging.path, side)
-        for name, value in (("experiment", experiment.to_json()), ("scores", dict(scores))):
-            (staging.path / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+        files.experiment.write_text(json.dumps(experiment.to_json(), indent=1) + "\n")
+        files.scores.write_text(json.dumps(dict(scores), indent=1) + "\n")
         staging.meta |= {"kind": "bundle", "format": FORMAT}
     return target
 
@@ -157,6 +159,7 @@ def load_bundle(origin: Path | Manifest) -> Bundle:
     """
     manifest = verify(origin) if isinstance(origin, Path) else origin
     folder = manifest.folder
+    files = BundleFolder(folder)
     if manifest.meta.get("kind") != "bundle":
         raise DataError(f"{folder}: not a model bundle; name the folder of one")
     if manifest.meta.get("format") != FORMAT:
@@ -165,17 +168,17 @@ def load_bundle(origin: Path | Manifest) -> Bundle:
             "export it again"
         )
     experiment = Experiment.from_json(
-        json.loads((folder / "experiment.json").read_text()), where=str(folder / "experiment.json")
+        json.loads(files.experiment.read_text()), where=str(files.experiment)
     )
     source, target = load_source(folder, "source"), load_tokenizer(folder, "target")
     joint = experiment.task.has_joint_vocabulary
     model = experiment.model.build(vocabulary_of(source, target, joint=joint)).eval()
     try:
-        model.load_state_dict(load_file(folder / "weights.safetensors"))
+        model.load_state_dict(load_file(files.weights))
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise DataError(f"{folder}: the weights do not fit the model: {first}") from None
-    scores = json.loads((folder / "scores.json").read_text())
+    scores = json.loads(files.scores.read_text())
     return Bundle(manifest, experiment, model, source, target, scores)
 
 

@@ -34,6 +34,7 @@ from vinedresser.tracking.store import (
     server_errors,
 )
 from vinedresser.workspace.commit import Manifest, is_committed, quarantine, verify
+from vinedresser.workspace.layout import BundleFolder
 from vinedresser.workspace.storage import POSIX, make_folder, read_json
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-SCORES = "scores.json"
 BUNDLE = "bundle"
 DIGEST_TAG, SCORES_TAG = "vinedresser.bundle", "vinedresser.scores"
 # When and why a version became champion. One that has been is never promoted by `register`
@@ -79,7 +79,7 @@ def read_scores(bundle: Path) -> dict[str, Any]:
     Raises:
         DataError: absent, not JSON, or without `metric` and `lower_is_better`.
     """
-    path = bundle / SCORES
+    path = BundleFolder(bundle).scores
     if not path.is_file():
         raise DataError(f"{path}: missing; score the model before it is exported")
     scores = read_json(path)

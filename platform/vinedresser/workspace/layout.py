@@ -17,8 +17,21 @@ class _Entry:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __get__(self, folder: "Workspace | RunFolder | SweepFolder", owner: type) -> Path:
+    def __get__(
+        self, folder: "BundleFolder | RunFolder | SweepFolder | Workspace", owner: type
+    ) -> Path:
         return folder.path / self._name
+
+
+@dataclass(frozen=True)
+class BundleFolder:
+    """Folder of one bundle; its tokenizers name their own files."""
+
+    path: Path
+
+    weights = _Entry("weights.safetensors")
+    experiment = _Entry("experiment.json")
+    scores = _Entry("scores.json")
 
 
 @dataclass(frozen=True)

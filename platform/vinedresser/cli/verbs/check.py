@@ -41,9 +41,10 @@ def check(
 
     from vinedresser.data import shards
     from vinedresser.health.preflight.checks import checks
+    from vinedresser.workspace import layout
 
     since = time.perf_counter()
-    prepared = shards.prepare(value.task, workspace / "shards")
+    prepared = shards.prepare(value.task, layout.Workspace(workspace).shards)
     found: list[Check] = []
     is_whole = False
     try:

@@ -39,6 +39,7 @@ def describe(
     from vinedresser.cli.options import ShardView, Sizes, split_words
     from vinedresser.config import parse_overrides
     from vinedresser.errors import ConfigError
+    from vinedresser.workspace import layout
     from vinedresser.workspace.commit import is_committed, read_manifest
 
     words = overrides or []
@@ -55,8 +56,8 @@ def describe(
             ) from None
         return _print_model(_title(what, model, vocabulary, note), model, built, vocabulary,
                             as_json=as_json)  # fmt: skip
-    if not is_committed(folder) and is_committed(folder / "bundle"):
-        folder /= "bundle"
+    if not is_committed(folder) and is_committed(layout.RunFolder(folder).bundle):
+        folder = layout.RunFolder(folder).bundle
     if not is_committed(folder):
         raise ConfigError(f"{folder}: neither a shard set nor a model; it has no manifest.json")
     if read_manifest(folder).meta.get("kind") == "bundle":
@@ -120,9 +121,10 @@ def _prepared(task: "Task", workspace: Path) -> "Vocabulary | None":
     from vinedresser.config import Task
     from vinedresser.errors import ConfigError
     from vinedresser.model import Vocabulary
+    from vinedresser.workspace import layout
     from vinedresser.workspace.commit import is_committed, read_manifest
 
-    for folder in sorted((workspace / "shards").glob(f"{task.name}-*"), reverse=True):
+    for folder in sorted(layout.Workspace(workspace).shards.glob(f"{task.name}-*"), reverse=True):
         if not is_committed(folder):
             continue
         meta = read_manifest(folder).meta

@@ -27,8 +27,11 @@ def prepare(
         return print_json(value.to_json())
     from vinedresser.cluster import connect
     from vinedresser.data import shards
+    from vinedresser.workspace import layout
 
-    made = shards.prepare(value, workspace / "shards", executor=executor, connect=connect)
+    made = shards.prepare(
+        value, layout.Workspace(workspace).shards, executor=executor, connect=connect
+    )
     if as_json:
         counts = dict(made.counts)
         return print_json({"folder": str(made.folder), "digest": made.digest, "counts": counts})

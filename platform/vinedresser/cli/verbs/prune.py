@@ -43,11 +43,12 @@ def prune(
     from vinedresser.bundle import load_bundle
     from vinedresser.cluster import connect
     from vinedresser.data import shards
+    from vinedresser.workspace import layout
 
     whole = open_model(model, workspace)
     experiment = whole.experiment
     with connect():
-        prepared = shards.prepare(experiment.task, workspace / "shards")
+        prepared = shards.prepare(experiment.task, layout.Workspace(workspace).shards)
         site = site_of(prepared, workspace, kind="prune")
         pruner = Pruner(
             experiment.name, value, whole.folder, shards=prepared, site=site, say=_log.info

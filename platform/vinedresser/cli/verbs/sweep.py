@@ -39,9 +39,10 @@ def sweep(
     from vinedresser import sweep as search
     from vinedresser.cluster import connect
     from vinedresser.data import shards
+    from vinedresser.workspace import layout
 
     with connect(dashboard=value.base.compute.workers > 1):
-        prepared = shards.prepare(value.base.task, workspace / "shards")
+        prepared = shards.prepare(value.base.task, layout.Workspace(workspace).shards)
         site = site_of(prepared, workspace, kind="trial")
         outcome = search.sweep(value, site, shards_digest=prepared.digest, say=_log.info)
     if as_json:

@@ -43,6 +43,7 @@ def train(
     from vinedresser.cli.progress import watching
     from vinedresser.cluster import connect
     from vinedresser.data import shards
+    from vinedresser.workspace import layout
 
     metric = value.task.metric
 
@@ -55,7 +56,7 @@ def train(
             )  # fmt: skip
 
     with connect() if value.compute.workers > 1 else contextlib.nullcontext():
-        prepared = shards.prepare(value.task, workspace / "shards")
+        prepared = shards.prepare(value.task, layout.Workspace(workspace).shards)
         with watching(_log.info) as tell:
             outcome = distributed.train(
                 value,
