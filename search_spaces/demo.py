@@ -12,7 +12,6 @@ from vinedresser.config import (
     Batching,
     Evaluation,
     Experiment,
-    LexiconCorpus,
     Objective,
     Optim,
     ScheduledSampling,
@@ -20,6 +19,7 @@ from vinedresser.config import (
     Tokenizer,
 )
 from vinedresser.config.study import Stopping, Study
+from vinedresser.data.corpora.kinds.lexicon import LexiconCorpus
 
 # The field's public test list (PRONASYL 2007). Its words are kept out where the list is at hand.
 _TEST_LIST = Path(__file__).parents[2] / "shared/data/cmudict/pronasyl2007_test.tsv"

@@ -11,7 +11,6 @@ from trainables.attention_rnn import AttentionRnnConfig
 from vinedresser.config import (
     Batching,
     Compute,
-    DigitsCorpus,
     Evaluation,
     Experiment,
     Frames,
@@ -20,6 +19,7 @@ from vinedresser.config import (
     Tokenizer,
 )
 from vinedresser.config.study import Stopping, Study
+from vinedresser.data.corpora.kinds.digits import DigitsCorpus
 from vinedresser.nn.subsampling import SubsamplingConfig
 
 TASK = Task(

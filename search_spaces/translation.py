@@ -14,12 +14,11 @@ from vinedresser.config import (
     Experiment,
     Objective,
     Optim,
-    Pair,
     Task,
-    TextCorpus,
     Tokenizer,
 )
 from vinedresser.config.study import Stopping, Study
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 
 TASK = Task(
     name="translation",

@@ -100,7 +100,8 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def reversal(made_once: Callable[..., Path]) -> "ShardSet":
     """Shards of a corpus anybody can solve: `a b c` becomes `c b a`; 400 train, 40 dev rows."""
-    from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
+    from vinedresser.config import Task, Tokenizer
+    from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
     from vinedresser.data.shards import open_shards, prepare
 
     def fill(folder: Path) -> None:

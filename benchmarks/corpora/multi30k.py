@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
+from vinedresser.config import Task, Tokenizer
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 
 _DEFAULT = Path(__file__).parents[3] / "shared/data/multi30k"
 

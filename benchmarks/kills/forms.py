@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vinedresser.config import Experiment, Pair, Task, TextCorpus, Tokenizer
+from vinedresser.config import Experiment, Task, Tokenizer
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import ShardSet, prepare
 
 _TRANSFORMER = {

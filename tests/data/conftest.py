@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from vinedresser.config import LexiconCorpus, Pair, Task, TextCorpus, Tokenizer
+from vinedresser.config import Task, Tokenizer
+from vinedresser.data.corpora.kinds.lexicon import LexiconCorpus
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 
 WRITE = Callable[..., Task]
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vinedresser.config import Pair, Task, TextCorpus, Tokenizer
+from vinedresser.config import Task, Tokenizer
 from vinedresser.data.batching.reader import stream
 from vinedresser.data.corpora.corpus import open_corpus, read
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import open_shards, prepare, tokenizers
 from vinedresser.errors import DamagedError, DataError
 from vinedresser.workspace.commit import verify

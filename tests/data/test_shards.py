@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from vinedresser.config import Cleaning, Pair, TextCorpus, Tokenizer
+from vinedresser.config import Cleaning, Tokenizer
 from vinedresser.data.batching.plan import padding, plan
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.corpora import row as row_module
 from vinedresser.data.corpora.corpus import open_corpus, read
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.prepare import execute
 from vinedresser.data.prepare.clean import PrepareJob, clean_block
 from vinedresser.data.shards import open_shards, prepare, tokenizers

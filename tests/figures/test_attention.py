@@ -12,7 +12,7 @@ from vinedresser.batch import EOS, Batch, pad_ids
 from vinedresser.bundle import load_bundle, save_bundle
 from vinedresser.config import Experiment
 from vinedresser.config.kinds import named_model
-from vinedresser.config.speech import Frames
+from vinedresser.config.task import Frames
 from vinedresser.data.batching.reader import Split, load_split
 from vinedresser.data.batching.side import Side
 from vinedresser.data.shards import ShardSet, tokenizers

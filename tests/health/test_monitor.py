@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vinedresser.config import Experiment, Pair, Task, TextCorpus, Tokenizer
+from vinedresser.config import Experiment, Task, Tokenizer
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.errors import DivergedError
 from vinedresser.health.monitor import RunMonitor
@@ -90,7 +91,7 @@ class TestHealthy:
 
     @pytest.mark.slow
     def test_pronunciations_and_sampling_raise_nothing(self, shared_data, tmp_path):
-        from vinedresser.config import LexiconCorpus
+        from vinedresser.data.corpora.kinds.lexicon import LexiconCorpus
 
         words = LexiconCorpus(
             path=str(shared_data / "cmudict/cmudict.dict"), dev_words=200, test_words=200

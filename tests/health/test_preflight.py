@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trainables.transformer import Transformer, TransformerConfig
 from vinedresser.batch import PAD
-from vinedresser.config import Experiment, Pair, Task, TextCorpus, Tokenizer
+from vinedresser.config import Experiment, Task, Tokenizer
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.health.preflight.check import Check
 from vinedresser.health.preflight.checks import checks

@@ -1,18 +1,27 @@
-"""Corpora as plain values: which files hold which split, and in which form."""
+"""Corpora as plain values; each kind has its class in a module of `CORPORA`, with its reader."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationInfo
 
+from vinedresser.config.kinds import kind_class, kinds
 from vinedresser.config.section import Section
+
+if TYPE_CHECKING:
+    from vinedresser.config.task import Task
+    from vinedresser.data.corpora.corpus import Corpus
+
+# Home of the kinds: `kind: text` is the module `text` there.
+CORPORA = "vinedresser.data.corpora.kinds"
 
 PACKAGE_PREFIX = "package:"
 REMOTE_PREFIX = "s3://"
 
 
 def _resolve(path: str, info: ValidationInfo) -> str:
-    """Relative paths are meant from the file that names them, not from where it is read."""
+    """Resolve a relative path against the folder of the file that names it."""
     if path.startswith(REMOTE_PREFIX):
         if "@" in path.removeprefix(REMOTE_PREFIX).partition("/")[0]:
             # A task is written into manifests and logs; a secret must not be.
@@ -29,75 +38,44 @@ def _resolve(path: str, info: ValidationInfo) -> str:
 
 DataPath = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
 
-# A path, a glob (`part-*.de.gz`), or a list of them, on disk or `s3://bucket/key`. Globs are taken
-# in the order of their names. Files may be gzip or zstd; their first bytes tell, not their names.
+# A path, a glob (`part-*.de.gz`), or a list of them, on disk or `s3://bucket/key`. Files of a glob
+# are read in the order of their names. Files may be gzip or zstd, as their first bytes say.
 Files = DataPath | Annotated[tuple[DataPath, ...], Field(min_length=1)]
 
 
 def names_of(files: Files) -> tuple[str, ...]:
-    """One path or several, as several."""
+    """Return one path or several as a tuple."""
     return (files,) if isinstance(files, str) else files
 
 
-class Pair(Section):
-    """Two parallel text files: line n of one belongs to line n of the other.
+class CorpusConfig(Section):
+    """Base of the configuration of a corpus.
 
-    Of several, the first source file belongs to the first target file, and so on.
+    A kind is one module of `CORPORA`: a subclass with `kind: Literal["NAME"]`, and the reader that
+    `open` returns.
     """
 
-    source: Files
-    target: Files
+    # True where a row's source is recordings, which need a source tokenizer of `kind: frames`.
+    has_recordings: ClassVar[bool] = False
+
+    def open(self, task: "Task") -> "Corpus":
+        """Inspect every file of the corpus.
+
+        Raises:
+            DataError: all problems of all files, each with path, line and byte column.
+        """
+        raise NotImplementedError
 
 
-class TextCorpus(Section):
-    """Parallel UTF-8 text files. Only a line feed ends a line."""
-
-    kind: Literal["text"] = "text"
-    train: Pair
-    dev: Pair
-    test: Pair | None = None
-
-
-# A column's name, or its number from 1 as in `cut -f`.
-Column = Annotated[int, Field(ge=1)] | Annotated[str, Field(min_length=1)]
+def _restore_corpus(value: Any, info: ValidationInfo) -> Any:
+    """Build the configuration of the kind that a mapping names; `text` if it names none."""
+    if isinstance(value, CorpusConfig):
+        return value
+    kind = value.get("kind", "text") if isinstance(value, Mapping) else None
+    if not isinstance(kind, str):
+        known = ", ".join(f"`{name}`" for name in kinds(CORPORA))
+        raise ValueError(f"a mapping is expected, with `kind` one of {known}")  # noqa: TRY004
+    return kind_class(CORPORA, kind, CorpusConfig).model_validate(value, context=info.context)
 
 
-class TableCorpus(Section):
-    """Both sides in one file, a row a pair: TSV, JSON lines or Parquet.
-
-    A TSV whose columns are named has a header line; one whose columns are numbered has none.
-    """
-
-    kind: Literal["table"]
-    train: Files
-    dev: Files
-    test: Files | None = None
-    source: Column
-    target: Column
-    # `auto`: Parquet by its first bytes, JSON lines by .jsonl, .ndjson or .json; else TSV.
-    format: Literal["auto", "tsv", "jsonl", "parquet"] = "auto"
-
-
-class LexiconCorpus(Section):
-    """A pronunciation dictionary in CMUdict's format: `word PH1 PH2`, `word(2)` a variant.
-
-    Source is the spelling, target the phones. Dev and test words are drawn by a hash of the word
-    and `split_seed`, so that they stay where they are when the dictionary grows.
-    """
-
-    kind: Literal["lexicon"] = "lexicon"
-    # A file, or `package:NAME/FILE` for a file inside an installed Python package.
-    path: DataPath
-    # First columns of these files are words that no split may contain (public test lists).
-    exclude: tuple[DataPath, ...] = ()
-    # Whether an exclusion list that is not there is passed over, and said so, or refused.
-    exclude_missing_ok: bool = False
-    # Whether every pronunciation of a train word is a train row, or the first alone. Dev and test
-    # words are scored against their first.
-    variants: Literal["first", "all"] = "first"
-    dev_words: PositiveInt = 2000
-    test_words: NonNegativeInt = 2000
-    # 0 takes every word that is left.
-    train_words: NonNegativeInt = 0
-    keep_stress: bool = False
-    split_seed: int = 1
+AnyCorpus = Annotated[SerializeAsAny[CorpusConfig], BeforeValidator(_restore_corpus)]

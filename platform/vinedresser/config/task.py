@@ -6,37 +6,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from vinedresser.config.cleaning import Cleaning
-from vinedresser.config.corpus import LexiconCorpus, TableCorpus, TextCorpus
+from vinedresser.config.corpus import AnyCorpus
 from vinedresser.config.section import Section
-from vinedresser.config.speech import DigitsCorpus, Frames, SpeechCorpus
 
 # One rule for every name that becomes a folder, a run or a model: no path, no shell, no control
 # characters (faults X05, S17).
 SafeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 MetricName = Literal["bleu", "chrf", "ter", "per", "wer", "cer"]
-
-
-def _corpus_kind(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return str(value.get("kind", "text"))
-    return str(getattr(value, "kind", None))
-
-
-Corpus = Annotated[
-    Annotated[TextCorpus, Tag("text")]
-    | Annotated[TableCorpus, Tag("table")]
-    | Annotated[LexiconCorpus, Tag("lexicon")]
-    | Annotated[SpeechCorpus, Tag("speech")]
-    | Annotated[DigitsCorpus, Tag("digits")],
-    Discriminator(
-        _corpus_kind,
-        custom_error_type="corpus_kind",
-        custom_error_message=(
-            "a mapping with `kind: text`, `table`, `lexicon`, `speech` or `digits` is wanted"
-        ),
-    ),
-]
 
 
 class Tokenizer(Section):
@@ -59,6 +36,21 @@ class Tokenizer(Section):
     shrink: bool = False
 
 
+class Frames(Section):
+    """How recordings become frames: log-mel filterbanks by Kaldi's rules, without dither."""
+
+    kind: Literal["frames"]
+    # Hz. Recordings of another rate are refused, not resampled.
+    sample_rate: Annotated[int, Field(ge=1000, le=192_000)] = 16_000
+    num_mels: Annotated[int, Field(ge=1, le=256)] = 40
+    window_ms: Annotated[float, Field(ge=1, le=1000)] = 25.0
+    shift_ms: Annotated[float, Field(ge=1, le=1000)] = 10.0
+    # utterance: each mel band gets mean 0 and variance 1 over the utterance; mean: mean 0 only.
+    # Not over the corpus: frames then depend on their own utterance alone, in training, in a
+    # bundle and in any block, and a recording's level and microphone cancel out.
+    normalization: Literal["utterance", "mean", "none"] = "utterance"
+
+
 def _tokenizer_kind(value: Any) -> str:
     kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
     return "frames" if kind == "frames" else "text"
@@ -74,7 +66,7 @@ class Task(Section):
     """A corpus, its tokenizers and the metric that ranks models on it."""
 
     name: SafeName
-    corpus: Corpus
+    corpus: AnyCorpus
     # Either `tokenizer`, one joint vocabulary for both sides, or one tokenizer a side.
     tokenizer: Tokenizer | None = None
     source_tokenizer: SourceTokenizer | None = None
@@ -99,12 +91,11 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _frames_where_recordings(self) -> Self:
-        has_recordings = isinstance(self.corpus, SpeechCorpus | DigitsCorpus)
+        has_recordings = self.corpus.has_recordings
         if has_recordings != isinstance(self.source_tokenizer, Frames):
-            wanted = "`kind: frames`" if has_recordings else "a text kind, as `kind: bpe`"
-            raise ValueError(
-                f"a corpus of `kind: {self.corpus.kind}` wants a source_tokenizer of {wanted}"
-            )
+            kind = type(self.corpus).__module__.rpartition(".")[2]
+            expected = "`kind: frames`" if has_recordings else "a text kind, as `kind: bpe`"
+            raise ValueError(f"a corpus of `kind: {kind}` needs a source_tokenizer of {expected}")
         return self
 
     @property

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vinedresser.data.corpora.corpus import read, source_digests, splits
+from vinedresser.data.corpora.corpus import open_corpus, read
 from vinedresser.data.corpora.row import Row, RowCounts
 from vinedresser.data.corpora.textfile import inspect, lines_of
 from vinedresser.errors import ConfigError, DataError
@@ -154,7 +154,7 @@ def test_lexicon_settings(lexicon_task, tmp_path):
     task = lexicon_task(WORDS, exclude=[str(out)], keep_stress=True, train_words=5, test_words=0)
     account = RowCounts()
     rows = list(read(task, "train", account=account))
-    assert splits(task) == ("train", "dev")
+    assert open_corpus(task).splits == ("train", "dev")
     assert len(rows) == 5
     assert not {"word1", "word2"} & {row.source for row in rows}
     assert all(row.target in ("W AH0 D", "W AH1 D", "W AH2 D") for row in rows)
@@ -167,7 +167,7 @@ def test_absent_exclusion_list(lexicon_task, tmp_path):
     assert "absent.tsv: no such exclusion list" in message(lexicon_task(WORDS, exclude=[absent]))
     task = lexicon_task(WORDS, exclude=[absent], exclude_missing_ok=True)
     assert list(read(task, "train"))
-    assert absent not in source_digests(task)
+    assert absent not in open_corpus(task).digests
 
 
 def test_malformed_entries_are_named(lexicon_task):
@@ -199,7 +199,7 @@ def test_split_that_is_not_there(text_task):
     task = task.model_copy(update={"corpus": task.corpus.model_copy(update={"test": None})})
     with pytest.raises(DataError, match="has no test split"):
         read(task, "test")
-    assert splits(task) == ("train", "dev")
+    assert open_corpus(task).splits == ("train", "dev")
 
 
 def test_reading_needs_no_torch():

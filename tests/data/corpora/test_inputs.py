@@ -7,16 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vinedresser.config import (
-    Cleaning,
-    LexiconCorpus,
-    Pair,
-    TableCorpus,
-    Task,
-    TextCorpus,
-    Tokenizer,
-)
-from vinedresser.data.corpora.corpus import read, source_digests
+from vinedresser.config import Cleaning, Task, Tokenizer
+from vinedresser.data.corpora.corpus import open_corpus, read
+from vinedresser.data.corpora.kinds.lexicon import LexiconCorpus
+from vinedresser.data.corpora.kinds.table import TableCorpus
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.corpora.row import RowCounts
 from vinedresser.data.shards import prepare
 from vinedresser.errors import ConfigError, DataError, MachineError
@@ -190,7 +185,7 @@ def test_object_storage_gives_the_same_shards(plain, tmp_path, s3):
     account = RowCounts()
     assert list(read(task, "train", account=account)) == list(read(plain, "train"))
     assert account.rows_in == 40
-    assert len(source_digests(task)) == 12
+    assert len(open_corpus(task).digests) == 12
     found, wanted = shards_by_name(task, tmp_path / "a"), shards_by_name(plain, tmp_path / "b")
     assert found == wanted
 

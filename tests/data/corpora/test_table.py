@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vinedresser.config import TableCorpus, Task, Tokenizer
+from vinedresser.config import Task, Tokenizer
 from vinedresser.data.corpora import row as row_module
 from vinedresser.data.corpora.corpus import read
+from vinedresser.data.corpora.kinds.table import TableCorpus
 from vinedresser.data.corpora.row import RowCounts
 from vinedresser.data.shards import prepare, tokenizers
 from vinedresser.errors import DataError

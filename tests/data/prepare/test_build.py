@@ -10,7 +10,8 @@ import pytest
 
 from vinedresser.config import Task, Tokenizer
 from vinedresser.data import shards as shards_module
-from vinedresser.data.corpora import corpus, lexicon, row, speech, table
+from vinedresser.data.corpora import row
+from vinedresser.data.corpora.kinds import digits, lexicon, speech, table, text
 from vinedresser.data.prepare import clean as clean_module
 from vinedresser.data.shards import open_shards, prepare
 from vinedresser.errors import DamagedError, DataError
@@ -33,9 +34,9 @@ def rows(monkeypatch):
         counts.update(("cleaned", split, line) for line in pairs.lines.tolist())
         return clean(pairs, split, *rest)
 
-    for kind in (row.Block, corpus.TextBlock):
+    for kind in (row.Block, text.TextBlock):
         monkeypatch.setattr(kind, "load", counting(kind.load))
-    for kind in (table.TableBlock, lexicon.LexiconBlock, speech.UtteranceBlock, speech.DigitsBlock):
+    for kind in (table.TableBlock, lexicon.LexiconBlock, speech.UtteranceBlock, digits.DigitsBlock):
         assert kind.load is row.Block.load
     monkeypatch.setattr(clean_module, "clean", counted_clean)
     return counts

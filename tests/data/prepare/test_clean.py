@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vinedresser.config import Cleaning, Pair, Task, TextCorpus, Tokenizer
+from vinedresser.config import Cleaning, Task, Tokenizer
 from vinedresser.data.batching.reader import load_split
+from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.corpora.row import Pairs, RowCounts
 from vinedresser.data.prepare.clean import clean, fold_all, folded
 from vinedresser.data.prepare.hashing import count_repeats, find_repeats, hash_pairs, save_hashes

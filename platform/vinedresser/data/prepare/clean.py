@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vinedresser.config.speech import Frames
-from vinedresser.config.task import Task
+from vinedresser.config.task import Frames, Task
 from vinedresser.data.corpora.corpus import without_empty
 from vinedresser.data.corpora.row import FIRST_LINES, Block, Pairs, RowCounts
 from vinedresser.data.prepare.hashing import hash_pairs, load_lines, save_hashes

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vinedresser.config.speech import Frames
+from vinedresser.config.task import Frames
 from vinedresser.data.tokenizers.flat import Flat
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.workspace.commit import canonical_json

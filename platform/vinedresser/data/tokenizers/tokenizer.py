@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from vinedresser.config.speech import Frames
-from vinedresser.config.task import Tokenizer
+from vinedresser.config.task import Frames, Tokenizer
 from vinedresser.data.tokenizers.flat import BOS, EOS, PAD, UNK, Flat, flattened, real_ids
 from vinedresser.data.tokenizers.frames import Filterbank, load_filterbank
 from vinedresser.data.tokenizers.pieces import SentencePiece, train_pieces

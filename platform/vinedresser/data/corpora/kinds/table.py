@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from vinedresser.config.corpus import TableCorpus, names_of
+from pydantic import Field
+
+from vinedresser.config.corpus import CorpusConfig, Files, names_of
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import parquet
 from vinedresser.data.corpora.corpus import Places, together
@@ -24,6 +26,30 @@ from vinedresser.data.corpora.textfile import (
     unpacked,
 )
 from vinedresser.errors import DataError
+
+# A column's name, or its number from 1 as in `cut -f`.
+Column = Annotated[int, Field(ge=1)] | Annotated[str, Field(min_length=1)]
+
+
+class TableCorpus(CorpusConfig):
+    """Both sides in one file, a row a pair: TSV, JSON lines or Parquet.
+
+    A TSV whose columns are named has a header line; one whose columns are numbered has none.
+    """
+
+    kind: Literal["table"]
+    train: Files
+    dev: Files
+    test: Files | None = None
+    source: Column
+    target: Column
+    # `auto`: Parquet by its first bytes, JSON lines by .jsonl, .ndjson or .json; else TSV.
+    format: Literal["auto", "tsv", "jsonl", "parquet"] = "auto"
+
+    def open(self, task: Task) -> "Table":
+        """See `CorpusConfig.open`."""
+        return Table(self, task)
+
 
 _JSON_NAMES = (".jsonl", ".ndjson", ".json")
 _PACKED_NAMES = (".gz", ".gzip", ".zst", ".zstd")
@@ -108,9 +134,8 @@ class Table:
 
     is_parallel = True
 
-    def __init__(self, task: Task) -> None:
-        corpus = task.corpus
-        assert isinstance(corpus, TableCorpus)
+    def __init__(self, corpus: TableCorpus, task: Task) -> None:
+        del task
         self._corpus = corpus
         named = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
         self._files = {
