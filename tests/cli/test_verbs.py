@@ -332,14 +332,17 @@ def test_a_workspace_of_somebody_else(cli: Cli, tiny_study: dict[str, Any]) -> N
 
 
 @pytest.fixture(scope="module")
-def bundle(reversal: ShardSet, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+def bundle(
+    reversal: ShardSet, tmp_path_factory: pytest.TempPathFactory, one_thread: None,
+    with_database: Any,
+) -> Path:  # fmt: skip
     """A model of the tiny task."""
     from trainables.transformer import TransformerConfig
     from vinedresser.config import Experiment, Optim
     from vinedresser.distributed import Site, train
     from vinedresser.tracking import store_for
 
-    folder = tmp_path_factory.mktemp("bundle")
+    folder = with_database(tmp_path_factory.mktemp("bundle"))
     experiment = Experiment(
         task=reversal.task,
         model=TransformerConfig(d_model=32, d_ff=64, encoder_layers=1, decoder_layers=1, dropout=0),
@@ -529,8 +532,9 @@ def test_train_tells_how_far_it_is_and_keeps_stdout_for_the_result(
 
 @pytest.mark.slow
 def test_train_on_a_terminal_has_a_bar_and_gives_the_cursor_back(
-    files: Any, environment: Mapping[str, str], tmp_path: Path
+    files: Any, environment: Mapping[str, str], tmp_path: Path, with_database: Any
 ) -> None:
+    with_database(tmp_path / "space")
     main, side = pty.openpty()
     words = [*MAIN, "train", str(files("experiment.json"))]
     process = subprocess.Popen(
@@ -562,10 +566,11 @@ def test_train_on_a_terminal_has_a_bar_and_gives_the_cursor_back(
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stopped_training_goes_on_with_the_same_command(
-    cli: Cli, files: Any, environment: Mapping[str, str], tmp_path: Path,
-    tiny_study: dict[str, Any], number: signal.Signals, code: int,
+    in_process: Any, files: Any, environment: Mapping[str, str], tmp_path: Path,
+    tiny_study: dict[str, Any], with_database: Any, number: signal.Signals, code: int,
 ) -> None:  # fmt: skip
-    slow = {"steps": 1200, "checkpoint_every": 100, "evaluation": {"times": 2}}
+    with_database(tmp_path / "space")
+    slow = {"steps": 500, "checkpoint_every": 20, "evaluation": {"times": 1}}
     words = ("train", files("experiment.json", {**tiny_study["base"], **slow}))
     process = subprocess.Popen(
         [*MAIN, *map(str, words)], env=environment, cwd=tmp_path, text=True,
@@ -587,9 +592,8 @@ def test_a_stopped_training_goes_on_with_the_same_command(
     if number == signal.SIGINT:
         return  # going on is the same after both
 
-    done = cli(*words, "--json")
-    assert done.returncode == 0, done.stderr
-    assert "resumed" in done.stderr
-    result = json.loads(done.stdout)
-    assert Path(result["bundle"]).is_dir()
+    done, out, err = in_process(*words, "--json")
+    assert done == 0, err
+    assert "resumed" in err
+    assert Path(json.loads(out)["bundle"]).is_dir()
     assert [run.state for run in tracking.leaderboard(store)] == ["FINISHED"]

@@ -45,10 +45,10 @@ def _leaves_no_database_where_it_runs(tmp_path, monkeypatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(tmp_path_factory: pytest.TempPathFactory, with_database: Any) -> Store:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        return tracking.store_for(tmp_path_factory.mktemp("with space"), "export")
+        return tracking.store_for(with_database(tmp_path_factory.mktemp("with space")), "export")
 
 
 @pytest.fixture

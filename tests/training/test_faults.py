@@ -327,13 +327,14 @@ COMMAND = "import sys; from vinedresser.cli import main; sys.exit(main())"
 
 @pytest.mark.fault("T09")
 @pytest.mark.slow
-def test_t09_the_command_exits_with_75(reversal, tmp_path):
+def test_t09_the_command_exits_with_75(reversal, tmp_path, with_database):
     """`vinedresser train` gets SIGTERM, and is run again."""
     config = experiment(reversal, steps=3000, checkpoint_every=2000)
     (tmp_path / "experiment.json").write_text(json.dumps(config.to_json()))
     words = [sys.executable, "-c", COMMAND, "train", "experiment.json", "--workspace", "w"]
     unwanted = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VINEDRESSER_WORKSPACE")
     environment = {key: value for key, value in os.environ.items() if key not in unwanted}
+    with_database(tmp_path / "w")
     log = (tmp_path / "log").open("w")
     told = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
@@ -356,6 +357,8 @@ def test_t09_the_command_exits_with_75(reversal, tmp_path):
 # Two ranks of gloo, or one, train until they have made an update and die, or until rank 0 evaluates
 # and they are told to stop. Next attempt.
 RANKS = """
+# Here and not in each rank, for 2 s: whatever else a run imports.
+import jiwer, pandas, torch._dynamo
 import torch.distributed as dist
 from vinedresser.workspace.lease import ask
 from vinedresser.errors import InterruptedRunError
