@@ -106,11 +106,6 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "pyramid_concat": {**_DEEP, "subsampling.kind": "concat", "cell": "gru"},
 }
 
-# Sources that a form learns to reverse have at most so many tokens, because ...
-CANNOT_REVERSE: Mapping[str, tuple[int, str]] = {
-    "pyramid_pool": (2, "the mean of up to nine states is all that is left of a short source")
-}
-
 # The sizes that performance.md compares; and Listen, Attend and Spell (Chan et al. 2016): a
 # layer, three more each after a reduction by 2 (concatenation), so 8 frames a state. Its
 # speller is half as wide, scores additively and attends with the previous state.

@@ -82,11 +82,6 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "subsampled_concat": {**_SMALL, "subsampling": {"kind": "concat"}},
 }
 
-# Sources that a form learns to reverse have at most so many tokens, because ...
-CANNOT_REVERSE: Mapping[str, tuple[int, str]] = {
-    "subsampled_pool": (1, "the maximum over a window of embeddings forgets the order inside it")
-}
-
 
 def _gated_convolution(config: ConvConfig) -> WeightNorm:
     """(..., K * D) -> (..., 2 * D), which a GLU halves.

@@ -68,11 +68,6 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "layer_norm": {**_SMALL, "encoder_layers": 2, "layer_norm": True},
 }
 
-# Sources that a form learns to reverse have at most so many tokens, because ...
-CANNOT_REVERSE: Mapping[str, tuple[int, str]] = {
-    "*": (4, "one state of fixed size holds the whole source, and long ones do not fit into it")
-}
-
 
 @dataclass(frozen=True)
 class RnnState:

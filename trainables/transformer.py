@@ -189,12 +189,6 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     },
 }  # fmt: skip
 
-# Sources that a form learns to reverse have at most so many tokens, because ...
-CANNOT_REVERSE: Mapping[str, tuple[int, str]] = {
-    "no_positions": (1, "without positions the encoder sees a bag of tokens"),
-    "subsampled_pool": (1, "the mean over a window of embeddings forgets the order inside it"),
-}
-
 
 class Residual(nn.Module):
     """x + dropout(f(norm(x))), or norm(x + dropout(f(x))) for post-norm."""

@@ -1,7 +1,7 @@
 """What every trainable keeps. A file in `trainables/` is found and tried with no other edit.
 
-A module may list forms of its model in `VARIANTS`, name -> overrides of its configuration; and in
-`CANNOT_REVERSE`, form ("*" is all) -> (longest source that it learns to reverse, and why).
+A module may list forms of its model in `VARIANTS`, name -> overrides of its configuration. Forms
+that learn to reverse are here, as few as cover every mechanism: see REVERSALS.
 """
 
 import importlib
@@ -528,33 +528,130 @@ def learn_to_reverse(config: ModelConfig, longest: int, *, steps: int) -> int:
     return errors
 
 
-def limit_of(module: str, form: str) -> tuple[int, str]:
-    """The longest source that a form says it learns to reverse, and why no longer ones."""
-    declared = getattr(importlib.import_module(f"trainables.{module}"), "CANNOT_REVERSE", {})
-    longest, reason = declared.get(form, declared.get("*", (3, "")))
-    return longest, reason
+_TRANSFORMER = {"d_model": 32, "d_ff": 64, "encoder_layers": 2, "decoder_layers": 2}
+_ATTENTION_RNN = {"width": 32, "encoder_units": 16}
+_PYRAMID = {**_ATTENTION_RNN, "encoder_layers": 3, "decoder_layers": 2}
+_CONV = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+_RNN = {"width": 32, "encoder_units": 32}
+_HEADS = {
+    "enc_self": [[0, 0, 0, 0], [1, 0, 1, 1]],
+    "dec_self": [[0, 1, 0, 0], [0, 0, 0, 0]],
+    "dec_enc": [[1, 1, 1, 1], [0, 0, 0, 1]],
+}
+_CHARACTERS = {"kind": "characters", "character_features": 16, "filters": 16}
+
+# (Module, longest source, overrides). Each form joins mechanisms that do not exclude each other, so
+# that few runs train all of them; a new mechanism goes into one of these or gets a run of its own.
+REVERSALS: list[tuple[str, int, dict[str, object]]] = [
+    ("transformer", 3, {
+        **_TRANSFORMER, "norm": "post", "activation": "geglu", "positions": "learned",
+        "max_positions": 64, "inp_emb_bias": True, "tie": "all",
+    }),
+    # At value_rank 4 of 8, three seeds left 1, 2 and 0 of 60 reversals wrong; at 6 none.
+    ("transformer", 3, {
+        **_TRANSFORMER, "activation": "swiglu", "positions": "one_hot", "rescale_emb": False,
+        "values": "low_rank", "value_rank": 6, "tie": "none",
+    }),
+    ("transformer", 3, {
+        **_TRANSFORMER, "activation": "gelu", "values": "none", "head_dim": 6, "norm_kind": "batch",
+    }),
+    ("transformer", 3, {
+        **_TRANSFORMER, "norm_kind": "power", "embedding": _CHARACTERS,
+        "concrete_heads": ["enc_self", "dec_self", "dec_enc"],
+    }),
+    ("transformer", 3, {
+        **_TRANSFORMER, "norm": "post", "alive_heads": _HEADS,
+        "subsampling": {"kind": "conv", "layers": 1},
+    }),
+    ("transformer", 3, {
+        **_TRANSFORMER, "subsampling": {"kind": "concat", "factor": 3, "layers": 1},
+    }),
+    # Without positions the encoder sees a bag of tokens; a mean of embeddings forgets their order.
+    ("transformer", 1, {
+        **_TRANSFORMER, "subsampling": {"kind": "pool"}, "positions": "none",
+    }),
+    ("attention_rnn", 3, {
+        **_ATTENTION_RNN, "cell": "gru", "tie": "none", "score": "additive", "order": "bahdanau",
+        "layer_norm": True,
+    }),
+    ("attention_rnn", 3, {
+        **_ATTENTION_RNN, "encoder_units": 32, "bidirectional": False, "decoder_layers": 2,
+        "score": "cosine", "input_feeding": True,
+    }),
+    ("attention_rnn", 3, {**_PYRAMID, "subsampling.kind": "conv", "score": "dot"}),
+    ("attention_rnn", 3, {
+        **_PYRAMID, "subsampling.kind": "concat", "cell": "gru", "score": "scaled_dot",
+    }),
+    # The mean of up to nine states is all that is left of a short source.
+    ("attention_rnn", 2, {**_PYRAMID, "subsampling.kind": "pool", "subsampling.factor": 3}),
+    ("conv", 3, {
+        **_CONV, "kernel": 5, "weight_norm": False, "positions": "none", "tie": "none",
+    }),
+    ("conv", 3, {
+        **_CONV, "kernel": 4, "decoder_layers": 3, "max_positions": 256, "embedding": _CHARACTERS,
+    }),
+    ("conv", 3, {**_CONV, "kernel": 1, "encoder_layers": 1}),
+    ("conv", 3, {**_CONV, "subsampling": {"kind": "conv"}}),
+    ("conv", 3, {**_CONV, "subsampling": {"kind": "concat"}}),
+    # The maximum over a window of embeddings forgets the order inside it.
+    ("conv", 1, {**_CONV, "subsampling": {"kind": "pool", "pool": "max", "layers": 1}}),
+    # One state of fixed size holds the whole source, and long ones do not fit into it.
+    ("rnn", 4, {**_RNN, "cell": "gru", "tie": "none", "encoder_units": 16, "bidirectional": True}),
+    ("rnn", 4, {
+        **_RNN, "encoder_layers": 2, "decoder_layers": 2, "reverse_source": True,
+        "layer_norm": True,
+    }),
+]  # fmt: skip
+
+# Keys whose values are amounts and no mechanisms.
+AMOUNTS = {
+    "character_features", "d_ff", "d_model", "dropout", "encoder_units", "filters", "head_dim",
+    "max_positions", "num_heads", "value_rank", "width", "widths",
+}  # fmt: skip
+
+
+def form_of(module: str, changes: Mapping[str, object]) -> ModelConfig:
+    return kind_class(ZOO, module, ModelConfig)().override(changes)
+
+
+def mechanisms(config: ModelConfig) -> set[tuple[str, object]]:
+    """Options of a form, (key, value): of depth one or more layers, of heads some or all."""
+
+    def options(prefix: str, value: object) -> Iterator[tuple[str, object]]:
+        name = prefix.rpartition(".")[2]
+        if name in AMOUNTS or name.endswith("dropout"):
+            return
+        if isinstance(value, dict) and "kind" in value:
+            for key, child in value.items():
+                yield from options(f"{prefix}.{key}", child)
+        elif isinstance(value, dict | list):
+            yield prefix, bool(value)
+        else:
+            yield prefix, min(value, 2) if name.endswith("layers") else value
+
+    return {found for key, child in config.to_json().items() for found in options(key, child)}
+
+
+def test_the_reversals_cover_every_mechanism():
+    trained = {module: set() for module, _, _ in REVERSALS}
+    for module, _, changes in REVERSALS:
+        trained[module] |= mechanisms(form_of(module, changes))
+    for module, form, config in all_forms():
+        assert mechanisms(config) <= trained[module], id_of(module, form)
+
+
+@pytest.mark.parametrize(("module", "longest", "changes"), REVERSALS)
+def test_learns_to_reverse(module, longest, changes):
+    assert learn_to_reverse(form_of(module, changes), longest, steps=1000) == 0
 
 
 @pytest.mark.parametrize(
-    ("config", "limit"),
-    [pytest.param(c, limit_of(m, f), id=id_of(m, f)) for m, f, c in all_forms() if f],
+    ("module", "small"),
+    [("attention_rnn", _ATTENTION_RNN), ("conv", _CONV), ("transformer", _TRANSFORMER)],
 )
-def test_learns_to_reverse(config, limit):
-    longest, reason = limit
-    assert longest == 3 or len(reason) > 20
-    assert learn_to_reverse(config, longest, steps=1000) == 0
-
-
-@pytest.mark.parametrize(
-    ("module", "config"),
-    [
-        pytest.param(name, next(c for m, f, c in all_forms() if m == name and f), id=name)
-        for name in sorted({module for module, _, _ in all_forms()})
-        if not limit_of(name, "*")[1]
-    ],
-)
-def test_learns_to_reverse_longer_sources(module, config):
-    assert learn_to_reverse(config, 5, steps=1200) == 0
+def test_learns_to_reverse_longer_sources(module, small):
+    """All but `rnn`, whose one state they do not fit into."""
+    assert learn_to_reverse(form_of(module, small), 5, steps=1200) == 0
 
 
 # Two workers.
