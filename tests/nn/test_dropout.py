@@ -75,5 +75,5 @@ def test_a_rate_that_rounds_to_one_still_keeps_some():
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5])
 def test_what_is_no_rate_is_refused(p):
-    with pytest.raises(ValueError, match="wanted 0 <= p < 1"):
+    with pytest.raises(ValueError, match="expected 0 <= p < 1"):
         Dropout(p)

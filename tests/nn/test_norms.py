@@ -93,7 +93,9 @@ class TestBatchNorm:
 
     def test_one_sentence_is_refused_in_training(self, x_BTD):
         norm = BatchNorm(D)
-        with pytest.raises(TrainingError, match=r"one sentence.*Fix: raise batch\.tokens"):
+        with pytest.raises(
+            TrainingError, match=r"one sentence.*Fix: raise batch\.max_padded_tokens"
+        ):
             norm(x_BTD[:1])
         assert norm.eval()(x_BTD[:1]).isfinite().all()
 

@@ -1,1 +1,1 @@
-"""Figures: pictures of runs, corpora and attention, apart from judgement."""
+"""Figures of runs, corpora and attention; judgement is in health."""

@@ -1,4 +1,4 @@
-"""Pictures of attention maps: a figure a module, a panel a head, tokens or seconds on the axes."""
+"""Figures of attention maps: a figure per module, a panel per head, tokens or seconds on axes."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vinedresser.figures.attention_maps import AttentionMap, Axis
 
 # Inches: a cell of the map, the longest side of a panel, a panel along time, a letter of a label
-# and one of the title; between panels, over and beside them.
+# and one of the title; between panels, above and next to them.
 _CELL, _LONGEST, _TIME, _LETTER, _BOLD = 0.17, 7.5, 4.0, 0.068, 0.085
 _GAP, _TITLE, _NAME, _BAR, _TOP = 0.25, 0.26, 0.2, 0.75, 0.28
 _PANELS = 4  # in a row, at most
@@ -26,14 +26,14 @@ _UPRIGHT = 2  # letters that fit over a cell without being turned
 
 @dataclass(frozen=True)
 class _Side:
-    """An axis as it can be drawn here.
+    """Measures and labels of an axis.
 
     Attributes:
         name: with its unit.
-        labels: none for a side that is time.
+        labels: empty for a side that is time.
         families: fonts of the labels.
         length: positions, or seconds.
-        inches: what a panel takes along it.
+        inches: size of a panel along it.
     """
 
     name: str
@@ -44,38 +44,38 @@ class _Side:
 
     @property
     def room(self) -> float:
-        """Inches of labels that lie along the panel's normal."""
+        """Return the inches of labels perpendicular to the axis."""
         return 0.15 + _LETTER * max(map(_width, self.labels), default=4)
 
     def is_upright(self, label: str) -> bool:
-        """Whether a label below a panel has room without being turned."""
+        """Return true if a label below a panel fits without rotation."""
         return _width(label) <= _UPRIGHT and self.inches >= 0.9 * _CELL * self.length
 
     @property
     def foot(self) -> float:
-        """Inches of labels below a panel."""
+        """Return the inches of labels below a panel."""
         return 0.25 if all(map(self.is_upright, self.labels)) else self.room
 
 
 def figure(found: "AttentionMap", *, note: str = "") -> "Figure":
-    """Rows look at columns, darker is more; the shade grows with the square root of the weight.
+    """Draw a map: rows attend to columns; the shade grows with the square root of the weight.
 
     Args:
         found: a map with at least one head.
-        note: what is added to the title.
+        note: appended to the title.
     """
     from matplotlib.figure import Figure
 
     x, y = _sides(found)
     H = len(found.weights)
     columns = _columns(H)
-    title = f"{found.name}: {found.rows.name} looks at {found.columns.name}"
+    title = f"{found.name}: {found.rows.name} attends to {found.columns.name}"
     title += f", {note}" if note else ""
     left, foot = _NAME + y.room, _NAME + x.foot
     width = max(left + columns * (x.inches + _GAP) + _BAR, 0.2 + _BOLD * len(title))
     height = _TOP + -(-H // columns) * (y.inches + _TITLE) + foot
     picture = Figure(figsize=(width, height))
-    told = ["" if math.isnan(v) else f"   diagonality {v:.2f}" for v in found.diagonality]
+    titles = ["" if math.isnan(v) else f"   diagonality {v:.2f}" for v in found.diagonality]
     for head in range(H):
         line, column = divmod(head, columns)
         right, up = left + column * (x.inches + _GAP), _TOP + (line + 1) * (y.inches + _TITLE)
@@ -83,7 +83,7 @@ def figure(found: "AttentionMap", *, note: str = "") -> "Figure":
             (right / width, 1 - up / height, x.inches / width, y.inches / height)
         )
         _draw(axes, found.weights[head], x, y)
-        axes.set_title(f"head {head}{told[head]}", fontsize=8, pad=3)
+        axes.set_title(f"head {head}{titles[head]}", fontsize=8, pad=3)
         _label(axes, "x", x, is_shown=head + columns >= H)
         _label(axes, "y", y, is_shown=column == 0)
     at = left + columns * (x.inches + _GAP) - 0.05
@@ -93,10 +93,10 @@ def figure(found: "AttentionMap", *, note: str = "") -> "Figure":
 
 
 def _sides(found: "AttentionMap") -> tuple[_Side, _Side]:
-    """Both sides of a panel; cells are squares unless a side is time."""
+    """Return both sides of a panel; cells are squares unless a side is time."""
     _, T, S = found.weights.shape
     cell = min(_CELL, _LONGEST / max(T, S))
-    # A head's title must find room over a short sentence.
+    # Room for a head's title above a short sentence.
     width, height = max(1.6, cell * S), max(0.5, cell * T)
     if found.rows.seconds:
         width = height = _TIME
@@ -113,14 +113,14 @@ def _side(axis: "Axis", inches: float) -> _Side:
 
 
 def _columns(heads: int) -> int:
-    """Panels in a row: at most four, and no gap in the last row where that can be had."""
+    """Return the panels per row: at most four, and a full last row if possible."""
     if heads <= _PANELS:
         return heads
     return next((n for n in range(_PANELS, 2, -1) if heads % n == 0), _PANELS)
 
 
 def _width(label: str) -> int:
-    """Letters of a label; those of scripts without spaces are twice as wide."""
+    """Return the letters of a label; those of scripts without spaces are twice as wide."""
     return sum(2 if ord(letter) > 0x2E80 else 1 for letter in label)
 
 
@@ -136,7 +136,7 @@ def _draw(axes: "Axes", weights_TS: NDArray[np.float32], x: _Side, y: _Side) -> 
 
 
 def _label(axes: "Axes", which: str, side: _Side, *, is_shown: bool) -> None:
-    """Tokens in the middle of their cells, as many as can be read; or seconds."""
+    """Label an axis: tokens in the middle of their cells, as many as are legible; or seconds."""
     own = axes.xaxis if which == "x" else axes.yaxis
     own.set_tick_params(labelsize=_POINTS, length=2, color="0.7", pad=2)
     if not is_shown:
@@ -156,7 +156,7 @@ def _label(axes: "Axes", which: str, side: _Side, *, is_shown: bool) -> None:
 
 
 def _legend(picture: "Figure", axes: "Axes", box: tuple[float, float, float, float]) -> None:
-    """The scale of the shades beside the last panel."""
+    """Draw the scale of the shades next to the last panel."""
     bar = picture.add_axes(box)
     is_tall = box[3] * picture.get_figheight() > 1
     ticks = [0, 0.01, 0.1, 0.25, 0.5, 1] if is_tall else [0, 0.1, 0.5, 1]
@@ -165,7 +165,7 @@ def _legend(picture: "Figure", axes: "Axes", box: tuple[float, float, float, flo
 
 
 def legible(labels: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Labels that can be drawn here, and the fonts for it, Matplotlib's own first.
+    """Return labels that can be drawn here, and their fonts, Matplotlib's own first.
 
     A letter that no installed font has, or that is none, is written as its code point.
     """
@@ -195,7 +195,7 @@ def _families() -> tuple[str, ...]:
 
 @functools.cache
 def _letters(family: str) -> frozenset[str]:
-    """The letters of a font's regular face."""
+    """Return the letters of a font's regular face."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     try:

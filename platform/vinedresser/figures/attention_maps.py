@@ -1,6 +1,6 @@
-"""Attention maps: who looks where, with the tokens on the axes; and how diagonal that is.
+"""Attention maps with their tokens, diagonality and entropy.
 
-B sentences, H heads, T positions that look (queries), S positions that are looked at (keys).
+B sentences, H heads, T queries, S keys.
 methods.md 98.
 """
 
@@ -28,25 +28,25 @@ from vinedresser.nn.subsampling import SubsamplingConfig
 from vinedresser.tracking import Tracker
 
 Floats = NDArray[np.floating[Any]]
-# source: the source looks at itself; cross: the output at the source; output: at itself.
+# source: the source attends to itself; cross: the output to the source; output: to itself.
 Kind = Literal["source", "cross", "output"]
 Tokenizers = tuple[SourceEncoder, TextTokenizer]
 
-# Characters of a label that are shown.
+# Characters of a label, at most.
 _LABEL = 14
 # Softmax in bf16 rounds each weight by up to 2^-9 of itself.
 _ROUNDING = 2**-8
 
 
 def diagonality(weights: Floats) -> Floats:
-    """How far attention runs along the diagonal: (..., T, S) weights -> (...), in [-1, 1].
+    """Return the diagonality of weights (..., T, S), (...), in [-1, 1].
 
     The Pearson correlation of query position t and key position s when one of the T queries is
     drawn at random and s by its weights: p(t, s) = a_ts / T (derived here; methods.md 98). 1 is
     the diagonal, also of a rectangle, -1 the anti-diagonal. It is 0 where s does not depend on t:
     uniform weights, or all on one key. Weights that are the diagonal's with a share l and uniform
-    with 1 - l give l: that a head is blurred counts against it, other than in the correlation of
-    t with the expected position. Shifting the diagonal does not change it, so a head that looks
+    with 1 - l give l: blurred heads score less, unlike in the correlation of t with the
+    expected position. Shifting the diagonal does not change it, so a head that looks
     one ahead is as diagonal; a causal head is by its shape: uniform over 0..t is sqrt(3/7) = 0.65.
 
     Args:
@@ -73,9 +73,9 @@ def diagonality(weights: Floats) -> Floats:
 
 
 def entropy(weights: Floats) -> Floats:
-    """Mean over queries of -sum_s a log a, in nats: (..., T, S) -> (...), in [0, ln S].
+    """Return the mean over queries of -sum_s a log a, in nats: (..., T, S) -> (...), in [0, ln S].
 
-    0 where each query looks at one key, ln S where it looks at all alike.
+    0 where each query attends to one key, ln S where it attends to all equally.
     """
     wide = weights.astype(np.float64)
     logs = np.log(np.where(wide > 0, wide, 1.0))
@@ -84,12 +84,12 @@ def entropy(weights: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Axis:
-    """What stands along one side of a map.
+    """One side of a map.
 
     Attributes:
         name: of the side.
-        labels: one a position; pieces of subsampled positions side by side.
-        seconds: how far positions of a recording lie apart; 0 for tokens.
+        labels: one per position; pieces of subsampled positions together.
+        seconds: distance of the positions of a recording; 0 for tokens.
     """
 
     name: str
@@ -99,14 +99,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """The heads of one module for one sentence pair.
+    """Attention of the heads of one module for one sentence pair.
 
     Attributes:
         name: path of the module in the model.
-        kind: which side looks at which.
+        kind: sides of queries and keys.
         weights: (H, T, S) float32; rows sum to 1 but for rounding.
-        rows: what looks. A row of the output is the token that it makes, `</s>` the last.
-        columns: what is looked at. Of the output these are the tokens that were fed, `<s>` first.
+        rows: queries. A row of the output is the token that it predicts, `</s>` the last.
+        columns: keys. Of the output these are the tokens that were fed, `<s>` first.
     """
 
     name: str
@@ -117,24 +117,24 @@ class AttentionMap:
 
     @property
     def diagonality(self) -> list[float]:
-        """Of each head, see `diagonality`."""
+        """Return the diagonality of each head."""
         return [float(value) for value in diagonality(self.weights)]
 
     @property
     def entropy(self) -> list[float]:
-        """Of each head in nats, see `entropy`."""
+        """Return the entropy of each head in nats."""
         return [float(value) for value in entropy(self.weights)]
 
 
 @dataclass(frozen=True)
 class Attended:
-    """Where a model looked while it made, or was made to say, an output.
+    """Attention of a model while it decoded, or was fed, an output.
 
     Attributes:
         source: text, or paths.
         target: text of the output side.
         is_forced: the target was given; else it is the model's own greedy output.
-        maps: one a module that attends, in the order of the pass.
+        maps: one per module that attends, in the order of the pass.
     """
 
     source: str
@@ -143,7 +143,7 @@ class Attended:
     maps: tuple[AttentionMap, ...]
 
     def best(self, kind: Kind = "cross") -> tuple[str, int, float] | None:
-        """(module, head, diagonality) of the most diagonal head of a kind, None without one."""
+        """Return (module, head, diagonality) of the most diagonal head of a kind; None without."""
         heads = [
             (found.name, head, value)
             for found in self.maps
@@ -155,12 +155,12 @@ class Attended:
 
 
 def attend(bundle: Bundle, source: str, target: str | None = None) -> Attended:
-    """Every attention weight of a finished model on one sentence pair.
+    """Return every attention weight of a finished model on one sentence pair.
 
     Args:
         bundle: the model.
         source: a sentence, or for a model of recordings paths as `Bundle.translate` takes them.
-        target: what the decoder is made to say; None takes its own greedy output.
+        target: fed to the decoder; None for its own greedy output.
 
     Raises:
         DataError: the source is refused by `Bundle.translate`, the target is too long, or the
@@ -173,7 +173,7 @@ def attend(bundle: Bundle, source: str, target: str | None = None) -> Attended:
     else:
         ids = tokenizer.encode(target)
         if len(ids) >= cap:
-            raise DataError(f"target: {len(ids)} tokens; wanted at most {cap - 1}")
+            raise DataError(f"target: {len(ids)} tokens; expected at most {cap - 1}")
     said = flattened([ids])
     output = Side(said.values, np.array([0, len(said.values)]))
     batch = batch_of(read, output, np.zeros(1, np.int64))
@@ -181,18 +181,18 @@ def attend(bundle: Bundle, source: str, target: str | None = None) -> Attended:
     if not maps:
         kind = type(bundle.experiment.model).__module__
         raise DataError(
-            f"{bundle.folder}: a model of {kind} has no attention to show; Fix: name a model that "
-            "attends, as transformer, attention_rnn or conv"
+            f"{bundle.folder}: a model of {kind} has no attention; Fix: name a model with "
+            "attention, as transformer, attention_rnn or conv"
         )
     text = tokenizer.decode(ids) if target is None else target
     return Attended(source, text, target is not None, tuple(maps))
 
 
 def attention_maps(model: Seq2Seq, batch: Batch, tokenizers: Tokenizers) -> list[AttentionMap]:
-    """The maps of a batch of one sentence pair, under teacher forcing and without dropout.
+    """Return the maps of a batch of one sentence pair, under teacher forcing without dropout.
 
-    Which side looks at which is told by a module's `is_cross` where it has one, else it is taken
-    for cross attention; what is inside the encoder, by its name (`is_of_encoder`), is `source`.
+    The kind follows from a module's `is_cross` where it has one, else it is `cross`; modules of
+    the encoder, by their name (`is_of_encoder`), are `source`.
 
     Raises:
         ValueError: more than one sentence, or rows of weights that do not sum to 1.
@@ -215,7 +215,7 @@ def attention_maps(model: Seq2Seq, batch: Batch, tokenizers: Tokenizers) -> list
 
 
 def kind_of(model: Seq2Seq, name: str) -> Kind:
-    """Which side looks at which in a module of a model, by its name."""
+    """Return the kind of attention of a module, by its name."""
     if is_of_encoder(name):
         return "source"
     module: nn.Module = model.get_submodule(name)
@@ -223,7 +223,7 @@ def kind_of(model: Seq2Seq, name: str) -> Kind:
 
 
 def _refuse_other_sums(name: str, weights: Floats) -> None:
-    """Weights of a model that has diverged are nan, which is told by its loss and not here."""
+    """Refuse weights that do not sum to 1; nan, of a model that has diverged, is accepted."""
     sums = weights.astype(np.float64).sum(-1)
     off = np.abs(sums[np.isfinite(sums)] - 1)
     if off.size and off.max() > _ROUNDING:
@@ -231,7 +231,7 @@ def _refuse_other_sums(name: str, weights: Floats) -> None:
 
 
 class _Sources:
-    """Axes of the source, also of one that the encoder has made shorter."""
+    """Axes of the source, also of one that the encoder has shortened."""
 
     def __init__(self, model: Seq2Seq, batch: Batch, encoder: SourceEncoder) -> None:
         self._length = int(batch.source_lengths_B[0])
@@ -247,10 +247,10 @@ class _Sources:
         self._glue = " " if getattr(encoder, "kind", "") == "symbols" else ""
 
     def __call__(self, positions: int) -> Axis:
-        """The axis of so many positions; more source tokens than that stand side by side.
+        """Return the axis of `positions`; several source tokens may share one.
 
-        A position stands for the `factor` tokens or frames at which the stride of its reductions
-        begins; a convolution has seen some on either side of them too.
+        A position covers the `factor` tokens or frames at which the stride of its reductions
+        begins; a convolution reads some on either side of them too.
         """
         factor = 1
         if positions != self._length:
@@ -263,7 +263,7 @@ class _Sources:
 
 
 def _names(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    # A space is a character like others, and would be a label that nobody sees.
+    # A space is a character like others, and would be an invisible label.
     return tuple(_short(piece.replace(" ", "\u2423")) for piece in tokenizer.pieces(ids))
 
 
@@ -272,7 +272,7 @@ def _short(label: str) -> str:
 
 
 class AttentionWatch:
-    """Looks at the same few dev sentences again and again while a model trains.
+    """Attention of a model in training on a few fixed dev sentences.
 
     Up to 32 of them give the diagonality, each under its gold target; one of median length, with
     at most 20 target tokens, is drawn.
@@ -284,14 +284,14 @@ class AttentionWatch:
         wanted = min(float(np.median(dev.target_lengths)), 20.0)
         drawn = int(np.abs(dev.target_lengths - wanted).argmin())
         spread = np.unique(np.linspace(0, len(dev) - 1, min(32, len(dev))).astype(np.int64))
-        # Maps have up to longest^2 weights a head: 65,536 are 32 sentences of 45 tokens, or one
+        # Maps have up to longest^2 weights per head: 65,536 are 32 sentences of 45 tokens, or one
         # recording of 2.6 s.
         fits = len(spread) * longest[spread].max() ** 2 <= 1 << 16
         self._drawn = dev.batch(np.array([drawn], np.int64))
         self._batch = dev.batch(spread) if fits else self._drawn
 
     def diagonality(self, model: Seq2Seq) -> dict[str, list[float]]:
-        """Module -> mean over the sentences of each head's diagonality; cross attention only.
+        """Return module -> mean diagonality of each head over the sentences; cross attention only.
 
         Sentences of one target token have none and do not count.
         """
@@ -308,7 +308,7 @@ class AttentionWatch:
         return found
 
     def look(self, model: Seq2Seq, tracker: Tracker, step: int) -> Mapping[str, float]:
-        """Leaves a picture of each module of cross attention with the run.
+        """Store a figure of each module of cross attention in the run.
 
         Returns:
             `dev/diagonality` of the most diagonal head; nothing for a model that does not attend.

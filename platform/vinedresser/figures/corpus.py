@@ -1,4 +1,4 @@
-"""What a shard set looks like: lengths, padding by bucket, what was dropped; tables and pictures.
+"""Figures and tables of a shard set: lengths, padding by bucket, dropped rows.
 
 Everything is read from the manifest and `lengths.parquet`; no row of text is.
 """
@@ -45,7 +45,7 @@ class Bucket:
 
 
 def histogram_of(shards: ShardSet, split: str) -> Histogram:
-    """The lengths of a split's kept rows."""
+    """Return the lengths of a split's kept rows."""
     table = pq.read_table(shards.folder / LENGTHS_FILE).to_pandas()
     cells = table[table["split"] == split].groupby(["source", "target"])["count"].sum()
     source, target = (
@@ -55,7 +55,7 @@ def histogram_of(shards: ShardSet, split: str) -> Histogram:
 
 
 def buckets(shards: ShardSet, *, tokens: int) -> list[Bucket]:
-    """Padding efficiency of each bucket of train at a budget of padded tokens."""
+    """Return the padding efficiency of each bucket of train at a budget of padded tokens."""
     cells, width = histogram_of(shards, "train"), shards.task.bucket_width
     number = (cells.longest - 1) // width
     found = []
@@ -68,7 +68,7 @@ def buckets(shards: ShardSet, *, tokens: int) -> list[Bucket]:
 
 
 def coverage(shards: ShardSet) -> dict[str, dict[str, float]]:
-    """Split -> side -> share of known tokens, in percent; ids only."""
+    """Return split -> side -> share of known tokens in percent; ids only."""
     sides = ("target",) if shards.features else ("source", "target")
     return {
         split: {
@@ -80,7 +80,7 @@ def coverage(shards: ShardSet) -> dict[str, dict[str, float]]:
 
 
 def figures(shards: ShardSet, *, tokens: int) -> dict[str, "Figure"]:
-    """File name -> picture: lengths, padding by bucket, rows kept and dropped."""
+    """Return file name -> figure: lengths, padding by bucket, rows kept and dropped."""
     return {
         "lengths.png": _lengths(shards),
         "padding.png": _padding(shards, tokens),
@@ -89,7 +89,7 @@ def figures(shards: ShardSet, *, tokens: int) -> dict[str, "Figure"]:
 
 
 def picture(tracker: Tracker, shards: ShardSet) -> None:
-    """Leaves the account of a run's data and its pictures with the run, as `data/...`."""
+    """Store the account of a run's data and its figures in the run, as `data/...`."""
     keys = ("account", "lengths", "overlap", "notes", "padding")
     account = {key: shards.meta[key] for key in keys}
     tracker.text(json.dumps(account, indent=1) + "\n", "data/account.json")
@@ -105,7 +105,7 @@ def _figure() -> tuple["Figure", "Axes"]:
 
 
 def _lengths(shards: ShardSet) -> "Figure":
-    """Source and target lengths of train; frames and tokens on axes of their own."""
+    """Draw source and target lengths of train; frames and tokens on separate axes."""
     from matplotlib.figure import Figure
 
     cells = histogram_of(shards, "train")
@@ -136,7 +136,7 @@ def _bars(
     axes: "Axes", lengths: NDArray[np.int64], counts: NDArray[np.int64], longest: int, *,
     label: str, color: str,
 ) -> None:  # fmt: skip
-    """A weighted histogram of whole numbers: as many lengths in each bar."""
+    """Draw a weighted histogram of whole numbers, with equally many lengths per bar."""
     width = max(1, -(-longest // _BARS))
     edges = np.arange(0, longest + width, width) + 0.5
     axes.hist(
@@ -147,7 +147,7 @@ def _bars(
 
 
 def _padding(shards: ShardSet, tokens: int) -> "Figure":
-    """Rows and padding efficiency by bucket."""
+    """Draw rows and padding efficiency by bucket."""
     found = buckets(shards, tokens=tokens)
     figure, axes = _figure()
     middles = [(bucket.first + bucket.last) / 2 for bucket in found]
@@ -167,7 +167,7 @@ def _padding(shards: ShardSet, tokens: int) -> "Figure":
 
 
 def _rows(account: Mapping[str, Any], name: str) -> "Figure":
-    """Rows in of each split: kept, and dropped by reason."""
+    """Draw the rows read of each split: kept, and dropped by reason."""
     figure, axes = _figure()
     splits = [split for split in ("train", "dev", "test") if split in account]
     reasons = sorted({reason for split in splits for reason in account[split]["dropped"]})

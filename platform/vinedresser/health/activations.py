@@ -1,8 +1,8 @@
 """Outputs of a model's activation functions in a forward pass: dead and saturated units.
 
-The observer works through global module hooks and a function mode, so that layers need not know
-of it. B sentences, T positions, F units, I input features, D units of a recurrent layer, G features
-of its gates: 4 D (LSTM) or 3 D (GRU).
+The observer works through global module hooks and a function mode, independent of the
+layers' code. B sentences, T positions, F units, I input features, D units of a recurrent layer, G
+features of its gates: 4 D (LSTM) or 3 D (GRU).
 """
 
 import math
@@ -100,7 +100,7 @@ def observed(model: nn.Module, layers: frozenset[str], found: Activations) -> It
 
     Args:
         model: its modules give the functions their names.
-        layers: names of modules whose outputs' extremes are wanted.
+        layers: names of modules whose outputs' extremes are counted.
         found: counts are added to it.
     """
     observer = _Observer({id(m): name for name, m in model.named_modules()}, layers, found)

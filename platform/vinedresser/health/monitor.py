@@ -1,6 +1,6 @@
 """Monitor of one run: readings of the model, health rules, findings in the log and tracking store.
 
-`RunMonitor` is the `Monitor` that a training loop takes. Whoever launches a run builds it.
+`RunMonitor` is the `Monitor` that a training loop takes. The launcher of a run builds it.
 """
 
 import logging
@@ -38,7 +38,7 @@ TAG, _DESCRIPTION = "vinedresser.health", "mlflow.note.content"
 
 
 class RunMonitor:
-    """Logs a run's metrics and reports what is wrong with it, each rule once per run.
+    """Log of metrics with health rules; each rule reports once per run.
 
     Attributes:
         readings: statistics of the model at every n-th step.

@@ -50,7 +50,7 @@ class _Due:
 
 
 class Readings:
-    """Reads a model at step 1 and at every `every`-th step; changes no number of it.
+    """Statistics of a model at step 1 and every `every`-th step; reading changes no number of it.
 
     At other steps each call is a comparison of integers; only `take` waits for the device. A layer
     is a numbered block (`encoder.0`), or a child of the model that has no blocks.
@@ -62,7 +62,7 @@ class Readings:
     """
 
     def __init__(self, model: Seq2Seq, *, every: int, is_fresh: bool = True) -> None:
-        """Args: the model, steps between readings, false for a warm start (no first loss)."""
+        """Take the model, steps between readings, false for a warm start (no first loss)."""
         if every < 1:
             raise ValueError(f"every is {every}; expected at least 1 step")
         self.every, self._model = every, model
@@ -108,7 +108,7 @@ class Readings:
     def watching(self, step: int, batch: Batch) -> AbstractContextManager[None]:
         """Observe the forward pass of a step over a batch while the block runs.
 
-        Before step 1 of a fresh model its first loss is measured in a pass of its own.
+        Before step 1 of a fresh model its first loss is measured in a separate pass.
         """
         if not self.is_due(step):
             return nullcontext()

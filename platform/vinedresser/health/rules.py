@@ -215,7 +215,7 @@ def exploding_gradients(log: Log) -> Finding | None:
 
 
 def vanishing_gradients(log: Log) -> Finding | None:
-    """Report gradients of the first block that are negligible beside those of the last."""
+    """Report gradients of the first block that are negligible against those of the last."""
     points = log.last("monitor/gradient_decay", 5)
     share = median(points)
     if not points or share > _VANISHED or source_share(log) < _NO_SOURCE:
@@ -383,7 +383,7 @@ def memory_growth(log: Log) -> Finding | None:
     (first, before), (last, now) = points[0], points[-1]
     rises = sorted(b - a for (_, a), (_, b) in itertools.pairwise(points))
     # The least rise of seven lines in eight: of a cache that fills, whose lines rose by 0 to 47 MB,
-    # at most 0.46 of the whole was seen, beside a leak of 0.5 MB per update 0.78.
+    # at most 0.46 of the whole was seen, with a leak of 0.5 MB per update 0.78.
     grown = rises[len(rises) // 8] * (len(points) - 1)
     per_step = grown / (last - first)
     if grown < max(_LEAK_MB, 0.02 * before, 0.6 * (now - before)) or per_step < MAX_LEAK / 2**20:

@@ -1,4 +1,4 @@
-"""Multi-head attention with head gates, whole or step by step, any number of heads a layer.
+"""Multi-head attention with head gates, whole or step by step, any number of heads per layer.
 
 B sentences, T query positions, S key positions, D features, H heads, K features a head.
 """
@@ -15,15 +15,15 @@ from vinedresser.nn.dropout import Dropout
 from vinedresser.nn.gates import HeadGates
 from vinedresser.nn.record import is_recording, record
 
-# Up to 128 x 128 scores a head, plain matmul and softmax beat the CPU's fused kernel: its
-# backward pass took 32% of a step at 15 tokens a sentence. Same numbers either way.
+# Up to 128 x 128 scores per head, plain matmul and softmax beat the CPU's fused kernel: its
+# backward pass took 32% of a step at 15 tokens per sentence. Same numbers either way.
 _PLAIN_SCORES = 128 * 128
 # Numbers in fp32 that the widest vector instructions take at once.
 _VECTOR = 16
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A Glorot-uniform linear layer with zero bias; either size may be 0 (all heads removed)."""
+    """Return a Glorot-uniform linear layer with zero bias; either size may be 0 (no heads)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
         # torch leaves skip_init untyped.
@@ -35,7 +35,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def _later(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S) bool: true on keys after the query."""
+    """Return a mask (T, S), true on keys after the query."""
     return torch.ones(T, S, dtype=torch.bool, device=device).triu(1)
 
 
@@ -79,7 +79,7 @@ class MultiHeadAttention(nn.Module):
         self.gates = HeadGates(num_heads) if has_gates else None
 
     def _build_projections(self, d_model: int) -> int:
-        """Makes the layers that queries, keys and values come from; returns `value_dim`."""
+        """Build the layers of queries, keys and values; return `value_dim`."""
         width = self.num_heads * self.head_dim
         if self.is_cross:
             self.query = linear(d_model, width)
@@ -90,18 +90,18 @@ class MultiHeadAttention(nn.Module):
         return self.head_dim
 
     def _split(self, x_BTW: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, T, parts * H * K) -> parts times (B, H, T, K)."""
+        """Map (B, T, parts * H * K) -> parts times (B, H, T, K)."""
         B, T = x_BTW.shape[:2]
         split = x_BTW.view(B, T, parts, self.num_heads, self.head_dim)
         return split.permute(2, 0, 3, 1, 4).unbind(0)
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, H, T, K) of self-attention."""
+        """Return queries, keys and values (B, H, T, K) of self-attention."""
         queries, keys, values = self._split(self.query_key_value(x_BTD), 3)
         return queries, keys, values
 
     def remember(self, memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, H, S, K) of a memory; computed once a source (methods.md 56)."""
+        """Return keys and values (B, H, S, K) of a memory, once per source (methods.md 56)."""
         keys, values = self._split(self.key_value(memory_BSD), 2)
         return keys, values
 
@@ -113,7 +113,7 @@ class MultiHeadAttention(nn.Module):
         hidden: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D) for whole sequences.
+        """Map (B, T, D) -> (B, T, D) for whole sequences.
 
         Args:
             x_BTD: queries, and keys and values unless there is a memory.
@@ -135,7 +135,7 @@ class MultiHeadAttention(nn.Module):
         memory: tuple[Tensor, Tensor] | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """One position: (B, 1, D) -> (B, 1, D). A cache is extended in place."""
+        """Map one position (B, 1, D) -> (B, 1, D). A cache is extended in place."""
         if memory is not None:
             (queries,), (keys, values) = self._split(self.query(x_B1D), 1), memory
         elif cache is not None:
@@ -150,7 +150,7 @@ class MultiHeadAttention(nn.Module):
         return self._merge(self._attend(queries, keys, values, hidden, is_causal=False))
 
     def new_cache(self, batch_size: int, max_length: int, like: Tensor) -> Cache:
-        """An empty cache for `max_length` positions."""
+        """Return an empty cache for `max_length` positions."""
         shape = (batch_size, self.num_heads, max_length)
         keys, values = (like.new_zeros((*shape, k)) for k in (self.head_dim, self.value_dim))
         return Cache(keys, values, 0)
@@ -205,13 +205,13 @@ class MultiHeadAttention(nn.Module):
         return merged
 
     def _head_layers(self) -> list[tuple[str, int, int]]:
-        """Projections whose rows belong to heads: name, parts, features of a head in a part."""
+        """Return the projections with rows per head: name, parts, features of a head in a part."""
         if self.is_cross:
             return [("query", 1, self.head_dim), ("key_value", 2, self.head_dim)]
         return [("query_key_value", 3, self.head_dim)]
 
     def kept(self, heads: list[int], scales: Tensor) -> dict[str, Tensor]:
-        """The weights of a smaller layer: only these heads, each scaled on its way out.
+        """Return the weights of a smaller layer: only these heads, each output scaled.
 
         Rows of the query, key and value projections of other heads are cut, columns of the
         output projection are multiplied by the head's gate: (g h) W = h (g W). What heads share

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class _Windows(torch.autograd.Function):
-    """`windows` without a padded copy; slices' own gradients fill and add whole tensors each."""
+    """`windows` without a padded copy; gradients of slices would each fill a whole tensor."""
 
     @staticmethod
     def forward(ctx, x_BTD: Tensor, kernel: int, left: int, right: int, stride: int) -> Tensor:  # type: ignore[no-untyped-def]
@@ -38,7 +38,7 @@ class _Windows(torch.autograd.Function):
 
 
 def _inside(T: int, U: int, offset: int, stride: int) -> tuple[int, int, int]:
-    """Outputs begin..end - 1 of U read x[u * stride + offset] inside of 0..T - 1; the first one."""
+    """Return begin and end of outputs u with 0 <= u * stride + offset < T; their first input."""
     begin = min(U, max(0, -(offset // stride)))
     end = max(begin, min(U, (T - 1 - offset) // stride + 1))
     return begin, end, begin * stride + offset if end > begin else 0
@@ -77,14 +77,14 @@ class WeightNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def weight(self) -> Tensor:
-        """w, (outputs, inputs)."""
+        """Return w, (outputs, inputs)."""
         if self.gain is None:
             return self.direction
         scale: Tensor = self.gain / self.direction.norm(dim=1)
         return self.direction * scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)."""
+        """Map (..., inputs) -> (..., outputs)."""
         return F.linear(x, self.weight(), self.bias)
 
 
@@ -100,7 +100,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """The same values; a gradient that comes back is multiplied by `factor`."""
+    """Return the same values; their gradient is multiplied by `factor`."""
     # torch gives `apply` no type.
     scaled: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
     return scaled

@@ -1,4 +1,4 @@
-"""Dropout whose masks are cheap on a CPU."""
+"""Dropout with cheap masks on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def _drawn(x: Tensor, drop_256: int) -> Tensor:
-    """1 where x is kept, 0 where it is dropped; integers of one byte, or of two if x has two."""
+    """Draw a mask: 1 where x is kept, else 0; integers of one byte, or two if x has two."""
     count = x.numel()
     words = torch.empty((count + 7) // 8, dtype=torch.int64, device=x.device)
     # One 64-bit draw gives eight masks: bernoulli_ was 13% of a training step.
@@ -17,7 +17,7 @@ def _drawn(x: Tensor, drop_256: int) -> Tensor:
 
 
 class _MaskedScale(torch.autograd.Function):
-    """x * mask / (1 - p), keeping one or two bytes an element for the backward pass."""
+    """x * mask / (1 - p), keeping one or two bytes per element for the backward pass."""
 
     @staticmethod
     def forward(ctx, x: Tensor, drop_256: int) -> Tensor:  # type: ignore[no-untyped-def]
@@ -60,7 +60,7 @@ def _masked(x: Tensor, keep: Tensor, scale: float) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Zeroes elements with probability p and scales the rest by 1 / (1 - p), in training only.
+    """Dropout: zeroes with probability p, the rest scaled by 1 / (1 - p), in training only.
 
     On a CPU p is rounded to a multiple of 1/256 below 1; elsewhere torch's own kernel is used.
     """
@@ -68,11 +68,11 @@ class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"dropout {p}; wanted 0 <= p < 1")
+            raise ValueError(f"dropout {p}; expected 0 <= p < 1")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape to the same shape."""
+        """Map any shape to the same shape."""
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
@@ -86,7 +86,7 @@ class Dropout(nn.Module):
         return min(round(self.p * 256), 255)
 
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """Return what print(model) shows."""
         return f"p={self.p}"
 
 

@@ -1,4 +1,4 @@
-"""What a model makes of its source: token embeddings, character convolutions, or frames.
+"""Embeddings of a source: token embeddings, character convolutions, or projected frames.
 
 B sentences, S positions, D features, F features of a frame.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SourceEmbeddingConfig(Section):
-    """How source ids are embedded. Frames are always projected, with `kind: table`."""
+    """Embedding of source ids. Frames are always projected, with `kind: table`."""
 
     # table: one vector an id. characters: for ids that are characters, convolutions of several
     # widths over their vectors and highway layers (methods.md 61).
@@ -34,7 +34,7 @@ class SourceEmbeddingConfig(Section):
 
 
 def token_table(size: int, width: int, std: float | None = None) -> nn.Embedding:
-    """(...) ids -> (..., width), drawn from N(0, std^2), width**-0.5 by default; PAD is zero."""
+    """Return a table of rows (width,) from N(0, std^2), std width**-0.5 by default; PAD is 0."""
     table = nn.Embedding(size, width, padding_idx=PAD)
     nn.init.normal_(table.weight, std=width**-0.5 if std is None else std)
     with torch.no_grad():
@@ -54,7 +54,7 @@ class Highway(nn.Module):
         nn.init.constant_(self.gate.bias, -2.0)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Map (..., D) -> (..., D)."""
         return torch.lerp(x_BSD, F.relu(self.transform(x_BSD)), torch.sigmoid(self.gate(x_BSD)))
 
 
@@ -81,7 +81,7 @@ class CharacterConvolution(nn.Module):
             self.project.weight.mul_(scale * width**-0.5)
 
     def forward(self, source_BS: Tensor, lengths_B: Tensor) -> Tensor:
-        """(B, S) ids, (B,) -> (B, S, D)."""
+        """Map (B, S) ids, (B,) -> (B, S, D)."""
         is_real_BS1 = is_real(lengths_B, source_BS.shape[1])[:, :, None]
         x_BSD = self.table(source_BS).masked_fill(~is_real_BS1, 0.0)
         found = [
@@ -124,7 +124,7 @@ class SourceEmbedding(nn.Module):
         if not is_table and (self.is_frames or table is not None):
             what = "the source is frames" if self.is_frames else "the table is tied"
             raise ValueError(
-                f"embedding.kind: characters reads ids into a table of its own, but {what}; "
+                f"embedding.kind: characters reads ids into a separate table, but {what}; "
                 "Fix: set embedding.kind: table"
             )
         if self.is_frames and table is not None:
@@ -140,7 +140,7 @@ class SourceEmbedding(nn.Module):
         self.is_table = is_table and not self.is_frames
 
     def forward(self, source_BS: Tensor, lengths_B: Tensor) -> Tensor:
-        """(B, S) ids or (B, S, F) frames, (B,) -> (B, S, D)."""
+        """Map (B, S) ids or (B, S, F) frames, (B,) -> (B, S, D)."""
         if self.is_table:
             x_BSD: Tensor = self.table(source_BS)
             return x_BSD if self.scale == 1 else x_BSD * self.scale

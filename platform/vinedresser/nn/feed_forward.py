@@ -45,7 +45,7 @@ class FeedForward(nn.Module):
         self.dropout = ReluDropout(dropout) if activation == "relu" else Dropout(dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Map (B, T, D) -> (B, T, D)."""
         inner = self.inner(x_BTD)
         if self.activation == "relu":
             inner, scale = self.dropout(inner)
@@ -61,5 +61,5 @@ class FeedForward(nn.Module):
         return out_BTD
 
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """Return what print(model) shows."""
         return self.activation

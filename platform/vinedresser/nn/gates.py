@@ -1,4 +1,4 @@
-"""Hard concrete gates: one number in [0, 1] a head, exactly 0 and 1 with positive probability.
+"""Hard concrete gates: one number in [0, 1] per head, exactly 0 and 1 with positive probability.
 
 Louizos et al. 2018; for attention heads Voita et al. 2019; methods.md 80-82.
 """
@@ -30,7 +30,7 @@ class HeadGates(nn.Module):
         self.log_alpha = nn.Parameter(torch.full((num_heads,), OPEN_LOG_ALPHA))
 
     def forward(self, batch_size: int) -> Tensor:
-        """(B, H) gates: a sample a sentence in training, the deterministic ones else.
+        """(B, H) gates: a sample per sentence in training, the deterministic ones else.
 
         A draw a sentence instead of one a batch divides the variance of the gradient by B.
         """
@@ -43,21 +43,21 @@ class HeadGates(nn.Module):
         return (s * (HIGH - LOW) + LOW).clamp(0, 1)
 
     def deterministic(self) -> Tensor:
-        """(H,) gates used in evaluation: clamp(sigmoid(log_alpha) * (zeta - gamma) + gamma)."""
+        """Return gates (H,) of evaluation: clamp(sigmoid(log_alpha) * (zeta - gamma) + gamma)."""
         return (torch.sigmoid(self.log_alpha.float()) * (HIGH - LOW) + LOW).clamp(0, 1)
 
     def open_probability(self) -> Tensor:
-        """(H,) P(gate != 0) = sigmoid(log_alpha - beta * ln(-gamma / zeta))."""
+        """Return P(gate != 0), (H,) = sigmoid(log_alpha - beta * ln(-gamma / zeta))."""
         return torch.sigmoid(self.log_alpha.float() + _OPEN_SHIFT)
 
 
 def head_gates(model: nn.Module) -> list[HeadGates]:
-    """All gates of a model, in the order of its modules."""
+    """Return all gates of a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, HeadGates)]
 
 
 def expected_open_share(model: nn.Module) -> Tensor:
-    """Mean of P(gate != 0) over all gates of a model, a scalar in (0, 1).
+    """Return the mean of P(gate != 0) over all gates of a model, a scalar in (0, 1).
 
     The L0 penalty is lambda times this, in nats per token, so that lambda means the same for
     any number of layers and heads (methods.md 82; sums over layers are the trap of its table).

@@ -2,7 +2,7 @@
 
 B sentences, T positions, D features.
 
-Only `layer` treats each position alone. Limits of the other two:
+Only `layer` normalises each position alone. Limits of the other two:
 
 batch: in training the statistics are those of the batch, so states depend on batch mates and on
     later target positions; stepwise equality, causality and independence of batch mates hold in
@@ -12,8 +12,8 @@ power: the forward pass uses statistics of earlier updates only, so all of that 
     too, and one sentence is fine. Its backward pass is an approximation, not the gradient.
 
 Both count real positions only. Scheduled sampling's first pass updates the running statistics as
-well; workers of a group keep those of the first one. Values that are not finite leave no trace in
-them, because the update that they were seen in is left out too (methods.md 101).
+well; workers of a group keep those of the first one. Values that are not finite do not
+change them, because their update is skipped too (methods.md 101).
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class LayerNorm(nn.LayerNorm):
     """(x - mean) / sd over the features of each position (Ba et al. 2016)."""
 
     def forward(self, x_BTD: Tensor, _real_BT: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Map (B, T, D) -> (B, T, D)."""
         normed: Tensor = super().forward(x_BTD)
         return normed
 
@@ -57,12 +57,12 @@ class _Running(nn.Module):
 
     @property
     def _learns(self) -> bool:
-        """Frozen, it stays what it is in evaluation, its running values too (methods.md 77)."""
+        """Return true in training unless frozen; running values freeze too (methods.md 77)."""
         return self.training and self.weight.requires_grad
 
     @torch.no_grad()
     def _follow(self, running: Sequence[Tensor], found: Sequence[Tensor]) -> None:
-        """Moves running values, (D,) each, towards a batch's: all of them, or none."""
+        """Move running values, (D,) each, towards those of a batch: all of them, or none."""
         # A lerp by rate 0 would not do, for 0 times NaN is NaN; and the device is not waited for.
         is_finite = torch.stack([*found]).isfinite().all()
         self.updates += is_finite
@@ -84,7 +84,7 @@ class BatchNorm(_Running):
         self.register_buffer("mean", torch.zeros(features))
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D) float32.
+        """Map (B, T, D) -> (B, T, D) float32.
 
         Args:
             x_BTD: states.
@@ -98,7 +98,7 @@ class BatchNorm(_Running):
         if self._learns:
             if len(x_BTD) < 2:
                 raise TrainingError(
-                    "batch normalisation got a batch of one sentence, at least 2 are wanted; "
+                    "batch normalisation got a batch of one sentence, expected at least 2; "
                     "Fix: raise batch.max_padded_tokens, or set model.norm_kind=layer (or power)"
                 )
             real_BT1 = _weights(x_BTD, real_BT)
@@ -121,7 +121,7 @@ class PowerNorm(_Running):
         self.register_buffer("nu", torch.zeros(features))
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D) float32.
+        """Map (B, T, D) -> (B, T, D) float32.
 
         Args:
             x_BTD: states.
@@ -154,7 +154,7 @@ class _PowerScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None, None, None, None]:
         y_BTD, scale_D, real_BT1 = ctx.saved_tensors
-        # Padding has no gradient of its own and must get none from nu.
+        # Padding has no gradient and must get none from nu.
         out_BTD = (grad_BTD - ctx.nu_D * y_BTD) * scale_D * real_BT1
         count, real_y_BTD = real_BT1.sum(), y_BTD * real_BT1
         square_D = real_y_BTD.square().sum((0, 1)) / count
@@ -165,14 +165,14 @@ class _PowerScale(torch.autograd.Function):
 
 
 def _weights(x_BTD: Tensor, real_BT: Tensor | None) -> Tensor:
-    """(B, T, 1): 1 on real positions, 0 on padding."""
+    """Return (B, T, 1): 1 on real positions, 0 on padding."""
     if real_BT is None:
         return x_BTD.new_ones((*x_BTD.shape[:2], 1))
     return real_BT[:, :, None].to(x_BTD.dtype)
 
 
 def build_norm(kind: NormKind, features: int) -> LayerNorm | BatchNorm | PowerNorm:
-    """A fresh normalisation, called with (B, T, D) and, in training, the real positions."""
+    """Return a fresh normalisation, called with (B, T, D) and, in training, the real positions."""
     if kind == "layer":
         return LayerNorm(features)
     return BatchNorm(features) if kind == "batch" else PowerNorm(features)

@@ -13,7 +13,7 @@ PositionKind = Literal["sinusoidal", "learned", "one_hot", "none"]
 
 
 def sinusoids(length: int, features: int) -> Tensor:
-    """(length, features) float32: PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i+1) = cos(same).
+    """Return (length, features): PE(p, 2i) = sin(p / 10000^(2i/D)), PE(p, 2i+1) = cos(same).
 
     Vaswani et al. 2017, methods.md 57. |PE(p)|^2 = D/2; the distance of two rows depends on the
     difference of their positions only.
@@ -39,7 +39,7 @@ def _fixed(kind: PositionKind, features: int) -> Tensor | None:
 
 
 class Positions(nn.Module):
-    """Adds an encoding of each position to its embedding.
+    """Sum of embeddings and encodings of their positions.
 
     sinusoidal: `sinusoids`, for any length; learned: a trained row a position; one_hot: 1 at the
     feature of the position's number, so that any two differ by sqrt 2; none: nothing is added.
@@ -59,7 +59,7 @@ class Positions(nn.Module):
             self.register_buffer("table", _fixed(kind, features), persistent=False)
 
     def forward(self, x_BTD: Tensor, first: int = 0) -> Tensor:
-        """(B, T, D) -> (B, T, D).
+        """Map (B, T, D) -> (B, T, D).
 
         Args:
             x_BTD: embeddings of positions first, first + 1, ...
@@ -77,5 +77,5 @@ class Positions(nn.Module):
         return x_BTD + self.table[rows]
 
     def extra_repr(self) -> str:
-        """Shown by print(model)."""
+        """Return what print(model) shows."""
         return self.kind

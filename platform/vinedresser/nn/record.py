@@ -1,6 +1,8 @@
-"""Attention weights on request: a module reports them, whoever wants to see them records.
+"""Recording of attention weights, the one mechanism by which they leave a model.
 
-Nothing is kept while nobody records, so that training pays one look at a context variable.
+Forward hooks do not suffice: weights are no module's output, and a fused kernel never forms them,
+so an attention module must choose its path by `is_recording`. Nothing is kept outside `recording`;
+training pays for reading a context variable.
 """
 
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ _FOUND: ContextVar[list[tuple[nn.Module, Tensor]] | None] = ContextVar("found", 
 
 @contextmanager
 def recording() -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """The list into which `record` puts (module, weights) while the block runs."""
+    """Yield the list to which `record` appends (module, weights) while the block runs."""
     found: list[tuple[nn.Module, Tensor]] = []
     token = _FOUND.set(found)
     try:
@@ -24,12 +26,12 @@ def recording() -> Iterator[list[tuple[nn.Module, Tensor]]]:
 
 
 def is_recording() -> bool:
-    """Whether weights are wanted; a fused kernel that never forms them must not be used then."""
+    """Return true inside `recording`: fused kernels that never form the weights are excluded."""
     return _FOUND.get() is not None
 
 
 def record(module: nn.Module, weights_BHTS: Tensor) -> None:
-    """Reports a module's weights (B, H, T, S); T is 1 where it attends step by step."""
+    """Append the weights (B, H, T, S) of a module; T is 1 where it attends step by step."""
     found = _FOUND.get()
     if found is not None:
         found.append((module, weights_BHTS))

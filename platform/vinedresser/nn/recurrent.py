@@ -23,7 +23,7 @@ State = tuple[Tensor, ...]
 
 
 class _LstmGates(torch.autograd.Function):
-    """The pointwise half of an LSTM step: 12 operations for the gradient, autograd takes 30."""
+    """The pointwise half of an LSTM step: 12 operations for the gradient instead of 30."""
 
     @staticmethod
     def forward(ctx: Any, gates_BG: Tensor, c_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,11 +61,11 @@ class LstmGates(nn.Module):
 
 
 class Cell:
-    """A layer's weights laid out for steps. Made anew after every update of the weights.
+    """A layer's weights arranged for steps; built after every update of the weights.
 
-    Each input of the layer is [known; fed]: what is known of all steps before the first (embedded
-    tokens) and what a step gives to the next (a context). The known part of the gates is one
-    product for all steps, the rest one or two a step.
+    Each input of the layer is [known; fed]: the part that is known before the first step (embedded
+    tokens) and the part that a step passes to the next (a context). The known part of the gates is
+    one product for all steps, the rest one or two per step.
     """
 
     def __init__(self, rnn: nn.RNNBase, fed: int) -> None:
@@ -85,7 +85,7 @@ class Cell:
             self._of_fed, self._of_state = Product(fed_GF), Product(state_GD)
 
     def known(self, x: Tensor) -> "Known":
-        """(..., E) known inputs, E may be 0 -> their part of the gates (..., G)."""
+        """Map (..., E) known inputs, E may be 0, -> their part of the gates (..., G)."""
         if x.shape[-1] == 0:
             outer = self._bias_G.expand(*x.shape[:-1], -1)
         else:
@@ -95,7 +95,7 @@ class Cell:
         return outer, inner
 
     def begin(self, known: "Known") -> list["Known"]:
-        """Of T steps (T, B, G) -> of each (B, G); from now on those steps are taken, in order."""
+        """Split (T, B, G) of T steps into (B, G) of each; the steps must follow in order."""
         outer_TBG, inner_TBG = known
         if inner_TBG is None:
             return [(outer_BG, None) for outer_BG in self._of_state.begin(outer_TBG).unbind(0)]
@@ -105,7 +105,7 @@ class Cell:
         return list(zip(outer_TBG.unbind(0), inner_TBG.unbind(0), strict=True))
 
     def step(self, known: "Known", fed_BF: Tensor | None, state: State) -> State:
-        """One step. The first of the returned tensors is the output."""
+        """Return the next state; its first tensor is the output."""
         outer_BG, inner_BG = known
         h_BD = state[0]
         if inner_BG is None:
@@ -120,12 +120,12 @@ class Cell:
         return (_gru(outer_BG, self._of_state(inner_BG, h_BD), h_BD.to(outer_BG.dtype)),)
 
 
-# What is known of a cell's gates before a step; for a GRU, what stands inside the reset gate too.
+# The known part of a cell's gates; for a GRU, the part inside the reset gate too.
 Known = tuple[Tensor, Tensor | None]
 
 
 def _gru(outer_BG: Tensor, inner_BG: Tensor, h_BD: Tensor) -> Tensor:
-    """New h = (1 - z) n + z h with n = tanh(outer + r * inner) (Cho et al. 2014, as torch)."""
+    """Return (1 - z) n + z h with n = tanh(outer + r * inner) (Cho et al. 2014, as torch)."""
     D = h_BD.shape[1]
     r, z = (outer_BG[:, : 2 * D] + inner_BG[:, : 2 * D]).sigmoid().chunk(2, 1)
     n = torch.tanh(torch.addcmul(outer_BG[:, 2 * D :], r, inner_BG[:, 2 * D :]))
@@ -149,7 +149,7 @@ class Recurrent(nn.Module):
             nn.init.ones_(bias[units : 2 * units])
 
     def forward(self, x_BTI: Tensor, state: State | None = None) -> Tensor:
-        """(B, T, I) -> (B, T, D), the fused kernel over all steps; zeros where no state is given.
+        """Map (B, T, I) -> (B, T, D), the fused kernel over all steps, from zeros without a state.
 
         Output t depends on inputs 0..t only, so that padding at the end changes nothing before it.
         """
@@ -161,7 +161,7 @@ class Recurrent(nn.Module):
         return out_BTD
 
     def last(self, x_BSI: Tensor, lengths_B: Tensor) -> tuple[Tensor, State]:
-        """(B, S, I) -> (B, S, D) and the state after each row's last real position.
+        """Map (B, S, I) -> (B, S, D) and the state after each row's last real position.
 
         On a packed sequence: the fused kernel gives no cell state but the one after the padding.
         """
@@ -175,20 +175,20 @@ class Recurrent(nn.Module):
         return out_BSD, tuple(part[0] for part in (last if self.is_lstm else (last,)))
 
     def cell(self, fed: int = 0) -> Cell:
-        """The weights for steps, in the precision of now; the last `fed` inputs are fed."""
+        """Return the weights for steps in the current precision; the last `fed` inputs are fed."""
         return Cell(self.rnn, fed)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """What all layers of an encoder or decoder share.
+    """Settings that all layers of an encoder or decoder share.
 
     Attributes:
         cell: lstm or gru.
         units: of each layer in each direction.
-        layers: how many.
-        layer_norm: whether each layer's outputs are normalised on their way up, ln(f(x)); the
-            states that the layer passes on to its next step are not.
+        layers: their number.
+        layer_norm: true to normalise each layer's outputs for the next layer, ln(f(x)), and not
+            the states for its next step.
         dropout: between layers.
     """
 
@@ -199,12 +199,12 @@ class Stack:
     dropout: float
 
     def norm(self, width: int) -> nn.Module:
-        """What stands after each layer."""
+        """Return the norm after each layer."""
         return nn.LayerNorm(width) if self.layer_norm else nn.Identity()
 
 
 def turned(x_BSD: Tensor, lengths_B: Tensor) -> Tensor:
-    """(B, S, D) with the real positions of each row in reverse order; padding stays in place."""
+    """Reverse the real positions of each row of (B, S, D); padding stays in place."""
     at_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
     from_BS = torch.where(at_S < lengths_B[:, None], lengths_B[:, None] - 1 - at_S, at_S)
     return x_BSD.gather(1, from_BS[:, :, None].expand_as(x_BSD))
@@ -230,7 +230,7 @@ class Layer(nn.Module):
         self.norm = stack.norm(self.width)
 
     def forward(self, x_BSI: Tensor, lengths_B: Tensor) -> Tensor:
-        """(B, S, I) -> (B, S, width); nothing depends on padding or batch mates."""
+        """Map (B, S, I) -> (B, S, width); nothing depends on padding or batch mates."""
         out: Tensor = self.ahead(x_BSI)
         if self.back is not None:
             back = turned(self.back(turned(x_BSI, lengths_B)), lengths_B)
@@ -239,9 +239,9 @@ class Layer(nn.Module):
         return normed
 
     def last(self, x_BSI: Tensor, lengths_B: Tensor) -> tuple[Tensor, State]:
-        """(B, S, I) -> (B, S, width) and the state (B, width) after all that is real of each row.
+        """Map (B, S, I) -> (B, S, width) and the state (B, width) after the last real position.
 
-        The directions' states stand side by side, as their outputs do.
+        The states of both directions are concatenated, as their outputs are.
         """
         out, state = self.ahead.last(x_BSI, lengths_B)
         if self.back is not None:
@@ -254,7 +254,7 @@ class Layer(nn.Module):
 class RecurrentEncoder(nn.Module):
     """Layers with reductions between them: the pyramid of Chan et al. 2016 (methods.md 26, 29).
 
-    Reduction i stands before layer i + 1 (counted from 0), so that the first layer reads every
+    Reduction i precedes layer i + 1 (counted from 0), so that the first layer reads every
     position, and there are fewer reductions than layers.
 
     Attributes:
@@ -280,7 +280,7 @@ class RecurrentEncoder(nn.Module):
         self.width = inputs
 
     def forward(self, x_BSI: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, I), (B,) -> states (B, U, width) and which of them are real (B, U)."""
+        """Map (B, S, I), (B,) -> states (B, U, width) and their mask (B, U), true on real ones."""
         for i, layer in enumerate(self.layers):
             if i > 0:
                 x_BSI = self.dropout(x_BSI)
@@ -290,7 +290,7 @@ class RecurrentEncoder(nn.Module):
         return x_BSI, is_real(lengths_B, x_BSI.shape[1])
 
     def last(self, states_BUM: Tensor, is_real_BU: Tensor) -> Tensor:
-        """(B, M): where each direction has read everything; its outputs, not its cell states."""
+        """Return (B, M), the outputs of each direction at its last position, not its cells."""
         ends_B = is_real_BU.sum(1) - 1
         ahead_BM = states_BUM[torch.arange(len(ends_B), device=ends_B.device), ends_B]
         if not self.bidirectional:
@@ -300,14 +300,14 @@ class RecurrentEncoder(nn.Module):
 
 
 def check_pyramid(layers: int, subsampling: SubsamplingConfig) -> None:
-    """Refuses a pyramid whose reductions do not fit between its layers.
+    """Refuse a pyramid whose reductions do not fit between its layers.
 
     Raises:
         ValueError: as many reductions as layers, or more.
     """
     if subsampling.reductions >= layers:
         raise ValueError(
-            f"{subsampling.reductions} reductions need more than {layers} encoder layers, for they "
-            f"stand between them. Fix: encoder_layers {subsampling.reductions + 1} or fewer "
+            f"{subsampling.reductions} reductions need more than {layers} encoder layers, between "
+            f"which they are. Fix: encoder_layers {subsampling.reductions + 1} or fewer "
             "subsampling.layers"
         )

@@ -1,6 +1,6 @@
 """Attention whose values are projected at low rank, or not at all (methods.md 62, 63).
 
-B sentences, T query positions, S key positions, D features, H heads, K features a head, R rank.
+B sentences, T query positions, S key positions, D features, H heads, K features per head, R rank.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from vinedresser.nn.attention import MultiHeadAttention, linear
 
 @dataclass(frozen=True)
 class ReducedValues:
-    """How values are made, and for which heads.
+    """Projection of values, and the attention types that use it.
 
     Attributes:
         heads: which heads are built, ascending; head h has the h-th slice of D / `of` features.
@@ -72,7 +72,7 @@ class ReducedValueAttention(MultiHeadAttention):
         return value_dim
 
     def _values(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> (B, H, S, D / of)."""
+        """Map (B, S, D) -> (B, H, S, D / of)."""
         B, S = x_BSD.shape[:2]
         heads, of = self.values.heads, self.values.of
         if self.values.rank:

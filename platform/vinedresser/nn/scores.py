@@ -192,7 +192,7 @@ class Attention(nn.Module):
 
         Args:
             memory_BSM: input of the keys.
-            values_BSM: what is averaged: the memory, or a linear map of it, since
+            values_BSM: averaged: the memory, or a linear map of it, since
                 W sum_i alpha_i h_i = sum_i alpha_i W h_i.
             is_real_BS: true where a position counts; at least one in every row.
         """

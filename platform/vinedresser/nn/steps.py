@@ -1,4 +1,4 @@
-"""Products that a loop over steps takes one by one and whose gradient is taken at once.
+"""Matrix products that a loop computes step by step, with one gradient for all steps.
 
 B sentences, T steps, F features in, G features out.
 """
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 
 class _AllSteps(torch.autograd.Function):
-    """The identity on `known`, whose gradient is that of every step's result too."""
+    """Identity on `known` whose gradient includes that of every step's result."""
 
     @staticmethod
     def forward(ctx: Any, known_TBG: Tensor, weight: Tensor, inputs: list[Tensor]) -> Tensor:
@@ -28,7 +28,7 @@ class _AllSteps(torch.autograd.Function):
 
 
 class Product:
-    """known_t + x_t W^T, step after step, with W (G, F), or (B, G, F) a matrix a sentence.
+    """known_t + x_t W^T, step after step, with W (G, F), or (B, G, F) a matrix per sentence.
 
     Autograd would take a product for W's gradient at every step and add them up. But the gradient
     of a step's result is that of `known_t`; so W's is one product over all steps, once theirs are
@@ -40,7 +40,7 @@ class Product:
         self._inputs: list[Tensor] | None = None
 
     def begin(self, known_TBG: Tensor) -> Tensor:
-        """The same `known`, of which each step takes its own (B, G), in order and none left out."""
+        """Return `known`, of which each step takes its (B, G), in order, none left out."""
         if not torch.is_grad_enabled():
             self._inputs = None
             return known_TBG
@@ -50,7 +50,7 @@ class Product:
         return known
 
     def __call__(self, known_BG: Tensor, x_BF: Tensor) -> Tensor:
-        """(B, G), (B, F) -> (B, G)."""
+        """Map (B, G), (B, F) -> (B, G)."""
         weight, x_BF = self._weight, x_BF.to(self._weight.dtype)
         if self._inputs is not None:
             self._inputs.append(x_BF.detach())
@@ -60,13 +60,13 @@ class Product:
         return torch.baddbmm(known_BG[:, None], x_BF[:, None], weight.transpose(1, 2))[:, 0]
 
     def select(self, rows: Tensor) -> "Product":
-        """The product of the given rows, in their order."""
+        """Return the product of the given rows, in their order."""
         is_matrix = self._weight.dim() == 2
         return Product(self._weight if is_matrix else self._weight.index_select(0, rows))
 
 
 def step_dtype(tensor: Tensor) -> torch.dtype:
-    """What products are taken in: autocast's type, or the tensor's own."""
+    """Return the type of products: autocast's, or the tensor's own."""
     device = tensor.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

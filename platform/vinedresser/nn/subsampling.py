@@ -1,4 +1,4 @@
-"""Subsampling: a reduction makes a sequence of states shorter by a factor, its lengths too.
+"""Subsampling: a reduction shortens a sequence of states, and its lengths, by a factor.
 
 Strided convolution, pooling, or concatenation of consecutive states (methods.md 25-29); between
 recurrent layers they give the pyramidal encoder of Chan et al. 2016 (Listen, Attend and Spell).
@@ -49,11 +49,11 @@ class SubsamplingConfig(Section):
 
     @property
     def reductions(self) -> int:
-        """How many reductions there are; 0 for `kind: none`."""
+        """Return the number of reductions; 0 for `kind: none`."""
         return 0 if self.kind == "none" else self.layers
 
     def reduced(self, length: Count) -> Count:
-        """Positions left by one reduction of `length` >= 1 positions; >= 1.
+        """Return the positions left by one reduction of `length` >= 1 positions; >= 1.
 
         conv: floor((T + 2 * padding - kernel) / factor) + 1; concat and pool with ceil:
         ceil(T / factor); pool with floor: max(1, floor(T / factor)). `none`: T.
@@ -94,11 +94,11 @@ class Subsample(nn.Module):
         self.project = linear(gathered, self.width) if is_projected else None
 
     def reduced_lengths(self, lengths_B: Tensor) -> Tensor:
-        """(B,) int64 >= 1 -> (B,) int64 >= 1."""
+        """Map (B,) int64 >= 1 -> (B,) int64 >= 1."""
         return self.config.reduced(lengths_B)
 
     def forward(self, x_BSD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, D), (B,) -> (B, U, width), (B,).
+        """Map (B, S, D), (B,) -> (B, U, width), (B,).
 
         U = `reduced(S)`; what stands beyond the lengths is not read, and comes out as anything
         finite.
@@ -115,7 +115,7 @@ class Subsample(nn.Module):
         return x_BUD, self.reduced_lengths(lengths_B)
 
     def _gather(self, x_BSD: Tensor) -> Tensor:
-        """Each output's inputs side by side, the first position's features first."""
+        """Concatenate the inputs of each output, the first position's features first."""
         factor, S = self.config.factor, x_BSD.shape[1]
         if self.config.kind == "concat":
             U = self.config.reduced(S)
@@ -124,7 +124,7 @@ class Subsample(nn.Module):
         return windows(x_BSD, kernel, left=padding, right=padding, stride=factor)
 
     def _pool(self, x_BSD: Tensor, is_real_BS1: Tensor) -> Tensor:
-        """Max or mean over the real positions of each window; 0 where there are none."""
+        """Return max or mean over the real positions of each window; 0 where there are none."""
         factor, S = self.config.factor, x_BSD.shape[1]
         U = self.config.reduced(S)
         ends = (0, 0, 0, U * factor - S)  # negative where floor drops the last window
@@ -153,7 +153,7 @@ class FrontEnd(nn.Module):
         )
 
     def forward(self, x_BSD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, D), (B,) -> (B, U, D), (B,)."""
+        """Map (B, S, D), (B,) -> (B, U, D), (B,)."""
         for reduction in self.reductions:
             x_BSD, lengths_B = reduction(x_BSD, lengths_B)
         return x_BSD, lengths_B

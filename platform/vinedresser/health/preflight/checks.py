@@ -40,7 +40,7 @@ _OVERFITTED, _COMPARED, _DECODED = 8, 16, 4
 # Dev rows that the conditioning gap is measured on.
 _HELD_OUT = 256
 # The short training's batches hold this share of the budget: more updates in less time; but at
-# least so many of the longest rows.
+# least this number of the longest rows.
 _SHARE, _LONGEST_ROWS = 0.25, 8
 
 Begin = Callable[[str], None]

@@ -108,7 +108,7 @@ def gradients(model: Seq2Seq, batch: Batch) -> Check:
     idle = [n for n, p in named if p.grad is None or not bool(p.grad.any())]
     wild = [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
     model.zero_grad(set_to_none=True)
-    # A norm before a layer without heads, say, is idle and harmless: one tensor in ten may be.
+    # A norm before a layer without heads is idle and harmless: one tensor in ten may be.
     passed = not wild and 10 * len(idle) < len(named)
     found = f"{len(named) - len(idle):,} of {len(named):,} tensors"
     pointer = ""

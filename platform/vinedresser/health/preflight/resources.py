@@ -26,13 +26,13 @@ from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.step import training_steps
 
-# Updates that are timed, after those that warm up; or as many as fit into so many seconds.
+# Updates that are timed, after those that warm up; or as many as fit into the seconds.
 _WARM_UP, _TIMED, _SECONDS = 5, 30, 15.0
 # Rows of the split that one evaluation is timed on.
 _EVALUATED = 128
 MAX_EVALUATION_SHARE = 0.5
 # Blocks of updates, after as many for warm-up as one block has. A leak grows in every block, an
-# arena or a cache that is filled once in one or two of them: the median tells them apart.
+# arena or a cache that is filled once in one or two of them: the median separates them.
 BLOCKS, UPDATES_PER_BLOCK = 8, 25
 
 
