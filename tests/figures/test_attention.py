@@ -372,7 +372,7 @@ def test_heads_inside_the_encoder_are_told_from_those_of_the_decoder(bundle):
     [
         (("",), "line 1: nothing to read"),
         (("a " * 30,), "line 1: 31 tokens"),
-        (("a", "b " * 20), "target: 20 tokens; wanted at most 19"),
+        (("a", "b " * 20), "target: 20 tokens; expected at most 19"),
     ],
 )
 def test_sentences_that_are_refused(bundle, words, told):
