@@ -33,11 +33,11 @@ from vinedresser.nn.recurrent import (
     Known,
     Recurrent,
     RecurrentEncoder,
+    RecurrentState,
     Stack,
-    State,
     check_pyramid,
 )
-from vinedresser.nn.scores import Attention, ScoreKind, Source, check_widths
+from vinedresser.nn.scores import Attention, EncodedSource, ScoreKind, check_widths
 from vinedresser.nn.steps import Product
 from vinedresser.nn.subsampling import SubsamplingConfig
 
@@ -132,7 +132,7 @@ class Weights:
         of_context: W_c of it, in order `bahdanau`; else the source's values carry it.
     """
 
-    source: Source
+    source: EncodedSource
     cells: list[Cell]
     of_state: Product
     of_context: Product
@@ -149,7 +149,7 @@ class AttentionRnnState:
     """
 
     weights: Weights
-    layers: list[State]
+    layers: list[RecurrentState]
     attentional_BD: Tensor
 
 
@@ -277,13 +277,13 @@ class AttentionRnn(Seq2Seq):
         embedded: Tensor = self.dropout(self.target_embedding(ids) * self.scale)
         return embedded
 
-    def _remember(self, memory: Memory) -> Source:
+    def _remember(self, memory: Memory) -> EncodedSource:
         """Keys and values: the memory's states in order `bahdanau`, else their half of W [h; c]."""
         states_BSM = memory.states_BSD
         values = states_BSM if self.is_bahdanau else self.from_context(states_BSM)
         return self.attend.remember(states_BSM, values, memory.is_real_BS)
 
-    def _first(self, memory: Memory) -> list[State]:
+    def _first(self, memory: Memory) -> list[RecurrentState]:
         """The state of each decoder layer before the first step: tanh(W last + b)."""
         last_BM = self.encoder.last(memory.states_BSD, memory.is_real_BS)
         num_parts = 2 if self.config.cell == "lstm" else 1
@@ -319,7 +319,7 @@ class AttentionRnn(Seq2Seq):
         return [Step(*parts) for parts in zip(zip(*gates, strict=True), *rest, strict=True)]
 
     def _advance(self, state: AttentionRnnState, step: Step) -> AttentionRnnState:
-        weights, layers = state.weights, list[State]()
+        weights, layers = state.weights, list[RecurrentState]()
         fed_BF = state.attentional_BD if self.config.input_feeding else None
         if self.is_bahdanau:
             top_BD = self.norms[-1](state.layers[-1][0])

@@ -20,7 +20,7 @@ from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.attention import linear
 from vinedresser.nn.dropout import Dropout
 from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
-from vinedresser.nn.recurrent import Cell, CellKind, Layer, Recurrent, Stack, State, turned
+from vinedresser.nn.recurrent import Cell, CellKind, Layer, Recurrent, RecurrentState, Stack, turned
 
 
 class RnnConfig(ModelConfig):
@@ -74,7 +74,7 @@ class RnnState:
     """Between two steps: the weights of each layer, laid out for steps, and its state."""
 
     cells: list[Cell]
-    layers: list[State]
+    layers: list[RecurrentState]
 
 
 class Rnn(Seq2Seq):
@@ -160,7 +160,7 @@ class Rnn(Seq2Seq):
 
     def advance(self, state: RnnState, tokens_B: Tensor) -> tuple[Tensor, RnnState]:
         """See Seq2Seq."""
-        x_BD, layers = self._embed(tokens_B), list[State]()
+        x_BD, layers = self._embed(tokens_B), list[RecurrentState]()
         for i, (cell, norm) in enumerate(zip(state.cells, self.norms, strict=True)):
             known = cell.known(self.dropout(x_BD) if i else x_BD)
             layers.append(cell.step(known, None, state.layers[i]))
@@ -176,7 +176,7 @@ class Rnn(Seq2Seq):
         embedded: Tensor = self.dropout(self.target_embedding(ids) * self.scale)
         return embedded
 
-    def _first(self, memory: Memory) -> list[State]:
+    def _first(self, memory: Memory) -> list[RecurrentState]:
         """Each decoder layer before the first step: u, or what the bridge makes of it."""
         u_BU = memory.states_BSD[:, 0]
         if self.config.has_bridge:

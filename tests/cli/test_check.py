@@ -95,7 +95,7 @@ def test_what_was_found_before_a_crash_is_shown(
         raise MachineError("out of memory at 8 x 8 tokens")
 
     module = importlib.import_module("vinedresser.health.preflight.checks")
-    monkeypatch.setattr(module, "memory_slope", fails)
+    monkeypatch.setattr(module, "check_memory", fails)
     code, out, err = main("check", file)
     assert code == 3
     assert "out of memory" in err
@@ -112,10 +112,10 @@ def test_of_a_study_the_time_is_said_to_be_of_one_trial(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from vinedresser.health.preflight.check import Check
+    from vinedresser.health.preflight.check import CheckResult
 
     module = importlib.import_module("vinedresser.health.preflight.checks")
-    found = [Check("time", True, "1 h [bold]", "", pointer="[/] is no markup")]
+    found = [CheckResult("time", True, "1 h [bold]", "", pointer="[/] is no markup")]
     monkeypatch.setattr(module, "checks", lambda *_a, **_k: iter(found))
     (tmp_path / "study.json").write_text(json.dumps({**tiny_study, "num_trials": trials}))
     code, out, _ = main("check", "study.json")

@@ -20,7 +20,7 @@ from vinedresser.data.tokenizers.frames import Filterbank
 from vinedresser.data.tokenizers.tokenizer import Symbols
 from vinedresser.errors import DataError
 from vinedresser.figures import attention_maps as diagnostics
-from vinedresser.figures.attention import figure, legible
+from vinedresser.figures.attention import attention_figure, legible
 from vinedresser.figures.attention_maps import (
     AttentionWatch,
     attend,
@@ -195,7 +195,7 @@ def test_frames_have_seconds():
     # 36 frames of 20 ms, halved three times.
     assert found.columns.labels == ("0.00", "0.16", "0.32", "0.48", "0.64")
     assert found.columns.seconds == pytest.approx(0.16)
-    axes = figure(found).axes[0]
+    axes = attention_figure(found).axes[0]
     assert axes.get_xlim() == pytest.approx((0, 0.8))
     assert axes.get_xlabel() == "source, s"
 
@@ -226,7 +226,7 @@ def test_rows_that_do_not_sum_to_one_are_our_mistake():
 def test_a_figure_has_a_panel_a_head_and_a_label_a_token(heads, tmp_path: Path):
     model = build("transformer", **SMALL, num_heads=heads)
     found = attention_maps(model, pair("a b c", "d e f g"), (SYMBOLS, SYMBOLS))[2]
-    picture = figure(found, note="step 3")
+    picture = attention_figure(found, note="step 3")
     panels = [axes for axes in picture.axes if axes.images]
     assert len(panels) == heads
     assert [text.get_text() for text in panels[0].get_yticklabels()] == [*"defg", "</s>"]
@@ -249,7 +249,7 @@ def test_dollars_are_no_formulas(tmp_path: Path):
     batch = pair("a b", "c d")
     (found,) = attention_maps(build("rnn-small"), batch, (odd, odd))
     assert "$\\frac$" in found.columns.labels
-    figure(found).savefig(tmp_path / "a.png")
+    attention_figure(found).savefig(tmp_path / "a.png")
 
 
 # --- a model that learns -------------------------------------------------------------------------

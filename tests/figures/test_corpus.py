@@ -8,7 +8,7 @@ import pytest
 
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import ShardSet
-from vinedresser.figures.corpus import buckets, coverage, figures, histogram_of, picture
+from vinedresser.figures.corpus import buckets, corpus_figures, coverage, histogram_of, log_corpus
 from vinedresser.tracking import MemoryTracker
 
 
@@ -43,9 +43,9 @@ def test_coverage_is_complete_where_nothing_is_unknown(reversal: ShardSet) -> No
 
 
 def test_pictures_are_left_with_a_run(reversal: ShardSet) -> None:
-    assert set(figures(reversal, tokens=64)) == {"lengths.png", "padding.png", "rows.png"}
+    assert set(corpus_figures(reversal, tokens=64)) == {"lengths.png", "padding.png", "rows.png"}
     tracker = MemoryTracker()
-    picture(tracker, reversal)
+    log_corpus(tracker, reversal)
     names = {"data/account.json", "data/lengths.png", "data/padding.png", "data/rows.png"}
     assert names <= set(tracker.artifacts)
     drawn = tracker.artifacts["data/lengths.png"].axes[0]

@@ -15,7 +15,7 @@ from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.errors import DivergedError
 from vinedresser.health.monitor import RunMonitor
-from vinedresser.health.rules import Facts, Finding
+from vinedresser.health.rules import Finding, RunFacts
 from vinedresser.model import Memory
 from vinedresser.tracking import MemoryTracker
 from vinedresser.training.device import Device
@@ -240,7 +240,7 @@ class TestPlanted:
 
 def test_a_finding_is_told_once_and_survives_a_checkpoint(caplog, reversal, tmp_path):
     run = run_of(reversal, tmp_path)
-    facts = Facts(uniform=2.0, steps=100, warmup=0, anneal=0.0, clip_norm=1.0)
+    facts = RunFacts(uniform=2.0, steps=100, warmup=0, anneal=0.0, clip_norm=1.0)
     tracker = MemoryTracker()
     monitor = RunMonitor(run.model, facts, tracker, every=1)
     with caplog.at_level(logging.WARNING, logger="vinedresser"):

@@ -14,16 +14,19 @@ from vinedresser.conditioning import Conditioning
 from vinedresser.config import Experiment
 from vinedresser.data.shards import tokenizers
 from vinedresser.health.preflight.checks import dry
-from vinedresser.health.preflight.data import content
-from vinedresser.health.preflight.independence import batch_invariance, stepwise_equality
-from vinedresser.health.preflight.learning import first_loss, judged
-from vinedresser.health.preflight.resources import Speed, cost, slope
+from vinedresser.health.preflight.data import check_content
+from vinedresser.health.preflight.independence import (
+    check_batch_invariance,
+    check_stepwise_equality,
+)
+from vinedresser.health.preflight.learning import check_first_loss, judged
+from vinedresser.health.preflight.resources import Speed, check_cost, slope
 from vinedresser.health.preflight.sentences import (
     Sentence,
+    collated,
     distinct,
     sentences_of,
     spread,
-    together,
     with_filled_padding,
 )
 from vinedresser.health.rules import MAX_FIRST_EXCESS
@@ -43,7 +46,7 @@ sentences = st.lists(st.builds(sentence, ids, ids), min_size=1, max_size=8)
 @given(sentences)
 def test_sentences_go_into_a_batch_and_out_again(rows):
     rows = [replace(s, row=i) for i, s in enumerate(rows)]
-    batch = together(rows)
+    batch = collated(rows)
     found = sentences_of(batch)
     assert [(s.source_S.tolist(), s.target_T.tolist(), s.row) for s in found] == [
         (s.source_S.tolist(), s.target_T.tolist(), s.row) for s in rows
@@ -71,7 +74,7 @@ def test_a_source_that_has_two_answers_comes_once():
 
 def test_frames_are_padded_with_zeros_and_filled():
     frames = [Sentence(torch.ones(n, 3), torch.tensor([EOS]), n) for n in (2, 4)]
-    batch = together(frames)
+    batch = collated(frames)
     assert batch.source_BS.shape == (2, 4, 3)
     assert not batch.source_BS[0, 2:].any()
     assert (with_filled_padding(batch, 0).source_BS[0, 2:] == 9).all()
@@ -109,14 +112,14 @@ def test_first_loss_in_closed_form(share, is_passed):
     # p(PAD) = share: all else costs ln(9 / (1 - share)), ln 10 at 0.1.
     model = _Uniform(CONFIG, Vocabulary(10, 10))
     model.sure = math.log(max(share, 1e-9) * 9 / (1 - share))
-    batch = together([sentence([4, 5], [6, 7]), sentence([8], [4, 9, 8])])
-    found = first_loss(model, batch, vocabulary=10, is_fresh=True)
+    batch = collated([sentence([4, 5], [6, 7]), sentence([8], [4, 9, 8])])
+    found = check_first_loss(model, batch, vocabulary=10, is_fresh=True)
     wanted = math.log(9 / (1 - share))
     assert found.figures["first_loss"] == pytest.approx(wanted, rel=1e-5)
     assert found.passed is is_passed is (wanted - math.log(10) < MAX_FIRST_EXCESS)
     assert bool(found.pointer) is not is_passed
     # A warm start that guesses is none.
-    warm = first_loss(model, batch, vocabulary=9, is_fresh=False)
+    warm = check_first_loss(model, batch, vocabulary=9, is_fresh=False)
     assert warm.passed is (wanted < math.log(9))
 
 
@@ -136,7 +139,7 @@ def test_time_and_money_add_up(experiment, reversal):
     changed = experiment.override(
         {"steps": 1000, "evaluation.times": 5, "compute.workers": 2, "batch.max_padded_tokens": 512}
     )
-    found = cost(changed, reversal, Speed(2000.0, 3.6, 7200.0), 60.0, price=2.0)
+    found = check_cost(changed, reversal, Speed(2000.0, 3.6, 7200.0), 60.0, price=2.0)
     figures = found.figures
     assert figures["seconds"] == pytest.approx(3600 + 300)
     assert figures["price"] == pytest.approx(2 * 2 * 3900 / 3600)
@@ -144,7 +147,7 @@ def test_time_and_money_add_up(experiment, reversal):
     assert found.passed
     assert "1:05:00" in found.found
     # Judged more than trained.
-    slow = cost(changed, reversal, Speed(2000.0, 3.6, 7200.0), 800.0, price=0.0)
+    slow = check_cost(changed, reversal, Speed(2000.0, 3.6, 7200.0), 800.0, price=0.0)
     assert slow.passed is False
     assert "evaluation.times" in slow.pointer
     assert "price" not in slow.figures
@@ -156,19 +159,19 @@ def test_data_counts(reversal):
     lengths = {**reversal.meta["lengths"]["train"], "correlation": 0.9}
     meta = {**reversal.meta, "overlap": {}, "lengths": {"train": lengths}}
     clean = replace(reversal, meta=meta)
-    assert content(clean, rows, encoders).passed
-    copies = content(clean, [sentence([4, 5], [4, 5])] * 4, encoders)
+    assert check_content(clean, rows, encoders).passed
+    copies = check_content(clean, [sentence([4, 5], [4, 5])] * 4, encoders)
     assert copies.figures["identical_share"] == 1
     assert "own source" in copies.pointer
     overlap = {"train_repeats": 100, "dev": {"pairs": 10, "sources": 10}}
-    repeated = content(replace(clean, meta={**meta, "overlap": overlap}), rows, encoders)
+    repeated = check_content(replace(clean, meta={**meta, "overlap": overlap}), rows, encoders)
     assert repeated.figures["repeated_share"] == pytest.approx(100 / 400)
     assert repeated.figures["leaked_share"] == pytest.approx(10 / 40)
     assert "dedup" in repeated.pointer
     assert "leakage=drop" in repeated.pointer
     source = {**lengths["source"], "unknown": lengths["source"]["tokens"] // 10}
     unknown = {"train": {**lengths, "source": source, "correlation": 0.1}}
-    found = content(replace(clean, meta={**meta, "lengths": unknown}), rows, encoders)
+    found = check_content(replace(clean, meta={**meta, "lengths": unknown}), rows, encoders)
     assert found.figures["unknown_share"] == pytest.approx(0.1, abs=0.01)
     assert "source tokens are unknown" in found.pointer
     assert "shifted" in found.pointer
@@ -189,7 +192,7 @@ def test_large_losses_round_more_and_are_not_blamed_on_the_batch(sure, is_passed
     torch.manual_seed(0)
     loud, quiet = (kind(dry(CONFIG), Vocabulary(10, 10)) for kind in (_Loud, Transformer))
     loud.sure = sure
-    found = batch_invariance(loud, quiet, rows, vocabulary=10, cap=8)
+    found = check_batch_invariance(loud, quiet, rows, vocabulary=10, cap=8)
     assert found.passed is is_passed
     assert bool(found.pointer) is not bool(is_passed)
 
@@ -226,7 +229,7 @@ PAIRS = [sentence([4, 5, 6], [6, 7]), sentence([8], [4, 9, 8, 5]), sentence([7, 
 @pytest.mark.parametrize("name", MODELS)
 def test_stepwise_equality_of_the_zoo(name, experiment):
     config = Experiment.from_json({**experiment.to_json(), "model": MODELS[name]}).model
-    found = stepwise_equality(config.build(Vocabulary(10, 10)), PAIRS)
+    found = check_stepwise_equality(config.build(Vocabulary(10, 10)), PAIRS)
     assert found.passed
     assert found.figures["drift"] < 1e-12
 
@@ -239,7 +242,7 @@ def test_a_small_error_of_the_stepwise_pass_is_found():
             states_BD, state = super().advance(state, tokens_B)
             return states_BD * (1 + 1e-5), state
 
-    found = stepwise_equality(Drifting(CONFIG, Vocabulary(10, 10)), PAIRS)
+    found = check_stepwise_equality(Drifting(CONFIG, Vocabulary(10, 10)), PAIRS)
     assert found.passed is False
     assert 1e-6 < found.figures["drift"] < 1e-4
     assert "caches" in found.pointer

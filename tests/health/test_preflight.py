@@ -15,7 +15,7 @@ from vinedresser.batch import PAD
 from vinedresser.config import Experiment, Task, Tokenizer
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import ShardSet, prepare
-from vinedresser.health.preflight.check import Check
+from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.preflight.checks import checks
 from vinedresser.model import Memory, Vocabulary
 
@@ -133,14 +133,14 @@ def experiment(tiny_study: dict[str, Any], shards: ShardSet) -> Experiment:
     return Experiment.from_json({**tiny_study["base"], "task": shards.task.to_json()})
 
 
-def ran(experiment: Experiment, shards: ShardSet, **options: float) -> dict[str, Check]:
+def ran(experiment: Experiment, shards: ShardSet, **options: float) -> dict[str, CheckResult]:
     found = {check.name: check for check in checks(experiment, shards, **options)}
     gc.collect()
     assert list(found) == NAMES
     return found
 
 
-def failed(found: Mapping[str, Check]) -> set[str]:
+def failed(found: Mapping[str, CheckResult]) -> set[str]:
     """Names of the failures, each of which has a pointer."""
     names = {name for name, check in found.items() if check.passed is False}
     assert all(found[name].pointer for name in names)

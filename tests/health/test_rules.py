@@ -5,9 +5,9 @@ import math
 import pytest
 
 from vinedresser.figures.monitoring import Reading
-from vinedresser.health.rules import RULES, Facts, Log, findings, reading_details
+from vinedresser.health.rules import RULES, Log, RunFacts, apply_rules, reading_details
 
-FACTS = Facts(uniform=math.log(8000), steps=1000, warmup=100, anneal=0.25, clip_norm=1.0)
+FACTS = RunFacts(uniform=math.log(8000), steps=1000, warmup=100, anneal=0.25, clip_norm=1.0)
 EVERY = 20
 STEPS = range(EVERY, 1001, EVERY)
 
@@ -39,13 +39,13 @@ def healthy() -> dict[str, list[tuple[int, float]]]:
     return series
 
 
-def rules(series: dict[str, list[tuple[int, float]]], facts: Facts = FACTS) -> list[str]:
+def rules(series: dict[str, list[tuple[int, float]]], facts: RunFacts = FACTS) -> list[str]:
     """The rules that spoke at any time."""
     told: dict[str, None] = {}
     log = Log(facts)
     for step in sorted({step for points in series.values() for step, _ in points}):
         log.add({key: v for key, points in series.items() for s, v in points if s == step}, step)
-        for found in findings(log):
+        for found in apply_rules(log):
             assert found.step <= step
             assert found.text
             assert found.advice.endswith((".", "?"))
@@ -56,7 +56,7 @@ def rules(series: dict[str, list[tuple[int, float]]], facts: Facts = FACTS) -> l
 
 def test_a_healthy_run_raises_nothing():
     assert rules(healthy()) == []
-    assert findings(Log(FACTS)) == []
+    assert apply_rules(Log(FACTS)) == []
     for key in healthy():
         assert rules({key: healthy()[key]}) == []
 
@@ -172,10 +172,10 @@ def test_a_cache_that_fills_is_no_leak_and_hides_none(megabytes, leak):
 
 def test_the_first_loss_is_held_against_ln_of_the_vocabulary():
     """methods.md 105: 37,000 -> 10.5187."""
-    facts = Facts(uniform=math.log(37000), steps=10, warmup=0, anneal=0, clip_norm=1)
+    facts = RunFacts(uniform=math.log(37000), steps=10, warmup=0, anneal=0, clip_norm=1)
     for loss, is_told in ((10.5187, False), (11.3, False), (12.0, True), (9.9, True)):
         log = Log(facts, {"train/first_nats_per_token": [(1, loss)]})
-        found = findings(log)
+        found = apply_rules(log)
         assert bool(found) == is_told
         assert all("ln |V| = 10.5187" in one.text for one in found)
 
@@ -186,16 +186,16 @@ def test_the_first_loss_is_held_against_ln_of_the_vocabulary():
 )
 def test_the_first_loss_of_a_small_vocabulary(loss, without_repeats, is_found):
     """12 ids: a uniform guess has 2.48 nats; only repeats of the fed token may cost more."""
-    log = Log(Facts(uniform=math.log(12), steps=10, warmup=0, anneal=0, clip_norm=1))
+    log = Log(RunFacts(uniform=math.log(12), steps=10, warmup=0, anneal=0, clip_norm=1))
     series = {
         "train/first_nats_per_token": loss, "train/first_nats_without_repeats": without_repeats
     }  # fmt: skip
     log.add(series, 1)
-    assert [found.rule for found in findings(log)] == ["first_loss"] * is_found
+    assert [found.rule for found in apply_rules(log)] == ["first_loss"] * is_found
 
 
 def test_a_loss_below_chance_is_told_as_a_leak_of_the_answer():
-    (found,) = findings(Log(FACTS, {"train/first_nats_per_token": [(1, 3.0)]}))
+    (found,) = apply_rules(Log(FACTS, {"train/first_nats_per_token": [(1, 3.0)]}))
     assert "masks" in found.advice
 
 
@@ -221,7 +221,7 @@ def test_losses_that_were_never_finite_are_told_and_break_nothing():
 
 
 def test_the_smallest_update_is_told():
-    (found,) = findings(Log(FACTS, {"update_ratio of decoder.1": late([1e-7] * 5, 200)}))
+    (found,) = apply_rules(Log(FACTS, {"update_ratio of decoder.1": late([1e-7] * 5, 200)}))
     assert found.rule == "update_ratio"
     assert "moves decoder.1 by 1.0e-07" in found.text
     assert "Raise optim.lr" in found.advice

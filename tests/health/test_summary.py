@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from vinedresser.config.kinds import named_model
-from vinedresser.health.summary import Summary, summarise
+from vinedresser.health.summary import ModelSummary, summarise
 from vinedresser.model import Vocabulary
 
 JOINT = Vocabulary(100, 100, joint=True)
 NAMES = ("rnn", "rnn-small", "listener", "conv-small", "transformer-tiny")
 
 
-def summary_of(name: str, vocabulary: Vocabulary = JOINT, **changes: object) -> Summary:
+def summary_of(name: str, vocabulary: Vocabulary = JOINT, **changes: object) -> ModelSummary:
     torch.manual_seed(0)
     return summarise(named_model(name, changes).build(vocabulary), vocabulary)
 

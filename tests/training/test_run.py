@@ -77,6 +77,6 @@ def test_nothing_is_drawn_for_nobody(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("vinedresser.figures.attention_maps.figure", refuse)
+    monkeypatch.setattr("vinedresser.figures.attention_maps.attention_figure", refuse)
     config = experiment(reversal, **{"evaluation.attention_every": 1})
     assert a_run(config, reversal, tmp_path, tracker=NullTracker()).execute() is not None

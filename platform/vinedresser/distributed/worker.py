@@ -7,7 +7,7 @@ from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
 from vinedresser.distributed.site import Site
 from vinedresser.errors import DivergedError
-from vinedresser.figures.corpus import picture
+from vinedresser.figures.corpus import log_corpus
 from vinedresser.tracking import NullTracker, Tracker, ending, open_run
 from vinedresser.training.device import resolve_device
 from vinedresser.training.outcome import Outcome, finished
@@ -50,7 +50,7 @@ def execute(
                 run.monitor.picture()
                 raise
         if site.kind == "train" and rank == 0:  # trials of a search share one corpus
-            picture(tracker, shards)
+            log_corpus(tracker, shards)
             run.monitor.picture()
     # Every rank reports equally often; a scheduler may end the process at this last report.
     report(outcome.final_report if outcome is not None else {})

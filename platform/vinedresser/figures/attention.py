@@ -57,7 +57,7 @@ class _Side:
         return 0.25 if all(map(self.is_upright, self.labels)) else self.room
 
 
-def figure(found: "AttentionMap", *, note: str = "") -> "Figure":
+def attention_figure(found: "AttentionMap", *, note: str = "") -> "Figure":
     """Draw a map: rows attend to columns; the shade grows with the square root of the weight.
 
     Args:

@@ -22,7 +22,7 @@ from vinedresser.data.tokenizers.frames import Filterbank
 from vinedresser.data.tokenizers.tokenizer import BOS, SourceEncoder, TextTokenizer
 from vinedresser.decode import greedy
 from vinedresser.errors import DataError
-from vinedresser.figures.attention import figure
+from vinedresser.figures.attention import attention_figure
 from vinedresser.model import Seq2Seq, is_of_encoder
 from vinedresser.nn.subsampling import SubsamplingConfig
 from vinedresser.tracking import Tracker
@@ -318,6 +318,6 @@ class AttentionWatch:
             return {}
         for found in attention_maps(model, self._drawn.to(model.device), self._tokenizers):
             if found.kind == "cross" and found.weights.size:
-                picture = figure(found, note=f"step {step}")
+                picture = attention_figure(found, note=f"step {step}")
                 tracker.figure(picture, f"attention/{found.name}/step-{step:08d}.png")
         return {"dev/diagonality": max(max(heads) for heads in values.values())}

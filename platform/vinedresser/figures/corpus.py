@@ -28,7 +28,7 @@ _BARS = 40
 
 
 @dataclass(frozen=True)
-class Bucket:
+class LengthBucket:
     """Rows whose longer side lies between two edges.
 
     Attributes:
@@ -54,7 +54,7 @@ def histogram_of(shards: ShardSet, split: str) -> Histogram:
     return Histogram(source, target, cells.to_numpy(np.int64))
 
 
-def buckets(shards: ShardSet, *, tokens: int) -> list[Bucket]:
+def buckets(shards: ShardSet, *, tokens: int) -> list[LengthBucket]:
     """Return the padding efficiency of each bucket of train at a budget of padded tokens."""
     cells, width = histogram_of(shards, "train"), shards.task.bucket_width
     number = (cells.longest - 1) // width
@@ -63,7 +63,7 @@ def buckets(shards: ShardSet, *, tokens: int) -> list[Bucket]:
         inside = number == i
         own = Histogram(cells.source[inside], cells.target[inside], cells.counts[inside])
         share = plan_cells(own, tokens=tokens).padding(own).both
-        found.append(Bucket(int(i) * width + 1, int(i + 1) * width, own.rows, float(share)))
+        found.append(LengthBucket(int(i) * width + 1, int(i + 1) * width, own.rows, float(share)))
     return found
 
 
@@ -79,7 +79,7 @@ def coverage(shards: ShardSet) -> dict[str, dict[str, float]]:
     }
 
 
-def figures(shards: ShardSet, *, tokens: int) -> dict[str, "Figure"]:
+def corpus_figures(shards: ShardSet, *, tokens: int) -> dict[str, "Figure"]:
     """Return file name -> figure: lengths, padding by bucket, rows kept and dropped."""
     return {
         "lengths.png": _lengths(shards),
@@ -88,12 +88,12 @@ def figures(shards: ShardSet, *, tokens: int) -> dict[str, "Figure"]:
     }
 
 
-def picture(tracker: Tracker, shards: ShardSet) -> None:
+def log_corpus(tracker: Tracker, shards: ShardSet) -> None:
     """Store the account of a run's data and its figures in the run, as `data/...`."""
     keys = ("account", "lengths", "overlap", "notes", "padding")
     account = {key: shards.meta[key] for key in keys}
     tracker.text(json.dumps(account, indent=1) + "\n", "data/account.json")
-    for name, figure in figures(shards, tokens=PADDING_TOKENS).items():
+    for name, figure in corpus_figures(shards, tokens=PADDING_TOKENS).items():
         tracker.figure(figure, f"data/{name}")
 
 

@@ -14,10 +14,10 @@ from vinedresser.figures.monitoring import gradients_by_layer, readings_over_ste
 from vinedresser.health.readings import Readings
 from vinedresser.health.rules import (
     USUAL_UPDATE_RATIO,
-    Facts,
     Finding,
     Log,
-    findings,
+    RunFacts,
+    apply_rules,
     reading_details,
 )
 from vinedresser.model import Seq2Seq
@@ -46,7 +46,7 @@ class RunMonitor:
         findings: rule -> its first finding.
     """
 
-    def __init__(self, model: Seq2Seq, facts: Facts, tracker: Tracker, *, every: int) -> None:
+    def __init__(self, model: Seq2Seq, facts: RunFacts, tracker: Tracker, *, every: int) -> None:
         every = max(every, _MIN_STEPS)
         self.readings = Readings(model, every=every, is_fresh=facts.is_fresh)
         self.series = Log(facts)
@@ -74,7 +74,7 @@ class RunMonitor:
         if seen:
             reading = self.readings.history[-1]
             self.series.add(reading_details(reading), reading.step)
-        for found in findings(self.series):
+        for found in apply_rules(self.series):
             self.report(found)
 
     def diverged(self, reason: str, step: int, *, is_finite: bool) -> None:

@@ -65,7 +65,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """Constants of a run that the rules need.
 
     Attributes:
@@ -85,7 +85,7 @@ class Facts:
     is_fresh: bool = True
 
     @classmethod
-    def of(cls, experiment: Experiment, *, vocabulary: int) -> "Facts":
+    def of(cls, experiment: Experiment, *, vocabulary: int) -> "RunFacts":
         """Return the facts of an experiment with `vocabulary` target ids."""
         optim = experiment.optim
         return cls(
@@ -106,7 +106,9 @@ class Log:
         points: the series, plain JSON.
     """
 
-    def __init__(self, facts: Facts, points: Mapping[str, Iterable[Sequence[float]]] = {}) -> None:
+    def __init__(
+        self, facts: RunFacts, points: Mapping[str, Iterable[Sequence[float]]] = {}
+    ) -> None:
         self.facts = facts
         self.points = {
             key: [(int(step), float(value)) for step, value in pairs]
@@ -413,7 +415,7 @@ RULES: Sequence[Rule] = (
 )
 
 
-def findings(log: Log) -> list[Finding]:
+def apply_rules(log: Log) -> list[Finding]:
     """Apply every rule; at most one finding per rule."""
     return [found for rule in RULES if (found := rule(log)) is not None]
 

@@ -17,7 +17,7 @@ _SHAPES = 2
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """Modules of one kind in one position, equal layers together.
 
     Attributes:
@@ -50,7 +50,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Summary:
+class ModelSummary:
     """Parts and sizes of a model.
 
     Attributes:
@@ -62,7 +62,7 @@ class Summary:
         target: its target tokens.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     parameters: int
     trainable: int
     flops: float
@@ -81,7 +81,7 @@ def summarise(
     source: int = 20,
     target: int = 20,
     flops: bool = True,
-) -> Summary:
+) -> ModelSummary:
     """Count parameters by part and, on one pair of sentences, the arithmetic of a forward pass.
 
     Args:
@@ -92,7 +92,7 @@ def summarise(
         flops: true to run the pass.
     """
     unique = list(model.parameters())
-    return Summary(
+    return ModelSummary(
         parts=tuple(_parts(model)),
         parameters=sum(p.numel() for p in unique),
         trainable=sum(p.numel() for p in unique if p.requires_grad),
@@ -102,7 +102,7 @@ def summarise(
     )
 
 
-def _parts(model: nn.Module) -> list[Part]:
+def _parts(model: nn.Module) -> list[ModelPart]:
     modules = dict(model.named_modules())
     seen: dict[int, str] = {}
     order: dict[str, list[tuple[str, str, nn.Parameter]]] = {}
@@ -117,7 +117,7 @@ def _parts(model: nn.Module) -> list[Part]:
         largest = sorted(shapes.items(), key=lambda item: (-torch.Size(item[0]).numel(), item[0]))
         first = entries[0][0]
         parts.append(
-            Part(
+            ModelPart(
                 name=place or "(model)",
                 kind=type(modules[first]).__name__,
                 copies=len({owner for owner, _, _ in entries}),

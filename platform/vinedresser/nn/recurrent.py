@@ -19,7 +19,7 @@ from vinedresser.nn.subsampling import Subsample, SubsamplingConfig
 
 CellKind = Literal["lstm", "gru"]
 # (h, c) of an LSTM, (h,) of a GRU; each (B, D).
-State = tuple[Tensor, ...]
+RecurrentState = tuple[Tensor, ...]
 
 
 class _LstmGates(torch.autograd.Function):
@@ -53,10 +53,10 @@ class _LstmGates(torch.autograd.Function):
 class LstmGates(nn.Module):
     """Gates of one LSTM step: a module, so that forward hooks can read its inputs."""
 
-    def forward(self, gates_BG: Tensor, c_BD: Tensor) -> State:
+    def forward(self, gates_BG: Tensor, c_BD: Tensor) -> RecurrentState:
         """Return the new (h, c) from the inputs of the gates (B, 4 D) and the cell state (B, D)."""
         # torch gives `apply` no type.
-        new: State = _LstmGates.apply(gates_BG, c_BD)  # type: ignore[no-untyped-call]
+        new: RecurrentState = _LstmGates.apply(gates_BG, c_BD)  # type: ignore[no-untyped-call]
         return new
 
 
@@ -104,7 +104,7 @@ class Cell:
         inner_TBG = self._of_state.begin(inner_TBG)
         return list(zip(outer_TBG.unbind(0), inner_TBG.unbind(0), strict=True))
 
-    def step(self, known: "Known", fed_BF: Tensor | None, state: State) -> State:
+    def step(self, known: "Known", fed_BF: Tensor | None, state: RecurrentState) -> RecurrentState:
         """Return the next state; its first tensor is the output."""
         outer_BG, inner_BG = known
         h_BD = state[0]
@@ -113,7 +113,7 @@ class Cell:
             gates_BG = self._of_state(outer_BG, joined)
             # The cell state adds up over steps: never in bf16.
             c_BD = state[1].to(torch.promote_types(state[1].dtype, torch.float32))
-            new: State = self._gates(gates_BG, c_BD)
+            new: RecurrentState = self._gates(gates_BG, c_BD)
             return new
         if fed_BF is not None:
             outer_BG = self._of_fed(outer_BG, fed_BF)
@@ -148,7 +148,7 @@ class Recurrent(nn.Module):
         if self.is_lstm:
             nn.init.ones_(bias[units : 2 * units])
 
-    def forward(self, x_BTI: Tensor, state: State | None = None) -> Tensor:
+    def forward(self, x_BTI: Tensor, state: RecurrentState | None = None) -> Tensor:
         """Map (B, T, I) -> (B, T, D), the fused kernel over all steps, from zeros without a state.
 
         Output t depends on inputs 0..t only, so that padding at the end changes nothing before it.
@@ -160,7 +160,7 @@ class Recurrent(nn.Module):
         out_BTD: Tensor = self.rnn(x_BTI, first)[0]
         return out_BTD
 
-    def last(self, x_BSI: Tensor, lengths_B: Tensor) -> tuple[Tensor, State]:
+    def last(self, x_BSI: Tensor, lengths_B: Tensor) -> tuple[Tensor, RecurrentState]:
         """Map (B, S, I) -> (B, S, D) and the state after each row's last real position.
 
         On a packed sequence: the fused kernel gives no cell state but the one after the padding.
@@ -238,7 +238,7 @@ class Layer(nn.Module):
         normed: Tensor = self.norm(out)
         return normed
 
-    def last(self, x_BSI: Tensor, lengths_B: Tensor) -> tuple[Tensor, State]:
+    def last(self, x_BSI: Tensor, lengths_B: Tensor) -> tuple[Tensor, RecurrentState]:
         """Map (B, S, I) -> (B, S, width) and the state (B, width) after the last real position.
 
         The states of both directions are concatenated, as their outputs are.

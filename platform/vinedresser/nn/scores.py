@@ -160,7 +160,7 @@ def score(kind: ScoreKind, query_width: int, memory_width: int) -> Score:
     return {"dot": Dot, "scaled_dot": ScaledDot, "cosine": Cosine}[kind]()
 
 
-class Source:
+class EncodedSource:
     """Keys, values and mask of an encoded source, computed once.
 
     Attributes:
@@ -174,10 +174,10 @@ class Source:
         self.by_keys = Product(keys_BSK)
         self.by_values = Product(values_BSM.transpose(1, 2))
 
-    def select(self, rows: Tensor) -> "Source":
+    def select(self, rows: Tensor) -> "EncodedSource":
         """Return the source of the given rows, in their order."""
         parts = (self.keys_BSK, self.values_BSM, self.bias_BS)
-        return Source(*(part.index_select(0, rows) for part in parts))
+        return EncodedSource(*(part.index_select(0, rows) for part in parts))
 
 
 class Attention(nn.Module):
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         super().__init__()
         self.score = score(kind, query_width, memory_width)
 
-    def remember(self, memory_BSM: Tensor, values_BSM: Tensor, is_real_BS: Tensor) -> Source:
+    def remember(self, memory_BSM: Tensor, values_BSM: Tensor, is_real_BS: Tensor) -> EncodedSource:
         """Return the keys and values of a source; once per source.
 
         Args:
@@ -200,9 +200,9 @@ class Attention(nn.Module):
         bias_BS = memory_BSM.new_zeros(is_real_BS.shape, dtype=dtype)
         bias_BS = bias_BS.masked_fill(~is_real_BS, -torch.inf)
         keys_BSK = self.score.sharpened(self.score.remember(memory_BSM))
-        return Source(keys_BSK.to(dtype), values_BSM.to(dtype), bias_BS)
+        return EncodedSource(keys_BSK.to(dtype), values_BSM.to(dtype), bias_BS)
 
-    def forward(self, queries_BTD: Tensor, source: Source) -> Tensor:
+    def forward(self, queries_BTD: Tensor, source: EncodedSource) -> Tensor:
         """Return contexts (B, T, M) of queries (B, T, D)."""
         queries_BTD = queries_BTD.to(source.keys_BSK.dtype)
         if self.score.is_product:
@@ -211,12 +211,14 @@ class Attention(nn.Module):
             scores_BTS = self.score(queries_BTD, source.keys_BSK)
         return self._weights(scores_BTS + source.bias_BS[:, None]) @ source.values_BSM
 
-    def begin(self, source: Source, steps: int) -> Tensor:
+    def begin(self, source: EncodedSource, steps: int) -> Tensor:
         """Return the `bias_BS` of each of `steps` steps in order, (T, B, S)."""
         bias_TBS = source.bias_BS.expand(steps, -1, -1)
         return source.by_keys.begin(bias_TBS) if self.score.is_product else bias_TBS
 
-    def step(self, query_BD: Tensor, source: Source, bias_BS: Tensor, known_BM: Tensor) -> Tensor:
+    def step(
+        self, query_BD: Tensor, source: EncodedSource, bias_BS: Tensor, known_BM: Tensor
+    ) -> Tensor:
         """Return known + context (B, M) of a query (B, D), with a step's bias from `begin`."""
         if self.score.is_product:
             scores_BS = source.by_keys(bias_BS, self.score.asked(query_BD))

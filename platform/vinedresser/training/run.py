@@ -28,7 +28,7 @@ from vinedresser.data.batching.reader import Batches
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
 from vinedresser.health.monitor import RunMonitor
-from vinedresser.health.rules import Facts
+from vinedresser.health.rules import RunFacts
 from vinedresser.metrics import is_lower_better
 from vinedresser.tracking import Tracker
 from vinedresser.training.checkpoint import (
@@ -120,7 +120,7 @@ class Run:
         self.log_every = max(1, experiment.steps // _LOG_LINES)
         self.monitor = RunMonitor(
             self.model,
-            Facts.of(experiment, vocabulary=self.tokenizers[1].size),
+            RunFacts.of(experiment, vocabulary=self.tokenizers[1].size),
             tracker,
             every=self.log_every,
         )

@@ -87,7 +87,7 @@ def _save(found: "Attended", out: Path) -> list[str]:
     """
     import numpy as np
 
-    from vinedresser.figures.attention import figure
+    from vinedresser.figures.attention import attention_figure
 
     out.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def _save(found: "Attended", out: Path) -> list[str]:
         arrays[f"{each.name}.columns"] = np.array(each.columns.labels)
         if len(each.weights):  # all heads of a layer may have been pruned
             path = out / f"{each.name}.png"
-            figure(each).savefig(path, dpi=100)
+            attention_figure(each).savefig(path, dpi=100)
             saved.append(str(path))
     np.savez_compressed(out / _MAPS, **arrays)
     return saved

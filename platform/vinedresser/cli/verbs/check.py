@@ -14,7 +14,7 @@ from vinedresser.cli.render import print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from vinedresser.config import Experiment
-    from vinedresser.health.preflight.check import Check
+    from vinedresser.health.preflight.check import CheckResult
 
 
 # Word and colour of a verdict; None is one that could not be reached.
@@ -45,7 +45,7 @@ def check(
 
     since = time.perf_counter()
     prepared = shards.prepare(value.task, layout.Workspace(workspace).shards)
-    found: list[Check] = []
+    found: list[CheckResult] = []
     is_whole = False
     try:
         # A line that spins, on a terminal only.
@@ -83,7 +83,7 @@ def check(
         raise typer.Exit(4)
 
 
-def _print_checks(experiment: "Experiment", found: "list[Check]") -> None:
+def _print_checks(experiment: "Experiment", found: "list[CheckResult]") -> None:
     kind = type(experiment.model).__module__.rpartition(".")[2]
     name = Text(experiment.name, "bold")
     print_lines(Text.assemble(name, f": {kind} on {experiment.task.name}\n"))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vinedresser.cli.options import ShardView, Sizes
     from vinedresser.config import ModelConfig, Task
     from vinedresser.data.shards import ShardSet
-    from vinedresser.health.summary import Summary
+    from vinedresser.health.summary import ModelSummary
     from vinedresser.model import Seq2Seq, Vocabulary
 
 # Parameters above which a forward pass would take longer than the table is worth.
@@ -179,7 +179,7 @@ def _print_model(
     return print_lines(*_closing(summary))
 
 
-def _closing(summary: "Summary") -> Iterator[str]:
+def _closing(summary: "ModelSummary") -> Iterator[str]:
     frozen = summary.parameters - summary.trainable
     trainable = f"{summary.trainable:,} trainable" if frozen else "all trainable"
     yield f"\n{summary.parameters:,} parameters, {trainable}"
@@ -196,14 +196,14 @@ def _closing(summary: "Summary") -> Iterator[str]:
 
 
 def _print_shards(shards: "ShardSet", view: "ShardView", *, as_json: bool) -> None:
-    from vinedresser.figures.corpus import buckets, coverage, figures
+    from vinedresser.figures.corpus import buckets, corpus_figures, coverage
 
     found, known, saved = buckets(shards, tokens=view.tokens), coverage(shards), []
     if view.pictures:
         # Beside the user: a shard set is sealed and takes no more files.
         folder = Path(view.pictures)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures(shards, tokens=view.tokens).items():
+        for name, figure in corpus_figures(shards, tokens=view.tokens).items():
             saved.append(str(folder / f"{shards.folder.name}-{name}"))
             figure.savefig(saved[-1], dpi=100)
     if as_json:

@@ -1,11 +1,11 @@
-"""Check: one row of the preflight table."""
+"""CheckResult: one row of the preflight table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     """Result of one check.
 
     Attributes:

@@ -12,22 +12,30 @@ from vinedresser.data.batching.reader import in_order, load_split, stream
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.decode import length_limits
 from vinedresser.health.preflight import data
-from vinedresser.health.preflight.check import Check
-from vinedresser.health.preflight.independence import batch_invariance, stepwise_equality
+from vinedresser.health.preflight.check import CheckResult
+from vinedresser.health.preflight.independence import (
+    check_batch_invariance,
+    check_stepwise_equality,
+)
 from vinedresser.health.preflight.learning import (
-    conditioning,
-    first_loss,
-    gradients,
-    overfit,
+    check_conditioning,
+    check_first_loss,
+    check_gradients,
+    check_overfitting,
     short,
 )
-from vinedresser.health.preflight.resources import cost, evaluation_seconds, memory_slope, speed
+from vinedresser.health.preflight.resources import (
+    check_cost,
+    check_memory,
+    evaluation_seconds,
+    speed,
+)
 from vinedresser.health.preflight.sentences import (
     Sentence,
+    collated,
     distinct,
     sentences_of,
     spread,
-    together,
 )
 from vinedresser.model import Seq2Seq
 from vinedresser.training.device import resolve_device, seed_step
@@ -52,7 +60,7 @@ def checks(
     *,
     price: float = 0.0,
     begin: Begin = lambda _: None,
-) -> Iterator[Check]:
+) -> Iterator[CheckResult]:
     """Run all checks, one after another; write nothing.
 
     Args:
@@ -69,8 +77,8 @@ def checks(
     """
     subject = _Subject(experiment, shards)
     begin("data")
-    yield data.content(shards, subject.sample, subject.encoders)
-    yield data.lengths(shards, experiment, subject.dev)
+    yield data.check_content(shards, subject.sample, subject.encoders)
+    yield data.check_lengths(shards, experiment, subject.dev)
     yield from _of_a_dry_model(subject, begin)
     yield from _of_the_model(subject, begin, price)
 
@@ -127,28 +135,28 @@ def _dropouts(tree: Mapping[str, Any], at: str = "") -> Iterator[str]:
             yield f"{at}{key}"
 
 
-def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[Check]:
+def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[CheckResult]:
     """Run the checks without dropout: first loss, gradients, stepwise equality, overfitting."""
     is_fresh = subject.experiment.init is None
     begin("first loss")
     model = subject.build(dry(subject.experiment.model), is_warm=True)
-    some = together(spread(subject.sample, _COMPARED))
+    some = collated(spread(subject.sample, _COMPARED))
     size = subject.vocabulary.target
-    yield first_loss(model, some, vocabulary=size, is_fresh=is_fresh)
-    yield gradients(model, some)
-    yield stepwise_equality(model, spread(subject.sample, _DECODED))
+    yield check_first_loss(model, some, vocabulary=size, is_fresh=is_fresh)
+    yield check_gradients(model, some)
+    yield check_stepwise_equality(model, spread(subject.sample, _DECODED))
     begin("overfitting one batch")
     # Of the shorter half: short sentences show as much as long ones.
     able = [s for s in distinct(subject.sample) if _is_in_reach(s, subject.cap)]
     able.sort(key=lambda s: s.longest)
     subject.dry = model
     if not able:
-        yield Check(
+        yield CheckResult(
             "overfit one batch", None, "no target within an output's limit", "8 sentences",
             "raise task.max_target_length; see `lengths`",
         )  # fmt: skip
         return
-    yield overfit(
+    yield check_overfitting(
         model, spread(able[: max(_OVERFITTED, len(able) // 2)], _OVERFITTED), subject.device,
         cap=subject.cap,
     )  # fmt: skip
@@ -156,11 +164,11 @@ def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[Check]:
 
 def _is_in_reach(sentence: Sentence, cap: int) -> bool:
     """Return true if decoding may become as long as the target."""
-    limit = length_limits(together([sentence]).source_lengths_B, cap)
+    limit = length_limits(collated([sentence]).source_lengths_B, cap)
     return len(sentence.target_T) <= int(limit)
 
 
-def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Check]:
+def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[CheckResult]:
     """Run the checks with dropout, precision, objective and optimizer as configured."""
     experiment, shards, device = subject.experiment, subject.shards, subject.device
     model = subject.build(experiment.model, is_warm=True)
@@ -169,18 +177,20 @@ def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Che
     brief = short(experiment, tokens=subject.short_tokens)
     dev = list(in_order(subject.dev, tokens=experiment.evaluation.tokens, sentences=_HELD_OUT))
     with closing(stream(shards, brief.batch, seed=experiment.seed)) as batches:
-        yield conditioning(model, batches, dev, brief, device, vocabulary=subject.vocabulary.target)
+        yield check_conditioning(
+            model, batches, dev, brief, device, vocabulary=subject.vocabulary.target
+        )
     begin("batch invariance")
     assert subject.dry is not None
     compared = spread(subject.sample, _COMPARED)
-    yield batch_invariance(
+    yield check_batch_invariance(
         model, subject.dry, compared, vocabulary=subject.vocabulary.source, cap=subject.cap
     )
     begin("memory")
-    yield memory_slope(model, together(compared[: _COMPARED // 2]), experiment, device)
+    yield check_memory(model, collated(compared[: _COMPARED // 2]), experiment, device)
     begin("speed")
     with closing(stream(shards, experiment.batch, seed=experiment.seed)) as batches:
         found = speed(model, batches, experiment, device)
     begin("one evaluation")
     seconds = evaluation_seconds(model, subject.dev, subject.encoders[1], experiment)
-    yield cost(experiment, shards, found, seconds, price=price)
+    yield check_cost(experiment, shards, found, seconds, price=price)

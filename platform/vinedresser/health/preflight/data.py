@@ -14,7 +14,7 @@ from vinedresser.data.shards import ShardSet
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
 from vinedresser.decode import length_limits
 from vinedresser.figures.corpus import coverage, histogram_of
-from vinedresser.health.preflight.check import Check
+from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.preflight.sentences import Sentence
 
 # Unknown tokens lose content on both sides.
@@ -31,9 +31,9 @@ MIN_LONGEST_ROWS = 2
 _BY_EDITS = frozenset({"per", "wer", "cer"})
 
 
-def content(
+def check_content(
     shards: ShardSet, sentences: Sequence[Sentence], encoders: Sequence[SourceEncoder]
-) -> Check:
+) -> CheckResult:
     """Check unknown tokens, copies, repeats, rows of dev in train, and the alignment of both sides.
 
     All but the copies are counts of the whole corpus, made by `prepare` (methods.md 109).
@@ -79,7 +79,7 @@ def content(
             f"lengths of the two sides correlate at {correlation:.2f}: rows may be shifted or "
             "shuffled on one side"
         )
-    return Check(
+    return CheckResult(
         "data", not pointers,
         f"{unknown:.2%} unknown, {copies:.1%} copies, {repeats:.1%} repeats, {leaked:.1%} leaked",
         f"≤ {MAX_UNKNOWN:.0%}, ≤ {limit:.0%}, ≤ {MAX_REPEATS:.0%}, ≤ {MAX_LEAKED:.0%}",
@@ -100,7 +100,7 @@ def _identical(sentences: Sequence[Sentence], encoders: Sequence[SourceEncoder])
     return same / len(sentences)
 
 
-def lengths(shards: ShardSet, experiment: Experiment, dev: Split) -> Check:
+def check_lengths(shards: ShardSet, experiment: Experiment, dev: Split) -> CheckResult:
     """Check rows dropped by length, the longest row, padding, and references that are too long."""
     account, tokens = shards.meta["account"]["train"], experiment.batch.max_padded_tokens
     dropped = sum(n for why, n in account["dropped"].items() if "long" in why)
@@ -132,7 +132,7 @@ def lengths(shards: ShardSet, experiment: Experiment, dev: Split) -> Check:
             "more than half of a batch is padding; set batch.order=alternating_max, or a larger "
             "batch.max_padded_tokens"
         )
-    return Check(
+    return CheckResult(
         "lengths", not pointers,
         f"{share:.1%} dropped, longest {longest} of {tokens}, {real:.0%} real tokens",
         f"≤ {MAX_DROPPED:.0%}, ≤ {tokens // MIN_LONGEST_ROWS}, ≥ {MIN_REAL:.0%}",

@@ -10,8 +10,8 @@ from torch import Tensor
 from vinedresser.batch import BOS, EOS, Batch
 from vinedresser.conditioning import sentence_nats
 from vinedresser.decode import greedy
-from vinedresser.health.preflight.check import Check
-from vinedresser.health.preflight.sentences import Sentence, together, with_filled_padding
+from vinedresser.health.preflight.check import CheckResult
+from vinedresser.health.preflight.sentences import Sentence, collated, with_filled_padding
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.gates import head_gates
 from vinedresser.nn.norms import BatchNorm
@@ -27,9 +27,9 @@ MAX_STEPWISE = 1e-6
 
 
 @torch.no_grad()
-def batch_invariance(
+def check_batch_invariance(
     model: Seq2Seq, dry: Seq2Seq, sentences: Sequence[Sentence], *, vocabulary: int, cap: int
-) -> Check:
+) -> CheckResult:
     """Check sentences in a batch against each alone, with PAD and with other ids on padding.
 
     Args:
@@ -51,7 +51,7 @@ def batch_invariance(
     passed = drift <= MAX_DRIFT and not turned and (drift_in_training <= MAX_DRIFT or is_meant)
     figures = {"drift": drift, "drift_in_training": drift_in_training, "outputs": float(turned)}
     if not math.isfinite(drift):
-        return Check(
+        return CheckResult(
             "batch invariance", None, "losses are not finite", f"≤ {MAX_DRIFT:g}, 0",
             "nothing can be compared before `conditioning` passes", {"outputs": float(turned)},
         )  # fmt: skip
@@ -72,11 +72,11 @@ def batch_invariance(
             f"norm_kind=batch: in training {drift_in_training:.1e} nats/token depend on batch "
             "mates by design; evaluation and decoding do not"
         )
-    return Check("batch invariance", passed, found, f"≤ {MAX_DRIFT:g}, 0", pointer, figures)
+    return CheckResult("batch invariance", passed, found, f"≤ {MAX_DRIFT:g}, 0", pointer, figures)
 
 
 @torch.no_grad()
-def stepwise_equality(model: Seq2Seq, sentences: Sequence[Sentence]) -> Check:
+def check_stepwise_equality(model: Seq2Seq, sentences: Sequence[Sentence]) -> CheckResult:
     """Check that decoding step by step gives the teacher-forced log-probabilities (methods.md 3).
 
     In float64 and in evaluation mode, where both ways differ by rounding alone.
@@ -86,7 +86,7 @@ def stepwise_equality(model: Seq2Seq, sentences: Sequence[Sentence]) -> Check:
         sentences: a few, of different lengths.
     """
     exact = copy.deepcopy(model).double().eval()
-    batch = together(sentences).to(exact.device)
+    batch = collated(sentences).to(exact.device)
     source_BS = batch.source_BS
     if source_BS.is_floating_point():
         source_BS = source_BS.double()
@@ -103,7 +103,7 @@ def stepwise_equality(model: Seq2Seq, sentences: Sequence[Sentence]) -> Check:
         "step-by-step decoding differs from the teacher-forced pass: look at start(), advance(), "
         "caches and positions"
     )  # fmt: skip
-    return Check(
+    return CheckResult(
         "stepwise equality", passed, f"{drift:.1e} nats", f"≤ {MAX_STEPWISE:g} in float64", pointer,
         {"drift": drift},
     )  # fmt: skip
@@ -113,7 +113,7 @@ def _in_evaluation(
     model: Seq2Seq, sentences: Sequence[Sentence], vocabulary: int, cap: int
 ) -> tuple[float, int]:
     """Return the largest change of a loss, see `_drift`, and the number of changed outputs."""
-    whole, alone = together(sentences), [together([s]) for s in sentences]
+    whole, alone = collated(sentences), [collated([s]) for s in sentences]
     own_B = torch.cat([_nats(model, batch) for batch in alone])
     filled = with_filled_padding(whole, vocabulary)
     drift = max(_drift(_nats(model, batch), own_B) for batch in (whole, filled))
@@ -137,7 +137,7 @@ def _in_training(dry: Seq2Seq, sentences: Sequence[Sentence]) -> float:
     for part in parts:
         for name, tensor in dry.named_buffers():
             tensor.copy_(held[name])
-        found.append(_nats(dry, together(part)))
+        found.append(_nats(dry, collated(part)))
     return _drift(torch.cat(found[:2]), found[2])
 
 

@@ -13,8 +13,8 @@ from vinedresser.batch import Batch
 from vinedresser.conditioning import Conditioning, conditioning_gap
 from vinedresser.config import Experiment
 from vinedresser.decode import greedy
-from vinedresser.health.preflight.check import Check
-from vinedresser.health.preflight.sentences import Sentence, together
+from vinedresser.health.preflight.check import CheckResult
+from vinedresser.health.preflight.sentences import Sentence, collated
 from vinedresser.health.readings import first_losses
 from vinedresser.health.rules import (
     MAX_FIRST_EXCESS,
@@ -45,7 +45,9 @@ _MIN_UPDATES, _MAX_SECONDS = 100, 120.0
 
 
 @torch.no_grad()
-def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool) -> Check:
+def check_first_loss(
+    model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool
+) -> CheckResult:
     """Check the loss before the first update against that of a uniform guess (methods.md 105).
 
     Args:
@@ -65,7 +67,7 @@ def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool)
             "data or model; look at `init`"
         )
         passed = loss < guess
-        return Check(
+        return CheckResult(
             "first loss", passed, found, f"below {written}", "" if passed else pointer, figures
         )
     states_BTD, is_real_BT = model(batch), batch.is_real_BT
@@ -73,7 +75,7 @@ def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool)
     logits_NV = model.logits(states_BTD[is_real_BT]).float()
     decoded = float(F.cross_entropy(logits_NV, batch.target_BT[is_real_BT]))
     if abs(trained - decoded) > MAX_LOSS_DRIFT * max(1.0, decoded):
-        return Check(
+        return CheckResult(
             "first loss", False, f"{trained:.2f} nats/token in training, {decoded:.2f} by logits()",
             "the same",
             "training and decoding use different output layers: output_layer() must be None "
@@ -91,10 +93,10 @@ def first_loss(model: Seq2Seq, batch: Batch, *, vocabulary: int, is_fresh: bool)
             "initial scale of the embeddings, of the output layer and of its bias"
         )
     wanted = f"{written} {MIN_FIRST_EXCESS:+g} to {MAX_FIRST_EXCESS:+g}"
-    return Check("first loss", passed, found, wanted, pointer, figures)
+    return CheckResult("first loss", passed, found, wanted, pointer, figures)
 
 
-def gradients(model: Seq2Seq, batch: Batch) -> Check:
+def check_gradients(model: Seq2Seq, batch: Batch) -> CheckResult:
     """Check that every trained tensor gets a gradient.
 
     Args:
@@ -121,10 +123,14 @@ def gradients(model: Seq2Seq, batch: Batch) -> Check:
                "detach() or no_grad(); these weights never learn")
         )  # fmt: skip
     figures = {"idle_tensors": float(len(idle)), "tensors": float(len(named))}
-    return Check("gradients reach", passed, found, "9 of 10 or more, finite", pointer, figures)
+    return CheckResult(
+        "gradients reach", passed, found, "9 of 10 or more, finite", pointer, figures
+    )
 
 
-def overfit(model: Seq2Seq, sentences: Sequence[Sentence], device: Device, *, cap: int) -> Check:
+def check_overfitting(
+    model: Seq2Seq, sentences: Sequence[Sentence], device: Device, *, cap: int
+) -> CheckResult:
     """Overfit a few sentences and decode them (methods.md 99).
 
     Adam at 0.3 / width, at most 3e-3, 10 updates of warm-up, gradients clipped at 1, no dropout:
@@ -136,7 +142,7 @@ def overfit(model: Seq2Seq, sentences: Sequence[Sentence], device: Device, *, ca
         device: device and precision.
         cap: no output is longer.
     """
-    batch = together(sentences).to(device.primary)
+    batch = collated(sentences).to(device.primary)
     loss, right, updates = math.inf, 0, 0
     for updates in _overfitting(model, batch, device):  # noqa: B007 - its last value is reported
         model.eval()
@@ -150,7 +156,7 @@ def overfit(model: Seq2Seq, sentences: Sequence[Sentence], device: Device, *, ca
             break
     passed = loss < LEARNED and right == len(sentences)
     pointer = "" if passed else _why_not_learned(loss, right, len(sentences))
-    return Check(
+    return CheckResult(
         "overfit one batch", passed,
         f"{loss:.3g} nats/token, {right} of {len(sentences)} decoded, {updates} updates",
         f"< {LEARNED:g}, all, ≤ {OVERFIT_UPDATES}", pointer,
@@ -194,7 +200,7 @@ def _why_not_learned(loss: float, right: int, count: int) -> str:
     )
 
 
-def conditioning(
+def check_conditioning(
     model: Seq2Seq,
     batches: Iterator[Batch],
     dev: Sequence[Batch],
@@ -202,7 +208,7 @@ def conditioning(
     device: Device,
     *,
     vocabulary: int,
-) -> Check:
+) -> CheckResult:
     """Train briefly on real data, then measure the conditioning gap (methods.md 2).
 
     Held-out sentences get each other's sources of about the same length. Training ends as soon as
@@ -217,7 +223,7 @@ def conditioning(
         vocabulary: ids of the target side.
     """
     if not any(len(batch.rows_B) > 1 for batch in dev):
-        return Check(
+        return CheckResult(
             "conditioning", None, "dev has no two sentences for a batch", "2 or more",
             "give dev more sentences, or raise evaluation.tokens",
         )  # fmt: skip
@@ -240,7 +246,7 @@ def conditioning(
     # Worse than a uniform guess after all that: not learning.
     is_worse = result is None or result.true_nats > math.log(vocabulary) + MAX_FIRST_EXCESS
     if result is None or not math.isfinite(loss) or is_worse:
-        return Check(
+        return CheckResult(
             "conditioning", False, f"loss {loss:.3g} after {updates} updates",
             f"below ln {vocabulary:,} = {math.log(vocabulary):.2f}",
             "training diverges: lower optim.lr or optim.clip_norm, lengthen optim.warmup_steps",
@@ -253,7 +259,7 @@ def _is_significant(result: Conditioning) -> bool:
     return result.gap >= MIN_CONDITIONING_GAP and result.deviations >= MIN_DEVIATIONS
 
 
-def judged(result: Conditioning, updates: int) -> Check:
+def judged(result: Conditioning, updates: int) -> CheckResult:
     """Return the verdict on a gap after some updates: passed, failed, or undecided."""
     passed: bool | None = _is_significant(result)
     pointer = ""
@@ -275,7 +281,7 @@ def judged(result: Conditioning, updates: int) -> Check:
             "together (lines shifted or sorted on one side, wrongly encoded: `vinedresser "
             "describe` on the shards), or the decoder does not see its encoder"
         )
-    return Check(
+    return CheckResult(
         "conditioning", passed,
         f"{result.gap:+.3f} ± {result.error:.3f} nats/token, {updates} updates",
         f"> {MIN_CONDITIONING_GAP:g}, {MIN_DEVIATIONS:g} errors", pointer,

@@ -19,7 +19,7 @@ from vinedresser.data.batching.reader import Batches, Split
 from vinedresser.data.shards import ShardSet
 from vinedresser.data.tokenizers.tokenizer import TextTokenizer
 from vinedresser.evaluate import evaluate
-from vinedresser.health.preflight.check import Check
+from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.rules import MAX_LEAK
 from vinedresser.model import Seq2Seq
 from vinedresser.training.device import Device
@@ -36,7 +36,9 @@ MAX_EVALUATION_SHARE = 0.5
 BLOCKS, UPDATES_PER_BLOCK = 8, 25
 
 
-def memory_slope(model: Seq2Seq, batch: Batch, experiment: Experiment, device: Device) -> Check:
+def check_memory(
+    model: Seq2Seq, batch: Batch, experiment: Experiment, device: Device
+) -> CheckResult:
     """Check the growth of resident and GPU memory over updates of one shape (methods.md 37).
 
     Args:
@@ -77,7 +79,7 @@ def memory_slope(model: Seq2Seq, batch: Batch, experiment: Experiment, device: D
         "of past updates are kept; look for lists and attributes that losses or states are "
         "appended to without detach() and float()"
     )  # fmt: skip
-    return Check(
+    return CheckResult(
         "memory slope", passed,
         ", ".join(f"{name} {value / 1024:+.1f} KiB/update" for name, value in slopes.items()),
         f"≤ {MAX_LEAK // 1024} KiB", pointer,
@@ -160,9 +162,9 @@ def evaluation_seconds(
     return (time.perf_counter() - since) * rows / slice_
 
 
-def cost(
+def check_cost(
     experiment: Experiment, shards: ShardSet, speed: Speed, evaluation: float, *, price: float
-) -> Check:
+) -> CheckResult:
     """Return time and money of the full run; other workers are assumed as fast, without overhead.
 
     Args:
@@ -191,7 +193,7 @@ def cost(
         f"{share:.0%} of the time goes into evaluation: lower evaluation.times or "
         "evaluation.sentences, or evaluation.beam"
     )  # fmt: skip
-    return Check(
+    return CheckResult(
         "time and cost", passed, found, f"evaluation ≤ {MAX_EVALUATION_SHARE:.0%} of it", pointer,
         {"seconds": total, "training_seconds": training, "evaluation_seconds": judging,
          "tokens_per_second": speed.tokens_per_second * workers, "epochs": epochs,

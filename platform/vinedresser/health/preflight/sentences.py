@@ -45,7 +45,7 @@ def sentences_of(batch: Batch) -> list[Sentence]:
     ]
 
 
-def together(sentences: Sequence[Sentence]) -> Batch:
+def collated(sentences: Sequence[Sentence]) -> Batch:
     """Return sentences as one batch, padded to the longest."""
     sources, targets = [s.source_S for s in sentences], [s.target_T for s in sentences]
     return Batch(
