@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from vinedresser.config import MetricName
 from vinedresser.errors import DataError
 
+# Largest absolute difference between the log-probabilities of a model and of what replaces it.
+PARITY_TOLERANCE = 1e-5
+
 LOWER_IS_BETTER = frozenset({"per", "wer", "cer", "ter"})
 
 

@@ -72,7 +72,7 @@ def test_a_misspelt_key_is_told_its_neighbour():
     ("space", "message"),
     [
         ({}, "space is empty"),
-        ({"optim.lr": {"type": "normal", "low": 0.1}}, "wanted one of float, int, categorical"),
+        ({"optim.lr": {"type": "normal", "low": 0.1}}, "expected one of float, int, categorical"),
         ({"optim.lr": {"low": 0.1, "high": 1}}, "type is None"),
         ({"optim.lr": {"type": "float", "low": 0.1}}, "not a float distribution"),
         ({"optim.lr": {"type": "float", "low": 0.1, "high": 1, "base": 2}}, "not a float"),
@@ -90,7 +90,7 @@ def test_what_is_no_range_is_refused(space, message):
 def test_a_front_is_not_stopped_early():
     gated = {**BASE, "model": {"kind": "transformer", "concrete_heads": ["enc_self"]}}
     space = {"objective.l0": {"type": "float", "low": 0.1, "high": 1.0}}
-    more = {"base": gated, "space": space, "name": "s", "objective": "inferred_and_heads"}
+    more = {"base": gated, "space": space, "name": "s", "objectives": ["inferred", "dev/heads"]}
     with pytest.raises(ConfigError, match="stopping: null"):
         Study.from_json(more)
     with pytest.raises(ConfigError, match="stopping: null"):

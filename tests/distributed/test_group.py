@@ -458,7 +458,7 @@ def test_a_stopped_trial_gives_its_workers_back(
          "base.compute.workers": 2, "base.steps": 1000, "base.evaluation.times": 4}
     )  # fmt: skip
     site = site_of(tmp_path, reversal)
-    outcome = sweep(study, site, shards_digest=reversal.digest, say=lambda _: None)
+    outcome = sweep(study, site, reversal)
     assert [(t.number, t.state) for t in outcome.trials] == [(0, "complete"), (1, "pruned")]
     end = time.monotonic() + 5
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < end:

@@ -1,6 +1,5 @@
 """Random gates in, a smaller model that is the same function out (methods.md 85-87)."""
 
-import math
 import random
 
 import pytest
@@ -11,12 +10,11 @@ from vinedresser.batch import EOS, Batch, pad_ids
 from vinedresser.config import Experiment
 from vinedresser.config.kinds import ZOO, ModelConfig, kind_class
 from vinedresser.decode import greedy
-from vinedresser.errors import ConfigError, TrainingError
+from vinedresser.errors import ConfigError
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.pruning.heads import (
     Heads,
     attention_layers,
-    certify,
     compact,
     count_heads,
     decode_speeds,
@@ -174,48 +172,6 @@ def test_a_model_without_gates_has_nothing_to_close():
     config = config_of(concrete_heads=())
     with pytest.raises(ConfigError, match=r"no gates to close.*concrete_heads"):
         compact(config.build(VOCABULARY), config, VOCABULARY)
-
-
-class TestParity:
-    @pytest.fixture
-    def pair(self) -> tuple[Seq2Seq, Seq2Seq]:
-        config = config_of()
-        model = gated(config, 2)
-        return model, compact(model, config, VOCABULARY)[1]
-
-    def test_holds_for_what_compact_made(self, pair, batch):
-        parity = certify(*pair, iter([batch, batch]), cap=20)
-        assert parity.holds
-        assert parity.max_abs < 1e-4
-        assert (parity.sentences, parity.tokens) == (12, 2 * int(batch.tokens))
-        assert parity.to_json() == {
-            "max_abs": parity.max_abs,
-            "is_same_output": True,
-            "sentences": 12,
-            "tokens": 2 * int(batch.tokens),
-        }
-
-    @pytest.mark.parametrize("name", ["output.bias", "encoder.1.feed_forward.inner.weight"])
-    def test_refuses_a_perturbed_weight(self, pair, batch, name):
-        weight = dict(pair[1].named_parameters())[name]
-        weight.data.view(-1)[5] += 0.05
-        with pytest.raises(TrainingError, match="not the trained one"):
-            certify(*pair, iter([batch]), cap=20)
-
-    def test_refuses_what_is_not_a_number(self, pair, batch):
-        for model in pair:
-            model.output.bias.data[4] = math.nan
-        with pytest.raises(TrainingError, match="not the trained one"):
-            certify(*pair, iter([batch]), cap=20)
-
-    def test_refuses_to_certify_on_nothing(self, pair):
-        with pytest.raises(TrainingError, match="no sentences"):
-            certify(*pair, iter([]), cap=20)
-
-    def test_says_how_far_apart(self, pair, batch):
-        pair[1].output.bias.data += 0.25  # shifts all logits alike: outputs still agree
-        with pytest.raises(TrainingError, match=r"differ by 2\.50e-01.*greedy outputs agree"):
-            certify(*pair, iter([batch]), cap=20)
 
 
 def test_speeds_are_sentences_per_second(batch):

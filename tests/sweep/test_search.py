@@ -21,14 +21,17 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 
 from vinedresser import tracking
 from vinedresser.config.study import Study
 from vinedresser.data.shards import ShardSet
 from vinedresser.distributed import Site
 from vinedresser.errors import BusyError, ConfigError, TrainingError
-from vinedresser.sweep import Searcher, SweepOutcome, TrialRow, mend_journal, rank, sweep
+from vinedresser.sweep import SweepOutcome, TrialRow, sweep
+from vinedresser.sweep.journal import ended_trials, repair_journal
+from vinedresser.sweep.outcome import directions, rank
+from vinedresser.sweep.searcher import Searcher
 from vinedresser.tracking import RunRow, Store
 from vinedresser.workspace.commit import commit
 from vinedresser.workspace.layout import SweepFolder
@@ -46,73 +49,70 @@ def _no_user_store(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the searcher, without Ray -------------------------------------------------------------------
 
 
-def searcher(metric: "str | list[str]" = "best/per") -> Searcher:
+def study_of(directions: tuple[str, ...] = ("minimize",)) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    modes = ["min"] * len(metric) if isinstance(metric, list) else "min"
-    return Searcher(
-        {"optim.lr": FloatDistribution(1e-4, 1e-2)}, metric=metric, mode=modes, study_name="s"
-    )
+    return optuna.create_study(directions=list(directions))
+
+
+def searcher(study: optuna.Study, *keys: str) -> Searcher:
+    space = {"optim.lr": FloatDistribution(1e-4, 1e-2)}
+    one = Searcher(study, space, list(keys or ("best/per",)))
+    proposal = one.suggest("a")
+    assert proposal == {"number": 0, "params": study.trials[0].params}
+    assert list(proposal["params"]) == ["optim.lr"]
+    return one
 
 
 def report(value: float, step: int, **more: Any) -> dict[str, Any]:
     return {"best/per": value, "step": float(step), "is_last": 0.0, **more}
 
 
-def trials_of(one: Searcher) -> list[FrozenTrial]:
-    return one._ot_study.trials
-
-
 def test_a_trial_that_ended_is_complete_with_its_last_value() -> None:
-    one = searcher()
-    one.suggest("a")
+    one = searcher(study := study_of())
     one.on_trial_result("a", report(30.0, 10))
     one.on_trial_complete("a", {**report(20.0, 20), "is_last": 1.0, "run/bundle": "/b"})
-    (trial,) = trials_of(one)
+    (trial,) = study.trials
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 20.0)
     assert trial.user_attrs["outcome"]["run/bundle"] == "/b"
 
 
 def test_a_stopped_trial_is_pruned_with_the_value_it_was_stopped_at() -> None:
-    one = searcher()
-    one.suggest("a")
+    one = searcher(study := study_of())
     one.on_trial_result("a", report(30.0, 10))
     one.on_trial_complete("a", report(25.0, 20))
-    (trial,) = trials_of(one)
+    (trial,) = study.trials
     assert trial.state == TrialState.PRUNED
     assert trial.intermediate_values == {10: 30.0, 20: 25.0}
     assert trial.value == 25.0
 
 
 @pytest.mark.parametrize("result", [None, {}, {"step": 3.0}, report(math.nan, 3, is_last=1.0)])
-def test_a_trial_without_a_finite_metric_fails_and_says_so(result: Any) -> None:
-    one = searcher()
-    one.suggest("a")
+def test_a_trial_without_a_finite_metric_fails_with_the_reason(result: Any) -> None:
+    one = searcher(study := study_of())
     one.on_trial_complete("a", result)
-    (trial,) = trials_of(one)
+    (trial,) = study.trials
     assert trial.state == TrialState.FAIL
-    assert trial.user_attrs["reason"] == "best/per is missing or not finite"
+    assert trial.user_attrs["reason"] == "best/per missing or not finite"
 
 
 def test_nan_and_missing_values_on_the_way_are_passed_over() -> None:
-    one = searcher()
-    one.suggest("a")
+    one = searcher(study := study_of())
     one.on_trial_result("a", report(math.nan, 10))
     one.on_trial_result("a", {"step": 15.0})
     one.on_trial_result("a", report(25.0, 20))
-    assert trials_of(one)[0].intermediate_values == {20: 25.0}
+    assert study.trials[0].intermediate_values == {20: 25.0}
 
 
 def test_terminal_states_are_final() -> None:
-    one = searcher()
-    one.suggest("a")
+    one = searcher(study := study_of())
     one.on_trial_complete("a", {**report(20.0, 20), "is_last": 1.0})
     one.on_trial_complete("a", report(99.0, 30))
     one.on_trial_complete("a", error=True)
     one.on_trial_result("a", report(98.0, 40))
-    (trial,) = trials_of(one)
+    (trial,) = study.trials
     assert (trial.state, trial.value, trial.intermediate_values) == (TrialState.COMPLETE, 20.0, {})
     one.on_trial_complete("nobody", report(1.0, 1))
-    assert len(trials_of(one)) == 1
+    assert len(study.trials) == 1
 
 
 @pytest.mark.parametrize(
@@ -122,23 +122,32 @@ def test_terminal_states_are_final() -> None:
         ({"result": {"reason": "step 20: loss nan"}}, "^step 20: loss nan$"),
     ],
 )
-def test_an_error_is_told_with_its_reason(ended: dict[str, Any], reason: str) -> None:
-    one = searcher()
-    one.suggest("a")
+def test_a_failed_trial_has_a_reason(ended: dict[str, Any], reason: str) -> None:
+    one = searcher(study := study_of())
     one.on_trial_result("a", report(30.0, 10))
     one.on_trial_complete("a", **ended)
-    (trial,) = trials_of(one)
+    (trial,) = study.trials
     assert trial.state == TrialState.FAIL
     assert re.search(reason, trial.user_attrs["reason"])
 
 
-def test_two_objectives_are_told_at_the_end_only() -> None:
-    one = searcher(["dev/per", "dev/heads"])
-    one.suggest("a")
-    one.on_trial_result("a", {"dev/per": 30.0, "dev/heads": 8.0, "step": 1.0})
-    one.on_trial_complete("a", {"dev/per": 20.0, "dev/heads": 4.0, "step": 2.0, "is_last": 1.0})
-    (trial,) = trials_of(one)
-    assert trial.values == [20.0, 4.0]
+@pytest.mark.parametrize(
+    "keys",
+    [("best/per", "dev/heads"), ("best/per", "dev/heads", "dev/teacher_forced_nats")],
+    ids=len,
+)
+def test_several_objectives_are_recorded_at_the_end_only(keys: tuple[str, ...]) -> None:
+    one = searcher(study := study_of(("minimize",) * len(keys)), *keys)
+    values = dict(zip(keys, (20.0, 4.0, 0.5), strict=False))
+    one.on_trial_result("a", {**values, "step": 1.0})
+    one.on_trial_complete("a", {**values, "step": 2.0, "is_last": 1.0})
+    one.suggest("b")
+    one.on_trial_complete("b", {**values, keys[-1]: math.nan, "step": 2.0, "is_last": 1.0})
+    complete, failed = study.trials
+    assert complete.values == list(values.values())
+    assert (failed.state, failed.user_attrs["reason"]) == (
+        TrialState.FAIL, f"{keys[-1]} missing or not finite",
+    )  # fmt: skip
 
 
 # --- the journal, ranks and fronts ---------------------------------------------------------------
@@ -156,58 +165,75 @@ def test_a_torn_last_record_is_cut_at_every_byte(tmp_path: Path) -> None:
         study.add_trial(create_trial(value=value))
     whole = path.read_bytes()
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    assert mend_journal(path) == 0
+    assert repair_journal(path) == 0
     for cut in range(last, len(whole)):
         path.write_bytes(whole[:cut])
-        assert mend_journal(path) == cut - last
+        assert repair_journal(path) == cut - last
         assert path.read_bytes() == whole[:last]
     assert [trial.value for trial in load().trials] == [1.0]
     load().add_trial(create_trial(value=3.0))
     assert [trial.value for trial in load().trials] == [1.0, 3.0]
-    assert mend_journal(tmp_path / "none.log") == 0
+    assert repair_journal(tmp_path / "none.log") == 0
 
 
-def row(number: int, value: float, heads: float | None = None, state: str = "complete") -> TrialRow:
-    return TrialRow(number, state, {}, value, heads, "")
+def row(number: int, values: Mapping[str, float], state: str = "complete") -> TrialRow:
+    return TrialRow(number, state, {}, values)
 
 
-@pytest.mark.parametrize("metric", ["per", "bleu"])
-def test_the_front_is_what_brute_force_finds(metric: str) -> None:
-    draw, sign = random.Random(3), 1 if metric == "per" else -1
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        {"per": "min"},
+        {"per": "min", "dev/heads": "min"},
+        {"bleu": "max", "dev/heads": "min"},
+        {"bleu": "max", "dev/heads": "min", "speed": "max"},
+    ],
+    ids=lambda objectives: "-".join(objectives).replace("/", "_"),
+)
+def test_the_front_is_what_brute_force_finds(objectives: dict[str, Any]) -> None:
+    draw = random.Random(3)
+    signs = [1 if way == "min" else -1 for way in objectives.values()]
     for _ in range(50):
-        points = [(draw.randint(0, 6), draw.randint(0, 6)) for _ in range(draw.randint(1, 12))]
-        rows = [row(i, float(v), float(h)) for i, (v, h) in enumerate(points)]
-        rows.append(row(99, 0.0, 0.0, state="pruned"))
-        front = SweepOutcome("", "", metric, rows, "").pareto()
+        points = [[draw.randint(0, 6) for _ in signs] for _ in range(draw.randint(1, 12))]
+        rows = [
+            row(i, dict(zip(objectives, map(float, p), strict=True))) for i, p in enumerate(points)
+        ]
+        rows.append(row(99, dict.fromkeys(objectives, 0.0), state="pruned"))
+        front = SweepOutcome("", "", objectives, rows, "").pareto()
+        costs = [[s * v for s, v in zip(signs, p, strict=True)] for p in points]
         expected = {
             i
-            for i, (v, h) in enumerate(points)
+            for i, mine in enumerate(costs)
             if not any(
-                sign * w <= sign * v and g <= h and (sign * w < sign * v or g < h)
-                for w, g in points
+                all(o <= m for o, m in zip(other, mine, strict=True)) and other != mine
+                for other in costs
             )
         }
         assert {one.number for one in front} == expected
-        assert [one.heads for one in front] == sorted(one.heads for one in front)
+        ordered = [[*costs[one.number][1:], costs[one.number][0]] for one in front]
+        assert ordered == sorted(ordered)
 
 
-@pytest.mark.parametrize(("metric", "best_first"), [("per", [1, 0]), ("bleu", [0, 1])])
-def test_complete_trials_come_first_and_best_first(metric: str, best_first: list[int]) -> None:
-    def trial(number: int, state: TrialState, value: float | None) -> FrozenTrial:
-        made = create_trial(state=state, value=value)
-        made.number = number
-        return made
-
-    ranked = rank(
-        [
-            trial(0, TrialState.COMPLETE, 40.0),
-            trial(2, TrialState.FAIL, None),
-            trial(1, TrialState.COMPLETE, 30.0),
-        ],
-        metric,
-    )
+@pytest.mark.parametrize(
+    ("metric", "way", "best_first"), [("per", "min", [1, 0]), ("bleu", "max", [0, 1])]
+)
+def test_complete_trials_come_first_and_best_first(
+    metric: str, way: Any, best_first: list[int]
+) -> None:
+    objectives = {metric: way, "dev/heads": "min"}
+    study = study_of(("minimize" if way == "min" else "maximize", "minimize"))
+    for value in (40.0, 30.0):
+        study.add_trial(create_trial(values=[value, value], user_attrs={
+            "outcome": {"run/bundle": "/b"}}))  # fmt: skip
+    for reason in ({"reason": "loss nan"}, {}):  # the last one ended together with its driver
+        study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=reason))
+    ranked = rank(ended_trials(study, objectives), objectives)
     assert [one.number for one in ranked] == [*best_first, 2]
-    assert math.isnan(ranked[-1].value)
+    assert [one.state for one in ranked] == ["complete", "complete", "fail"]
+    best = 30.0 if way == "min" else 40.0
+    assert ranked[0].values == {metric: best, "dev/heads": best}
+    assert ranked[2].reason == "loss nan"
+    assert all(math.isnan(value) for value in ranked[2].values.values())
 
 
 # --- studies -------------------------------------------------------------------------------------
@@ -223,10 +249,15 @@ def test_a_study_survives_json(tiny_study: Mapping[str, Any]) -> None:
     [
         ({"space": {"optim.lrr": {"type": "float", "low": 1, "high": 2}}}, "did you mean lr"),
         ({"space": {"optim.lr": {"type": "float", "low": 0, "high": 1}}}, r"optim\.lr at 0"),
-        ({"space": {"optim.lr": {"type": "flota", "low": 0, "high": 1}}}, "wanted one of float"),
+        ({"space": {"optim.lr": {"type": "flota", "low": 0, "high": 1}}}, "expected one of float"),
         ({"space": {"optim.lr": {"type": "float", "low": 2, "high": 1}}}, "low"),
         ({"space": {}}, "space is empty"),
-        ({"objective": "inferred_and_heads"}, "stopping: null"),
+        ({"objectives": ["inferred", "dev/heads"]}, "stopping: null"),
+        ({"objectives": ["dev/heads"]}, "first one must be inferred"),
+        ({"objectives": [["inferred", "max"]]}, "without a direction"),
+        ({"objectives": []}, "first one must be inferred"),
+        ({"objectives": ["inferred", "dev/heads", "dev/heads"]}, "each metric once"),
+        ({"objectives": ["inferred", ["dev/heads", "down"]]}, "'min' or 'max'"),
         ({"num_trials": 0}, "num_trials"),
     ],
 )
@@ -235,6 +266,20 @@ def test_a_wrong_study_is_refused_before_it_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         Study.from_json({**tiny_study, **change})
+
+
+def test_directions_come_from_the_table_or_the_study(tiny_study: dict[str, Any]) -> None:
+    def found(*objectives: Any) -> dict[str, str]:
+        study = Study.from_json({**tiny_study, "stopping": None, "objectives": list(objectives)})
+        return dict(directions(study))
+
+    assert found("inferred") == {"per": "min"}
+    assert found("inferred", "dev/heads") == {"per": "min", "dev/heads": "min"}
+    assert found("inferred", ["dev/speed", "max"], "dev/exposure_gap") == {
+        "per": "min", "dev/speed": "max", "dev/exposure_gap": "min",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"dev/speed has no known direction; write \[dev/speed"):
+        found("inferred", "dev/speed")
 
 
 # --- searches on Ray -----------------------------------------------------------------------------
@@ -250,13 +295,20 @@ def board(store: Store) -> list[RunRow]:
 
 
 @pytest.fixture
-def search(tmp_path: Path, reversal: ShardSet, tiny_study: dict[str, Any]) -> Any:
-    """Runs a changed tiny study; the outcome and what was said."""
+def search(
+    tmp_path: Path,
+    reversal: ShardSet,
+    tiny_study: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> Any:
+    """Run a changed tiny study; return the outcome and the lines that it logged."""
 
     def run(workspace: Path = tmp_path, **changes: Any) -> tuple[SweepOutcome, list[str]]:
-        study, said = Study.from_json(tiny_study).override(changes), list[str]()
-        site = site_of(workspace, reversal)
-        return sweep(study, site, shards_digest=reversal.digest, say=said.append), said
+        study = Study.from_json(tiny_study).override(changes)
+        caplog.clear()
+        with caplog.at_level("INFO", logger="vinedresser.sweep"):
+            outcome = sweep(study, site_of(workspace, reversal), reversal)
+        return outcome, list(caplog.messages)
 
     return run
 
@@ -279,7 +331,7 @@ def test_hopeless_trials_are_stopped_and_everything_is_on_record(
     assert states.total() == 5
     assert [t.state for t in outcome.trials] == sorted(t.state for t in outcome.trials)
     assert outcome.best.params == {"optim.lr": 8e-3}
-    assert all(math.isfinite(trial.value) for trial in outcome.trials)
+    assert all(math.isfinite(trial.values["per"]) for trial in outcome.trials)
     assert all(Path(trial.bundle).is_dir() for trial in outcome.complete)
     assert any("stopped early" in line for line in said)
     journal = JournalStorage(JournalFileBackend(str(Path(outcome.folder) / "journal.log")))
@@ -324,13 +376,19 @@ def test_hopeless_trials_are_stopped_and_everything_is_on_record(
 def test_a_study_is_named_by_the_content_that_it_starts_from(
     reversal: ShardSet, tiny_study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class OpenedError(Exception):
+        """The search has named its folder."""
+
     def folder_of(init: Path) -> str:
         study = Study.from_json(tiny_study).override({"base.init": str(init)})
-        site = site_of(tmp_path, reversal)
-        return str(sweep(study, site, shards_digest=reversal.digest, say=print))
+        with pytest.raises(OpenedError) as caught:
+            sweep(study, site_of(tmp_path, reversal), reversal)
+        return str(caught.value)
 
-    # What runs the trials tells the folder instead.
-    monkeypatch.setattr("vinedresser.sweep.search._sweep", lambda *given: given[2].name)
+    def opened(folder: Any, workspace: Any) -> None:
+        raise OpenedError(folder.name)
+
+    monkeypatch.setattr("vinedresser.sweep.search.read_outcome", opened)
     for name in ("one", "two"):
         with commit(tmp_path / name) as staging:
             (staging.path / "weights").write_text(name)
@@ -379,6 +437,55 @@ def test_where_all_trials_fail_the_search_fails_with_the_reasons(
     assert not list(tmp_path.glob("sweeps/*/outcome.json"))
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_three_objectives_give_a_front_and_a_leaderboard(search: Any, tmp_path: Path) -> None:
+    objectives = {"per": "min", "dev/heads": "min", "dev/teacher_forced_error": "min"}
+    changes = {
+        "base.model.concrete_heads": ["enc_self"], "base.objective.l0": 1.0, "base.steps": 20,
+        "space": {"optim.lr": {"type": "categorical", "choices": [1e-3, 8e-3]}},
+        "objectives": ["inferred", "dev/heads", ["dev/teacher_forced_error", "min"]],
+        "stopping": None, "num_trials": 3,
+    }  # fmt: skip
+    outcome, said = search(**changes)
+    assert dict(outcome.objectives) == objectives
+    assert [trial.state for trial in outcome.trials] == ["complete"] * 3
+    values = [trial.values["per"] for trial in outcome.trials]
+    assert values == sorted(values)
+    for trial in outcome.trials:
+        assert list(trial.values) == list(objectives)
+        scores = json.loads((Path(trial.bundle) / "scores.json").read_text())["dev"]
+        # The point is that of the model which ships.
+        assert trial.values["per"] == scores["per"]
+        assert trial.values["dev/teacher_forced_error"] == scores["teacher_forced_error"]
+        assert trial.values["dev/heads"] in (0, 1, 2, 3, 4)
+    front = outcome.pareto()
+    assert outcome.best.values["per"] in [trial.values["per"] for trial in front]
+    assert any("dev/heads 4" in line and "dev/teacher_forced_error" in line for line in said)
+    journal = JournalStorage(JournalFileBackend(str(Path(outcome.folder) / "journal.log")))
+    kept = optuna.load_study(storage=journal, study_name="tiny-lr")
+    assert len(kept.directions) == 3
+    assert {trial.number for trial in kept.best_trials} == {trial.number for trial in front}
+    (parent,) = [row for row in board(tracking.store_for(tmp_path, "reversal")) if
+                 row.kind == "sweep"]  # fmt: skip
+    assert (parent.metric, parent.value) == ("per", outcome.best.values["per"])
+    again, said = search(**changes)
+    assert again == outcome
+    assert said == [f"{Path(outcome.folder).name}: unchanged, 3 trials known"]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_an_objective_that_trials_do_not_report_is_named(search: Any) -> None:
+    with pytest.raises(TrainingError, match=r"dev/headz is not among .*: best/per, dev/"):
+        search(
+            **{"objectives": ["inferred", ["dev/headz", "min"]], "stopping": None,
+               "num_trials": 1, "base.steps": 20}
+        )  # fmt: skip
+
+
 # --- a killed driver -----------------------------------------------------------------------------
 
 
@@ -416,7 +523,7 @@ def journal_states(workspace: Path) -> dict[int, str]:
     if not found:
         return {}
     copy = shutil.copy(found[0], workspace.parent / "journal.copy")
-    mend_journal(Path(copy))
+    repair_journal(Path(copy))
     storage = JournalStorage(JournalFileBackend(str(copy)))
     with contextlib.suppress(KeyError):
         trials = optuna.load_study(storage=storage, study_name="tiny-lr").trials
@@ -472,7 +579,7 @@ def test_after_kill_9_the_same_command_goes_on(
     again = command(study)
     assert again.wait(timeout=120) == 0, (tmp_path / "log-1").read_text()
     log = (tmp_path / "log-1").read_text()
-    assert f"{len(before)} of 3 trials known, going on" in log
+    assert f"{len(before)} of 3 trials known" in log
     assert "of a killed process closed" in log
     after = journal_states(workspace)
     assert {n: after[n] for n in before} == before

@@ -22,7 +22,8 @@ from vinedresser.nn.gates import head_gates
 from vinedresser.nn.norms import BatchNorm
 from vinedresser.nn.positions import sinusoids
 from vinedresser.objectives import likelihood, mixed_inputs
-from vinedresser.pruning.heads import certify, compact
+from vinedresser.pruning.heads import compact
+from vinedresser.pruning.parity import certify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,9 +8,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat
 
 from vinedresser.config import Section
-
-# Largest absolute difference of logits between the trained and the exported model.
-PARITY = 1e-4
+from vinedresser.metrics import PARITY_TOLERANCE
 
 Scores = Mapping[str, Any]
 
@@ -52,8 +50,10 @@ def judge(challenger: Scores, champion: Scores | None, gate: Gate) -> Verdict:
     """
     metric, new = challenger.get("metric"), _number(challenger, gate)
     parity = challenger.get("parity_max_abs")
-    if parity is not None and not (isinstance(parity, int | float) and parity <= PARITY):
-        return Verdict(False, f"parity {parity} is above {PARITY}: not the model that was scored")
+    if parity is not None and not (isinstance(parity, int | float) and parity <= PARITY_TOLERANCE):
+        return Verdict(
+            False, f"parity {parity} is above {PARITY_TOLERANCE}: not the model that was scored"
+        )
     if new is None:
         return Verdict(False, f"no finite {gate.split} {metric}; score the bundle again")
     if not challenger.get("reference_digest"):

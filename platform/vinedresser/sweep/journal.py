@@ -1,31 +1,28 @@
-"""The record of a sweep: Optuna's journal, mended and continued after a killed driver."""
+"""Record of a sweep: an Optuna journal that is repaired and continued after a killed driver."""
 
 import logging
+import math
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from vinedresser.config.study import Study
-from vinedresser.metrics import is_lower_better
-from vinedresser.sweep.outcome import ORPHAN
+from vinedresser.sweep.outcome import Direction, TrialRow
 
-_log = logging.getLogger("vinedresser")
+_log = logging.getLogger(__name__)
 
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+# User attributes of Optuna's trials: the last report of a trial, the error message of a failed one.
+OUTCOME, REASON = "outcome", "reason"
 
 
-def mend_journal(path: Path) -> int:
-    """Cuts a torn last line, with which Optuna could never open the journal again.
-
-    Returns:
-        Bytes cut off.
-    """
+def repair_journal(path: Path) -> int:
+    """Cut a torn last line, which prevents Optuna from opening the journal; return bytes cut."""
     if not path.exists():
         return 0
     content = path.read_bytes()
@@ -37,36 +34,57 @@ def mend_journal(path: Path) -> int:
     return len(content) - whole
 
 
-def open_study(folder: Path, study: Study, metric: str) -> tuple[JournalStorage, optuna.Study]:
-    """The journal's study, with the trials of a killed driver marked and proposed again."""
+def open_study(path: Path, study: Study, objectives: Mapping[str, Direction]) -> optuna.Study:
+    """Open the journal's study; trials that a killed driver left open are proposed again first.
+
+    The caller holds the sweep's folder: nobody else writes the journal.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = folder / "journal.log"
-    if cut := mend_journal(path):
+    if cut := repair_journal(path):
         _log.warning("%s: cut %d bytes of a torn last line", path, cut)
-    # We hold the folder's lock, so a lock file that is still there belongs to a dead process.
-    for left in folder.glob("journal.log.*lock*"):
+    # A lock file that is still there belongs to a dead process.
+    for left in path.parent.glob(f"{path.name}.*lock*"):
         left.unlink(missing_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = JournalStorage(JournalFileBackend(str(path)))
-    lower, higher = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
-    direction = lower if is_lower_better(metric) else higher
-    directions = [direction, lower] if has_two(study) else [direction]
     opened = optuna.create_study(
-        storage=storage, study_name=study.name, directions=directions, load_if_exists=True
+        storage=storage,
+        study_name=study.name,
+        directions=["minimize" if way == "min" else "maximize" for way in objectives.values()],
+        load_if_exists=True,
     )
+    # A continued search must not repeat the random proposals of its beginning.
+    seed = study.seed + len(opened.get_trials(deepcopy=False))
+    opened.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
     for trial in opened.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        storage.set_trial_user_attr(trial._trial_id, ORPHAN, True)
         opened.tell(trial.number, state=TrialState.FAIL)
-        opened.enqueue_trial(trial.params, skip_if_exists=False)
-    return storage, opened
+        if REASON not in trial.user_attrs:
+            opened.enqueue_trial(trial.params, skip_if_exists=False)
+    return opened
 
 
-def has_two(study: Study) -> bool:
-    """Whether a study looks for a front of score and heads."""
-    return study.objective == "inferred_and_heads"
+def ended_trials(study: optuna.Study, objectives: Mapping[str, Direction]) -> list[TrialRow]:
+    """Return the trials that used up a part of the budget: those that a driver saw end.
+
+    A trial that failed has a reason; without one it was cut short together with its driver.
+    """
+    ended = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    return [
+        _row(trial, objectives)
+        for trial in ended
+        if trial.state != TrialState.FAIL or REASON in trial.user_attrs
+    ]
 
 
-def counted(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Trials that used up a part of the budget: ended, and not cut short with their driver."""
-    return [t for t in trials if t.state in _DONE and not t.user_attrs.get(ORPHAN)]
+def _row(trial: FrozenTrial, objectives: Mapping[str, Direction]) -> TrialRow:
+    is_complete = trial.state == TrialState.COMPLETE
+    values = trial.values or [math.nan] * len(objectives)
+    return TrialRow(
+        number=trial.number,
+        state=trial.state.name.lower(),
+        params=dict(trial.params),
+        values=dict(zip(objectives, map(float, values), strict=True)),
+        bundle=str(trial.user_attrs[OUTCOME]["run/bundle"]) if is_complete else "",
+        reason=str(trial.user_attrs.get(REASON, "")),
+    )

@@ -1,16 +1,48 @@
-"""What a sweep leaves: its trials as plain rows, ranked, and their Pareto front."""
+"""Result of a sweep: its trials as plain rows, ranked, and their Pareto front."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from optuna.trial import FrozenTrial, TrialState
-
+from vinedresser.config.study import INFERRED, Study
+from vinedresser.errors import ConfigError
 from vinedresser.metrics import is_lower_better
 
-# User attributes of Optuna trials; a trial that failed reports under the last one.
-OUTCOME, ORPHAN, REASON = "outcome", "orphan", "reason"
+Direction = Literal["min", "max"]
+
+# Directions of numbers that trials report beside the task's metric.
+_REPORTED: Mapping[str, Direction] = {
+    "dev/heads": "min",
+    "dev/parameters": "min",
+    "dev/teacher_forced_nats": "min",
+    "dev/teacher_forced_error": "min",
+    "dev/exposure_gap": "min",
+    "dev/conditioning_gap": "max",
+}
+
+
+def directions(study: Study) -> dict[str, Direction]:
+    """Return metric -> direction of a study's objectives; the task's metric is the first.
+
+    Raises:
+        ConfigError: the direction of a metric is neither given nor known.
+    """
+    task_metric = study.base.task.metric
+    found: dict[str, Direction] = {}
+    for objective in study.objectives:
+        if objective.metric == INFERRED:
+            found[task_metric] = "min" if is_lower_better(task_metric) else "max"
+            continue
+        direction = objective.direction or _REPORTED.get(objective.metric)
+        if direction is None:
+            raise ConfigError(
+                f"study {study.name}: objective {objective.metric} has no known direction; write "
+                f"[{objective.metric}, min] or [{objective.metric}, max], or name one of "
+                f"{', '.join([INFERRED, *_REPORTED])}"
+            )
+        found[objective.metric] = direction
+    return found
 
 
 @dataclass(frozen=True)
@@ -21,19 +53,17 @@ class TrialRow:
         number: Optuna's, 0-based, in the order of proposals.
         state: complete, pruned (stopped early) or fail.
         params: dotted keys -> values.
-        value: best inferred score so far, NaN where there is none; with an
-            inferred_and_heads objective the last inferred score.
-        heads: open heads, for gated trials.
+        values: metric -> value for each objective of the study, NaN where there is none. That of
+            the task's metric belongs to the model that ships; others are of the last evaluation.
         bundle: folder of the trained model, "" unless complete.
-        reason: why it failed.
+        reason: error message of a failed trial.
     """
 
     number: int
     state: str
     params: Mapping[str, Any]
-    value: float
-    heads: float | None
-    bundle: str
+    values: Mapping[str, float]
+    bundle: str = ""
     reason: str = ""
 
 
@@ -44,16 +74,21 @@ class SweepOutcome:
     Attributes:
         key: content digest of study and data.
         folder: of the sweep; `journal.log` in it is an Optuna journal.
-        metric: name of the trials' value.
+        objectives: metric -> direction; the first one, the task's metric, ranks the trials.
         trials: every trial.
         run_id: its tracking run.
     """
 
     key: str
     folder: str
-    metric: str
+    objectives: Mapping[str, Direction]
     trials: list[TrialRow]
     run_id: str
+
+    @property
+    def metric(self) -> str:
+        """Name of the task's metric."""
+        return next(iter(self.objectives))
 
     @property
     def complete(self) -> list[TrialRow]:
@@ -66,49 +101,41 @@ class SweepOutcome:
         return self.complete[0]
 
     def pareto(self) -> list[TrialRow]:
-        """Complete trials that no other beats in both score and heads, by heads."""
-        sign = 1 if is_lower_better(self.metric) else -1
+        """Return the complete trials that no other one beats in all objectives.
 
-        def beaten(t: TrialRow) -> bool:
-            point = (sign * t.value, t.heads or 0.0)
-            others = [(sign * o.value, o.heads or 0.0) for o in self.complete]
-            return any(o != point and o[0] <= point[0] and o[1] <= point[1] for o in others)
+        In the order of the second objective, then the third, and so on; the first one comes last.
+        """
+        points = {t.number: lower_is_better(t.values, self.objectives) for t in self.complete}
 
-        front = [trial for trial in self.complete if not beaten(trial)]
-        return sorted(front, key=lambda t: (t.heads or 0.0, sign * t.value))
+        def is_beaten(point: tuple[float, ...]) -> bool:
+            return any(
+                other != point and all(a <= b for a, b in zip(other, point, strict=True))
+                for other in points.values()
+            )
+
+        front = [trial for trial in self.complete if not is_beaten(points[trial.number])]
+        return sorted(front, key=lambda t: points[t.number][1:] + points[t.number][:1])
+
+
+def lower_is_better(
+    values: Mapping[str, float], objectives: Mapping[str, Direction]
+) -> tuple[float, ...]:
+    """Return the values of objectives in order, those to maximise negated."""
+    return tuple(values[name] * (1 if way == "min" else -1) for name, way in objectives.items())
+
+
+def rank(trials: list[TrialRow], objectives: Mapping[str, Direction]) -> list[TrialRow]:
+    """Return trials best first by the first objective: the complete, the pruned, the failed."""
+    states = ("complete", "pruned", "fail")
+
+    def place(trial: TrialRow) -> tuple[int, bool, float]:
+        first = lower_is_better(trial.values, objectives)[0]
+        return states.index(trial.state), math.isnan(first), 0.0 if math.isnan(first) else first
+
+    return sorted(trials, key=place)
 
 
 def short_params(params: Mapping[str, Any]) -> str:
-    """`probability 0.21, clip_norm 1.3`: the last parts of keys, three digits."""
+    """Return `probability 0.21, clip_norm 1.3`: last parts of keys, three digits."""
     shown = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in params.items()}
     return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in shown.items())
-
-
-def rank(trials: list[FrozenTrial], metric: str) -> list[TrialRow]:
-    """Complete trials best first, then the pruned and the failed."""
-    rows = [_row(trial) for trial in trials]
-    sign = 1 if is_lower_better(metric) else -1
-    order = {"complete": 0, "pruned": 1, "fail": 2}
-    return sorted(
-        rows,
-        key=lambda r: (
-            order[r.state],
-            math.isnan(r.value),
-            sign * r.value if r.value == r.value else 0,
-        ),
-    )
-
-
-def _row(trial: FrozenTrial) -> TrialRow:
-    outcome = trial.user_attrs.get(OUTCOME, {})
-    values = trial.values or [trial.value if trial.value is not None else math.nan]
-    heads = outcome.get("dev/heads")
-    return TrialRow(
-        number=trial.number,
-        state=trial.state.name.lower(),
-        params=dict(trial.params),
-        value=float(values[0]),
-        heads=None if heads is None else float(heads),
-        bundle=str(outcome.get("run/bundle", "")) if trial.state == TrialState.COMPLETE else "",
-        reason=str(trial.user_attrs.get(REASON, "")),
-    )

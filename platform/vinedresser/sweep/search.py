@@ -1,4 +1,4 @@
-"""sweep(): runs what is left of a study, ranks all of its trials and tells the tracking store."""
+"""sweep(): run the trials that a study lacks, rank all of them, and record them in the tracker."""
 
 import json
 import logging
@@ -6,130 +6,129 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vinedresser.config.study import Study
+from vinedresser.data.shards import ShardSet
 from vinedresser.distributed import Site
 from vinedresser.errors import InterruptedRunError, MachineError, TrainingError
-from vinedresser.sweep.journal import counted, open_study
-from vinedresser.sweep.outcome import SweepOutcome, TrialRow, rank
-from vinedresser.sweep.trials import Say, run_trials, searcher_for
+from vinedresser.sweep.journal import ended_trials, open_study
+from vinedresser.sweep.outcome import SweepOutcome, TrialRow, directions, rank
+from vinedresser.sweep.trials import run_trials
 from vinedresser.tracking import Tracker, end_children, ending, open_run
 from vinedresser.workspace.commit import digest_of, verify
 from vinedresser.workspace.layout import RunFolder, SweepFolder, Workspace
 from vinedresser.workspace.lease import leased
 from vinedresser.workspace.storage import read_json, write_file
 
-_log = logging.getLogger("vinedresser")
+_log = logging.getLogger(__name__)
 
 
-def sweep(study: Study, site: Site, *, shards_digest: str, say: Say) -> SweepOutcome:
-    """Runs what is left of a study's trials and ranks all of them. Ray must be connected.
+def sweep(study: Study, site: Site, shards: ShardSet) -> SweepOutcome:
+    """Run the trials that a study lacks and rank all of them. Ray must be connected.
 
     Raises:
+        ConfigError: an objective without a direction.
         TrainingError: no trial ran to its end.
-        BusyError: another process runs this very sweep.
-        MachineError: one trial wants more than the whole cluster.
+        BusyError: another process runs this sweep.
+        MachineError: one trial needs more than the whole cluster.
     """
-    content = {**study.model_dump(mode="json"), "name": "", "task": shards_digest}
+    objectives = directions(study)
+    content = {**study.model_dump(mode="json"), "name": "", "task": shards.digest}
     if study.base.init is not None:
         # By content in the place of its path, as in the key of a run.
         content["base"] = {**content["base"], "init": verify(Path(study.base.init)).digest}
-    key = digest_of(content)
-    folder = Workspace(Path(site.workspace)).sweep(study.name, key)
+    key, workspace = digest_of(content), Workspace(Path(site.workspace))
+    folder = workspace.sweep(study.name, key)
     with leased(folder.lease, f"sweep {folder.name}"):
-        return _finished(folder, Path(site.workspace), say) or _sweep(study, site, folder, key, say)
+        known = read_outcome(folder, workspace)
+        if known is not None:
+            _log.info("%s: unchanged, %d trials known", folder.name, len(known.trials))
+            return known
+        tracker = open_run(
+            site.store,
+            key=key[:12],
+            name=folder.name,
+            parent=site.parent,
+            params={"study": study.name, "base": study.base.to_json()},
+            tags={
+                "vinedresser.kind": "sweep",
+                "vinedresser.metric": study.base.task.metric,
+                "vinedresser.folder": str(folder.path),
+                "vinedresser.task": study.base.task.name,
+                "vinedresser.space": ", ".join(study.space),
+                "vinedresser.objectives": ", ".join(f"{k} {d}" for k, d in objectives.items()),
+            },
+        )
+        with ending(tracker):
+            opened = open_study(folder.journal, study, objectives)
+            if known_trials := ended_trials(opened, objectives):
+                count = len(known_trials)
+                _log.info("%s: %d of %d trials known", folder.name, count, study.num_trials)
+            if len(known_trials) < study.num_trials:
+                children = replace(site, parent=tracker.run_id)
+                try:
+                    run_trials(
+                        study, children, shards,
+                        opened=opened, objectives=objectives, scratch=folder.ray_scratch,
+                    )  # fmt: skip
+                finally:
+                    _close_children(children)
+            trials = [_moved(trial, workspace) for trial in ended_trials(opened, objectives)]
+            if len(trials) < study.num_trials:
+                raise InterruptedRunError(
+                    f"{folder.name}: stopped after {len(trials)} of {study.num_trials} trials; run "
+                    "the same command to resume"
+                )
+            ranked = rank(trials, objectives)
+            outcome = SweepOutcome(key, str(folder.path), objectives, ranked, tracker.run_id)
+            if not outcome.complete:
+                reasons = sorted({trial.reason for trial in trials if trial.reason})
+                raise TrainingError(
+                    f"{folder.name}: none of {len(trials)} trials ran to its end "
+                    f"({'; '.join(reasons[:3])}); widen the space or lower optim.lr"
+                )
+            write_file(folder.outcome, json.dumps(asdict(outcome), indent=1) + "\n")
+            _record(outcome, tracker)
+    return outcome
 
 
-def _finished(folder: SweepFolder, workspace: Path, say: Say) -> SweepOutcome | None:
+def _record(outcome: SweepOutcome, tracker: Tracker) -> None:
+    """Record the best trial and the table of all trials in the sweep's tracking run."""
+    trials, best = outcome.trials, outcome.best
+    tracker.log({f"best/{outcome.metric}": best.values[outcome.metric]}, len(trials))
+    tracker.tag({"vinedresser.best_trial": str(best.number)})
+    keys = sorted({key for trial in trials for key in trial.params})
+    tracker.table(
+        {
+            "trial": [trial.number for trial in trials],
+            "state": [trial.state for trial in trials],
+            **{metric: [t.values[metric] for t in trials] for metric in outcome.objectives},
+            **{key: [trial.params.get(key) for trial in trials] for key in keys},
+        },
+        "trials.json",
+    )
+
+
+def read_outcome(folder: SweepFolder, workspace: Workspace) -> SweepOutcome | None:
+    """Return the outcome of a sweep that ended, if the models of its trials are still there."""
     plain = read_json(folder.outcome)
     if plain is None:
         return None
-    trials = [_present(TrialRow(**row), workspace) for row in plain.pop("trials")]
+    trials = [_moved(TrialRow(**row), workspace) for row in plain.pop("trials")]
     outcome = SweepOutcome(**{**plain, "folder": str(folder.path)}, trials=trials)
-    if not all(Path(trial.bundle).is_dir() for trial in outcome.complete):
-        return None
-    say(f"{folder.name}: unchanged, {len(trials)} trials known")
-    return outcome
+    return outcome if all(Path(trial.bundle).is_dir() for trial in outcome.complete) else None
 
 
-def _present(trial: TrialRow, workspace: Path) -> TrialRow:
-    """A trial with its bundle where it is now: the workspace may have been moved since."""
+def _moved(trial: TrialRow, workspace: Workspace) -> TrialRow:
+    """Return a trial with its bundle's present path: the workspace may have been moved since."""
     if not trial.bundle:
         return trial
-    run = Path(trial.bundle).parent.name
-    return replace(trial, bundle=str(RunFolder(Workspace(workspace).runs / run).bundle))
+    run = RunFolder(workspace.runs / Path(trial.bundle).parent.name)
+    return replace(trial, bundle=str(run.bundle))
 
 
-def _sweep(study: Study, site: Site, folder: SweepFolder, key: str, say: Say) -> SweepOutcome:
-    metric = study.base.task.metric
-    tracker = _open_parent(study, site, folder, key)
-    with ending(tracker):
-        storage, opened = open_study(folder.path, study, metric)
-        done = len(counted(opened.get_trials(deepcopy=False)))
-        if done:
-            say(f"{folder.name}: {done} of {study.num_trials} trials known, going on")
-        if done < study.num_trials:
-            children = Site(site.shards, site.workspace, site.store, tracker.run_id, site.kind)
-            try:
-                count = study.num_trials - done
-                run_trials(study, children, folder.path, searcher_for(study, storage), count, say)
-            finally:
-                _end_trials(children)
-        ranked = rank(counted(opened.get_trials()), metric)
-        trials = [_present(trial, Path(site.workspace)) for trial in ranked]
-        if len(trials) < study.num_trials:
-            raise InterruptedRunError(
-                f"{folder.name}: stopped after {len(trials)} of {study.num_trials} trials; the "
-                "same command goes on"
-            )
-        outcome = SweepOutcome(key, str(folder.path), metric, trials, tracker.run_id)
-        if not outcome.complete:
-            reasons = sorted({t.reason for t in trials if t.reason})
-            raise TrainingError(
-                f"{folder.name}: none of {len(trials)} trials ran to its end "
-                f"({'; '.join(reasons[:3])}); widen the space or lower optim.lr"
-            )
-        plain = {**asdict(outcome), "trials": [asdict(trial) for trial in trials]}
-        write_file(folder.outcome, json.dumps(plain, indent=1) + "\n")
-        _summarise(tracker, outcome)
-    return outcome
-
-
-def _end_trials(site: Site) -> None:
-    """Tune kills a stopped trial's process, often before that could close its tracking run."""
+def _close_children(site: Site) -> None:
+    """Close the tracking runs of trials whose process Tune ended before it could do so."""
     if site.parent:
         try:
             end_children(site.store, site.parent, "stopped early")
         except MachineError as error:
             _log.warning("%s; stopped trials may stay RUNNING there", error.args[0])
-
-
-def _open_parent(study: Study, site: Site, folder: SweepFolder, key: str) -> Tracker:
-    return open_run(
-        site.store,
-        key=key[:12],
-        name=folder.name,
-        parent=site.parent,
-        params={"study": study.name, "base": study.base.to_json()},
-        tags={
-            "vinedresser.kind": "sweep",
-            "vinedresser.metric": study.base.task.metric,
-            "vinedresser.folder": str(folder.path),
-            "vinedresser.task": study.base.task.name,
-            "vinedresser.space": ", ".join(study.space),
-        },
-    )
-
-
-def _summarise(tracker: Tracker, outcome: SweepOutcome) -> None:
-    best = outcome.best
-    tracker.log({f"best/{outcome.metric}": best.value}, len(outcome.trials))
-    tracker.tag({"vinedresser.best_trial": str(best.number)})
-    keys = sorted({key for trial in outcome.trials for key in trial.params})
-    tracker.table(
-        {
-            "trial": [t.number for t in outcome.trials],
-            "state": [t.state for t in outcome.trials],
-            outcome.metric: [t.value for t in outcome.trials],
-            **{key: [t.params.get(key) for t in outcome.trials] for key in keys},
-        },
-        "trials.json",
-    )

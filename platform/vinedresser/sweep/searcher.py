@@ -1,64 +1,78 @@
-"""Searcher: Optuna's proposals for Tune, with what became of each trial told truthfully."""
+"""Searcher: Optuna's proposals for Ray Tune, and the true end of each trial for Optuna."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
-from ray.tune.search.optuna import OptunaSearch
+from ray import tune
 
-from vinedresser.sweep.outcome import OUTCOME, REASON
+from vinedresser.sweep.journal import OUTCOME, REASON
 
-# An exception in a trial is reported; what Tune alone knows of is the end of its process.
+# A trial reports its own exceptions; Tune alone sees the end of its process.
 DIED = "its process died; too little memory is the usual reason"
 
 
-class Searcher(OptunaSearch):
-    """OptunaSearch, repaired: stopped trials are PRUNED, NaN and errors are FAIL.
+class Searcher(tune.search.Searcher):
+    """Optuna behind Tune's public interface for searchers.
 
-    The stock class tells a stopped trial as COMPLETE with its early score, leaves a NaN trial
-    RUNNING for ever and aborts the sweep over a missing metric.
+    Ray 2.60 has OptunaSearch, which is not enough: it records a trial that was stopped early as
+    COMPLETE with its early score, leaves a trial with NaN RUNNING for ever, aborts the sweep over
+    a missing metric, and repeats finished trials when its storage outlives the process.
+
+    A proposal is {"number": Optuna's number, "params": dotted keys -> values}.
     """
 
-    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Tells an intermediate value, unless there is none or it is not finite."""
-        if trial_id not in self._completed_trials:
-            self._tell_value(trial_id, result)
+    def __init__(
+        self, study: optuna.Study, space: Mapping[str, BaseDistribution], keys: list[str]
+    ) -> None:
+        """Propose values of `space`; `keys` are the objectives' names in the reports of trials."""
+        super().__init__()
+        self._study, self._space, self._keys = study, dict(space), keys
+        self._open: dict[str, optuna.Trial] = {}
 
-    def _tell_value(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        value = result.get(self.metric) if isinstance(self.metric, str) else None
-        if value is not None and math.isfinite(value):
-            self._ot_trials[trial_id].report(float(value), int(result["step"]))
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Return the next proposal."""
+        trial = self._open[trial_id] = self._study.ask(fixed_distributions=self._space)
+        return {"number": trial.number, "params": trial.params}
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Record an intermediate value, if it is finite and the study has one objective."""
+        value = result.get(self._keys[0])
+        is_known = trial_id in self._open and value is not None and math.isfinite(value)
+        if is_known and len(self._keys) == 1:
+            self._open[trial_id].report(float(result[self._keys[0]]), int(result["step"]))
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tells the final state, once; terminal states are final."""
-        if trial_id in self._completed_trials or trial_id not in self._ot_trials:
+        """Record the final state, once: COMPLETE after the last step, PRUNED before it, or FAIL."""
+        if trial_id not in self._open:
             return
-        self._completed_trials.add(trial_id)
-        trial, result = self._ot_trials[trial_id], result or {}
-        metrics = self.metric if isinstance(self.metric, list) else [self.metric]
-        values = [float(result.get(metric, math.nan)) for metric in metrics]
-        study: Any = self._ot_study
-        if error or not all(math.isfinite(value) for value in values):
-            missing = DIED if error else f"{metrics[0]} is missing or not finite"
-            trial.set_user_attr(REASON, str(result.get(REASON, missing)))
-            study.tell(trial, state=TrialState.FAIL)
-            return
-        kept = {key: result[key] for key in result if isinstance(key, str) and "/" in key}
-        trial.set_user_attr(OUTCOME, {k: v for k, v in kept.items() if _is_plain(v)})
-        if result.get("is_last"):
-            study.tell(trial, values, state=TrialState.COMPLETE)
+        trial, result = self._open[trial_id], result or {}
+        values = [float(result.get(key, math.nan)) for key in self._keys]
+        missing = [k for k, v in zip(self._keys, values, strict=True) if not math.isfinite(v)]
+        if error or missing:
+            reason = DIED if error else f"{', '.join(missing)} missing or not finite"
+            trial.set_user_attr(REASON, str(result.get(REASON, reason)))
+            self._study.tell(trial, state=TrialState.FAIL)
+        elif result.get("is_last"):
+            trial.set_user_attr(OUTCOME, _plain(result))
+            self._study.tell(trial, values, state=TrialState.COMPLETE)
         else:
-            # Optuna takes its value from the last report, and Tune tells that one here only.
-            self._tell_value(trial_id, result)
-            study.tell(trial, state=TrialState.PRUNED)
-
-    def number_of(self, trial_id: str) -> int:
-        """Optuna's number of a Tune trial."""
-        return int(self._ot_trials[trial_id].number)
+            # Optuna takes the value of its last report, which Tune passes on here only.
+            self.on_trial_result(trial_id, result)
+            trial.set_user_attr(OUTCOME, _plain(result))
+            self._study.tell(trial, state=TrialState.PRUNED)
+        del self._open[trial_id]
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str) or (isinstance(value, float | int) and math.isfinite(value))
+def _plain(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics and paths of a report: what JSON can hold of the keys with a slash."""
+    return {
+        key: value
+        for key, value in result.items()
+        if "/" in str(key) and (isinstance(value, str) or math.isfinite(value))
+    }

@@ -1,4 +1,4 @@
-"""Trials under Ray Tune: what runs in one, when it is stopped, and what is said of it."""
+"""Trials of a sweep under Ray Tune: the proposals, the training in each, and their early stop."""
 
 import contextlib
 import logging
@@ -7,169 +7,199 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from vinedresser.config import Experiment
 from vinedresser.config.study import Study
-from vinedresser.data.shards import open_shards
+from vinedresser.data.shards import ShardSet
 from vinedresser.distributed import TRIAL_CPUS, Site, num_groups, release_group, require, train
-from vinedresser.errors import InterruptedRunError, VinedresserError
-from vinedresser.metrics import is_lower_better
-from vinedresser.sweep.journal import has_two
-from vinedresser.sweep.outcome import REASON, short_params
+from vinedresser.errors import ConfigError, InterruptedRunError, VinedresserError
+from vinedresser.sweep.journal import REASON, ended_trials
+from vinedresser.sweep.outcome import Direction, short_params
 from vinedresser.sweep.searcher import DIED, Searcher
 from vinedresser.training.outcome import run_folder
 from vinedresser.workspace.lease import STOPPING, ask_to_stop, has_stopped
 
-Say = Callable[[str], None]
+_log = logging.getLogger(__name__)
 
 # Seconds that trials have for a checkpoint after SIGTERM; schedulers of clusters kill after 30.
 GRACE_SECONDS = 20.0
 
 
-def searcher_for(study: Study, storage: JournalStorage) -> Searcher:
-    """A searcher that goes on from the trials in the journal."""
-    metric = study.base.task.metric
-    mode = _mode(study)
-    known = len(storage.get_all_trials(storage.get_study_id_from_name(study.name)))
-    return Searcher(
-        dict(study.space),
-        metric=[f"dev/{metric}", "dev/heads"] if has_two(study) else f"best/{metric}",
-        mode=[mode, "min"] if has_two(study) else mode,
-        # A continued search must not repeat the random proposals of its beginning.
-        sampler=optuna.samplers.TPESampler(seed=study.seed + known, n_startup_trials=4),
-        study_name=study.name,
-        storage=storage,
-    )
+class Halving(ASHAScheduler):
+    """Successive halving that leaves a trial alone which has reported its end.
 
+    The stock class stops it at that report, while it closes its files and its tracking run.
+    """
 
-def _mode(study: Study) -> str:
-    return "min" if is_lower_better(study.base.task.metric) else "max"
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Return the decision on a trial after one of its evaluations."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if result.get("is_last") else decision
 
 
 def run_trials(
-    study: Study, site: Site, folder: Path, searcher: Searcher, count: int, say: Say
+    study: Study,
+    site: Site,
+    shards: ShardSet,
+    *,
+    opened: optuna.Study,
+    objectives: Mapping[str, Direction],
+    scratch: Path,
 ) -> None:
-    """Runs `count` trials, told to the searcher as they end.
+    """Run the trials that an Optuna study still lacks; the end of each is recorded in it.
 
     Raises:
-        MachineError: one of them wants more than the whole cluster.
+        MachineError: one of them needs more than the whole cluster.
     """
-    require(study.base.compute, f"a trial of {study.name}")
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints stacks of what we report
-    # Tune's own notes, pickles that nobody reads; a killed sweep's are in the way.
-    scratch, running = folder / "tune", Running()
+    compute, metric = study.base.compute, study.base.task.metric
+    require(compute, f"a trial of {study.name}")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints stacks of reported errors
+    # Files of Tune, pickles that are never read; those of a killed sweep are in the way.
     shutil.rmtree(scratch, ignore_errors=True)
+    # The first value decides between trials, the others come from the last evaluation.
+    keys = [f"best/{metric}", *list(objectives)[1:]]
+    concurrent: int | None = study.concurrent or None
+    resources: dict[str, float] = {"CPU": compute.threads, "GPU": float(compute.needs_gpu)}
+    if compute.workers > 1:
+        # The trial only waits for its worker group. Groups must not wait for each other's workers.
+        fitting = num_groups(compute)
+        concurrent, resources = min(concurrent or fitting, fitting), {"CPU": TRIAL_CPUS}
+    scheduler: Any = FIFOScheduler()  # type: ignore[no-untyped-call]
+    if study.stopping is not None:
+        scheduler = Halving(
+            time_attr="evaluation",
+            metric=f"best/{metric}",
+            mode=objectives[metric],
+            grace_period=study.stopping.grace,
+            reduction_factor=study.stopping.factor,
+            max_t=max(study.base.evaluation.times, study.stopping.grace + 1),
+        )
+    watch = TrialWatch(study, objectives)
+    trial = tune.with_parameters(
+        _trial, base=study.base.to_json(), site=site, shards=shards, keys=keys
+    )
     tuner = tune.Tuner(
-        tune.with_resources(
-            tune.with_parameters(_trial, base=study.base.to_json(), site=site),
-            _resources(study),
-        ),
+        tune.with_resources(trial, resources),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=_scheduler(study),
-            num_samples=count,
-            max_concurrent_trials=_concurrent(study),
-            # A new actor imports torch and mlflow again: 1.5 s a trial quiet, 5 s busy.
-            reuse_actors=study.base.compute.workers == 1,
+            search_alg=Searcher(opened, study.space, keys),
+            scheduler=scheduler,
+            num_samples=study.num_trials - len(ended_trials(opened, objectives)),
+            max_concurrent_trials=concurrent,
+            # A new actor imports torch and mlflow again: 1.5 s per trial quiet, 5 s busy.
+            reuse_actors=compute.workers == 1,
         ),
         run_config=tune.RunConfig(
-            storage_path=str(scratch),
-            name=study.name,
-            verbose=0,
-            callbacks=[Progress(study, say, searcher), Release(), running],
+            storage_path=str(scratch), name=study.name, verbose=0, callbacks=[watch]
         ),
     )
     try:
-        with _checkpointing_first(running, study, site):
+        with _checkpointing_first(watch, study, shards, Path(site.workspace)):
             tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _resources(study: Study) -> Any:
-    compute = study.base.compute
-    if compute.workers > 1:
-        # The trial only waits for its worker group.
-        return {"CPU": TRIAL_CPUS}
-    return {"CPU": compute.threads, "GPU": 1.0 if compute.needs_gpu else 0.0}
+def _trial(
+    config: Mapping[str, Any],
+    base: Mapping[str, Any],
+    site: Site,
+    shards: ShardSet,
+    keys: list[str],
+) -> None:
+    """Train the base experiment with the proposed values, in the process of a Tune trial."""
 
+    def report(metrics: Mapping[str, Any]) -> None:
+        if missing := [key for key in keys if key not in metrics]:
+            raise ConfigError(
+                f"objectives: {', '.join(missing)} is not among the numbers that trials report: "
+                f"{', '.join(sorted(key for key in metrics if '/' in key))}"
+            )
+        tune.report(dict(metrics))
 
-def _concurrent(study: Study) -> int | None:
-    """Trials at a time; those of several workers must not wait for each other's workers."""
-    if study.base.compute.workers == 1:
-        return study.concurrent or None
-    fitting = num_groups(study.base.compute)
-    return min(study.concurrent or fitting, fitting)
-
-
-def _scheduler(study: Study) -> TrialScheduler:
-    if study.stopping is None:
-        return FIFOScheduler()  # type: ignore[no-untyped-call]
-    return Halving(
-        time_attr="evaluation",
-        metric=f"best/{study.base.task.metric}",
-        mode=_mode(study),
-        grace_period=study.stopping.grace,
-        reduction_factor=study.stopping.factor,
-        max_t=max(study.base.evaluation.times, study.stopping.grace + 1),
-    )
-
-
-def _trial(config: Mapping[str, Any], base: Mapping[str, Any], site: Site) -> None:
-    """What runs inside a Tune trial: the base with the proposed values, in place."""
     try:
-        experiment = Experiment.from_json(base).override(config)
-        train(experiment, site, report=lambda metrics: tune.report(dict(metrics)))
+        experiment = Experiment.from_json(base).override(config["params"])
+        train(experiment, site, report=report)
     except InterruptedRunError:
         # It has its checkpoint, and is neither done nor failed: the driver is about to end.
-        has_stopped(_folder(config, base, site))
+        has_stopped(run_folder(experiment, shards, Path(site.workspace)))
         time.sleep(2 * GRACE_SECONDS)
-    except Exception as error:  # noqa: BLE001 (whatever it is, this trial failed and others go on)
+    except Exception as error:  # noqa: BLE001 (any failure ends this trial; the others continue)
         message = error.args[0] if isinstance(error, VinedresserError) else repr(error)
         tune.report({REASON: str(message).splitlines()[0]})
 
 
-def _folder(config: Mapping[str, Any], base: Mapping[str, Any], site: Site) -> Path:
-    """Of a trial's run."""
-    experiment = Experiment.from_json(base).override(config)
-    shards = open_shards(Path(site.shards), task=experiment.task)
-    return run_folder(experiment, shards, Path(site.workspace))
+class TrialWatch(tune.Callback):
+    """A log line per event of a trial, the list of running trials, and the end of worker groups.
 
+    Ray Train's own cleaner of placement groups fails where two clusters run on a host (ray#65447),
+    and the next trial would wait for the workers of the last one for ever.
 
-class Running(tune.Callback):
-    """The trials that are in work, for whoever has to end them."""
+    Attributes:
+        running: Tune's id -> proposal of each trial that runs.
+    """
 
-    def __init__(self) -> None:
-        self.configs: dict[str, Mapping[str, Any]] = {}
+    def __init__(self, study: Study, objectives: Mapping[str, Direction]) -> None:
+        self._base, self._objectives = study.base, objectives
+        self._best = math.nan
+        self.running: dict[str, Mapping[str, Any]] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Called by Tune in the driver."""
+        """Log the proposal of a trial."""
         del iteration, trials
-        self.configs[trial.trial_id] = dict(trial.config)
+        self.running[trial.trial_id] = trial.config
+        params = short_params(trial.config["params"])
+        _log.info("  trial %d  starts with %s", trial.config["number"], params)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **_: Any
+    ) -> None:
+        """Log an evaluation: step, the value of each objective, and the best of all trials."""
+        del iteration, trials
+        number, (metric, *others) = trial.config["number"], self._objectives
+        if REASON in result:
+            return _log.info("  trial %d  failed: %s", number, result[REASON])
+        value = float(result.get(f"dev/{metric}", math.nan))
+        better = min if self._objectives[metric] == "min" else max
+        self._best = value if math.isnan(self._best) else better(self._best, value)
+        shown = [f"{metric} {value:.2f}", *(f"{k} {result.get(k, math.nan):.4g}" for k in others)]
+        return _log.info(
+            "  trial %d  step %d/%d  %s  best so far %.2f",
+            number, result.get("step", 0), self._base.steps, "  ".join(shown), self._best,
+        )  # fmt: skip
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Called by Tune in the driver."""
+        """Log a trial that was stopped early."""
         del iteration, trials
-        self.configs.pop(trial.trial_id, None)
+        last = self._ended(trial)
+        if not (last.get("is_last") or REASON in last):
+            _log.info("  trial %d  stopped early", trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Called by Tune in the driver."""
+        """Log a trial whose process died."""
         del iteration, trials
-        self.configs.pop(trial.trial_id, None)
+        self._ended(trial)
+        _log.info("  trial %d  failed: %s", trial.config["number"], DIED)
+
+    def _ended(self, trial: Any) -> Mapping[str, Any]:
+        self.running.pop(trial.trial_id, None)
+        last: Mapping[str, Any] = trial.last_result or {}
+        release_group(last)
+        return last
 
 
 @contextlib.contextmanager
-def _checkpointing_first(running: Running, study: Study, site: Site) -> Iterator[None]:
-    """SIGTERM and Ctrl-C let trials write their checkpoints before they do what they did before."""
+def _checkpointing_first(
+    watch: TrialWatch, study: Study, shards: ShardSet, workspace: Path
+) -> Iterator[None]:
+    """Let trials write their checkpoints at SIGTERM and Ctrl-C, before the handler of before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -181,8 +211,8 @@ def _checkpointing_first(running: Running, study: Study, site: Site) -> Iterator
 
     def ask(number: int, frame: FrameType | None) -> None:
         restore()
-        base = study.base.to_json()
-        folders = [_folder(config, base, site) for config in running.configs.values()]
+        experiments = [study.base.override(one["params"]) for one in watch.running.values()]
+        folders = [run_folder(experiment, shards, workspace) for experiment in experiments]
         ask_to_stop(folders, grace=GRACE_SECONDS)
         handler = before[signal.Signals(number)]
         if callable(handler):
@@ -194,84 +224,3 @@ def _checkpointing_first(running: Running, study: Study, site: Site) -> Iterator
         yield
     finally:
         restore()
-
-
-class Halving(ASHAScheduler):
-    """Successive halving that lets a trial at its end go by itself.
-
-    The stock class stops it at its last report, in the middle of closing what it opened.
-    """
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Called by Tune in the driver."""
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        return self.CONTINUE if result.get("is_last") else decision
-
-
-class Release(tune.Callback):
-    """Frees the worker group of a trial that was stopped.
-
-    Ray Train's own cleaner gives up where two clusters run on a host (ray#65447), and the next
-    trial would wait for the workers of the last one for ever.
-    """
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Called by Tune in the driver."""
-        del iteration, trials
-        release_group(trial.last_result or {})
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Called by Tune in the driver."""
-        del iteration, trials
-        release_group(trial.last_result or {})
-
-
-class Progress(tune.Callback):
-    """One line an evaluation: which trial, how far, how good, and the best so far."""
-
-    def __init__(self, study: Study, say: Say, searcher: Searcher) -> None:
-        self._study, self._say, self._searcher = study, say, searcher
-        self._best: float | None = None
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Called by Tune in the driver."""
-        del iteration, trials
-        self._say(f"  trial {self._number(trial)}  starts with {short_params(trial.config)}")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **_: Any
-    ) -> None:
-        """Called by Tune in the driver."""
-        del iteration, trials
-        if REASON in result:
-            self._say(f"  trial {self._number(trial)}  failed: {result[REASON]}")
-            return
-        metric = self._study.base.task.metric
-        value = float(result.get(f"dev/{metric}", math.nan))
-        self._best = _better(metric, self._best, value)
-        heads = f"  heads {result['dev/heads']:.0f}" if "dev/heads" in result else ""
-        self._say(
-            f"  trial {self._number(trial)}  step {result.get('step', 0):.0f}/"
-            f"{self._study.base.steps}  {metric} {value:.2f}{heads}  best so far {self._best:.2f}"
-        )
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Called by Tune in the driver."""
-        del iteration, trials
-        last = trial.last_result or {}
-        if not (last.get("is_last") or REASON in last):
-            self._say(f"  trial {self._number(trial)}  stopped early")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Called by Tune in the driver."""
-        del iteration, trials
-        self._say(f"  trial {self._number(trial)}  failed: {DIED}")
-
-    def _number(self, trial: Any) -> int:
-        return self._searcher.number_of(trial.trial_id)
-
-
-def _better(metric: str, best: float | None, value: float) -> float:
-    if best is None or math.isnan(best):
-        return value
-    return min(best, value) if is_lower_better(metric) else max(best, value)

@@ -1,6 +1,5 @@
 """`prune`: a smaller model that is proved equal to the one with closed heads."""
 
-import logging
 from typing import Annotated
 
 import typer
@@ -19,7 +18,6 @@ from vinedresser.cli.arguments import (
 )
 from vinedresser.cli.render import print_json, print_table
 
-_log = logging.getLogger(__name__)
 _DEFAULT = "search_spaces.heads"
 
 
@@ -40,7 +38,6 @@ def prune(
     value = resolve_value(pruning, [Pruning], words)
     if dry_run:
         return print_plan(value, as_json=as_json)
-    from vinedresser.bundle import load_bundle
     from vinedresser.cluster import connect
     from vinedresser.data import shards
     from vinedresser.workspace import layout
@@ -50,10 +47,7 @@ def prune(
     with connect():
         prepared = shards.prepare(experiment.task, layout.Workspace(workspace).shards)
         site = site_of(prepared, workspace, kind="prune")
-        pruner = Pruner(
-            experiment.name, value, whole.folder, shards=prepared, site=site, say=_log.info
-        )
-        small = load_bundle(pruner.run())
+        small = Pruner(experiment.name, value, whole, shards=prepared, site=site).run()
     scores, metric = small.scores, small.scores["metric"]
     if as_json:
         return print_json({"bundle": str(small.folder), "scores": dict(scores)})
@@ -72,7 +66,7 @@ def prune(
             *heads,
             ("parameters", f"{before:,}", f"{after:,}"),
             ("greedy sentences/s", f"{slow:,.0f}", f"{fast:,.0f}"),
-            ("parity, max |logit|", "", f"{scores['parity_max_abs']:.1e}"),
+            ("parity, log-probabilities", "", f"{scores['parity_max_abs']:.1e}"),
         ],
         title=small.folder.name,
     )

@@ -38,7 +38,7 @@ def retrain(
         return print_plan(value, as_json=as_json)
     from vinedresser.cli.progress import watching
 
-    found = chain.retrain(value, workspace, say=_log.info, watch=lambda: watching(_log.info))
+    found = chain.retrain(value, workspace, watch=lambda: watching(_log.info)).to_json()
     if as_json:
         return print_json(found)
     metric, model = found["metric"], found["model"]
@@ -68,8 +68,9 @@ def retrain(
     program = "vinedresser" if shutil.which("vinedresser") else sys.argv[0]
     at = "" if workspace == Path("workspace") else f" -w {workspace}"
     return print_lines(
-        f"\nparity of the pruned model: logits differ by {found['parity_max_abs']:.1e} at most, "
-        f"greedy outputs identical: {'yes' if found['parity_same_output'] else 'no'}",
+        f"\nparity of the pruned model: log-probabilities differ by {found['parity_max_abs']:.1e} "
+        f"(in fp32 by {found['parity_max_abs_fp32']:.1e}), greedy outputs identical: "
+        f"{'yes' if found['parity_same_output'] else 'no'}",
         f"registered: {model} version {found['version']}, "
         f"champion is version {found['champion_version']}",
         f"{found['seconds']:.0f} s\n",

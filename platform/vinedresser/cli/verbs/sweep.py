@@ -1,6 +1,5 @@
 """`sweep`: a search, and the table of its trials."""
 
-import logging
 import math
 from pathlib import Path
 from typing import Annotated
@@ -18,8 +17,6 @@ from vinedresser.cli.arguments import (
     site_of,
 )
 from vinedresser.cli.render import print_json, print_table
-
-_log = logging.getLogger(__name__)
 
 
 def sweep(
@@ -44,17 +41,17 @@ def sweep(
     with connect(dashboard=value.base.compute.workers > 1):
         prepared = shards.prepare(value.base.task, layout.Workspace(workspace).shards)
         site = site_of(prepared, workspace, kind="trial")
-        outcome = search.sweep(value, site, shards_digest=prepared.digest, say=_log.info)
+        outcome = search.sweep(value, site, prepared)
     if as_json:
         trials = [vars(trial) for trial in outcome.trials]
         return print_json({"folder": outcome.folder, "trials": trials})
     return print_table(
-        ["trial", "state", outcome.metric, "parameters"],
+        ["trial", "state", *outcome.objectives, "parameters"],
         [
             (
                 str(trial.number),
                 trial.state,
-                "" if math.isnan(trial.value) else f"{trial.value:.2f}",
+                *("" if math.isnan(v) else f"{v:.2f}" for v in trial.values.values()),
                 search.short_params(trial.params),
             )
             for trial in outcome.trials
