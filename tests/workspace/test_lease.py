@@ -32,11 +32,12 @@ class Bucket:
     def write(self, path: Path, content: bytes) -> None:
         self._objects[path] = content
 
-    def replace(self, path: Path, content: bytes, *, expected: bytes | None) -> bool:
+    def replace(self, path: Path, content: bytes | None, *, expected: bytes | None) -> bool:
         with self._server:
             is_expected = self._objects.get(path) == expected
             if is_expected:
-                self._objects[path] = content
+                self._objects.pop(path, None)
+                self._objects |= {path: content} if content is not None else {}
             return is_expected
 
     def publish(self, staging: Path, target: Path) -> bool:
@@ -60,7 +61,7 @@ def holder(path: Path, storage: Storage, *, process: str, seconds_ago: float = 0
     lease = Lease(path, storage=storage)
     assert lease.take()
     fields = json.loads(storage.read(path))
-    fields |= {"process": process, "heartbeat": str(time.time() - seconds_ago)}
+    fields |= {"process": process, "heartbeat": str(int(time.time() - seconds_ago))}
     storage.write(path, json.dumps(fields).encode())
     return lease
 
@@ -144,7 +145,7 @@ def test_heartbeats_are_written_while_it_is_held(tmp_path, monkeypatch):
         while json.loads(path.read_bytes())["heartbeat"] == first and time.monotonic() < end:
             time.sleep(0.005)
         assert json.loads(path.read_bytes())["heartbeat"] != first
-    assert json.loads(path.read_bytes()) == {}
+    assert not path.exists()
 
 
 def test_who_holds_it_is_named(tmp_path):
@@ -190,3 +191,31 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         leased(tmp_path / "file" / "lease", "x"),
     ):
         pass
+
+
+def test_an_error_of_the_block_passes_where_the_lease_cannot_be_released(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> bool:
+        raise MachineError("the disk is full")
+
+    with pytest.raises(KeyError), leased(tmp_path / "lease", "x"):  # noqa: PT012
+        monkeypatch.setattr(type(POSIX), "replace", full)
+        raise KeyError
+    monkeypatch.undo()
+
+
+def test_a_heartbeat_that_fails_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
+    beats, beat = [], Lease.beat
+
+    def failing(lease: Lease) -> bool:
+        beats.append(1)
+        if len(beats) == 1:
+            raise MachineError("the mount was lost")
+        return beat(lease)
+
+    monkeypatch.setattr(Lease, "beat", failing)
+    with leased(tmp_path / "lease", "x"):
+        end = time.monotonic() + 10
+        while len(beats) < 3 and time.monotonic() < end:
+            time.sleep(0.005)
+    assert len(beats) >= 3

@@ -1,14 +1,14 @@
 """Runs of the tracking store: opened by their content key, closed after a killed process."""
 
 import contextlib
-import getpass
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vinedresser.errors import BusyError, MachineError
@@ -61,10 +61,9 @@ def _revision() -> str:
 
 def _provenance() -> dict[str, str]:
     tags = {OWNER: this_process(), "vinedresser.host": socket.gethostname()}
-    with contextlib.suppress(PackageNotFoundError):
-        tags["vinedresser.version"] = version("vinedresser")
-    with contextlib.suppress(OSError, KeyError, ImportError):
-        tags["mlflow.user"] = getpass.getuser()
+    tags["vinedresser.version"] = version("vinedresser")
+    # A container's user may have no name, for which getpass raises.
+    tags["mlflow.user"] = os.environ.get("LOGNAME") or os.environ.get("USER") or f"{os.getuid()}"
     if revision := _revision():
         tags["mlflow.source.git.commit"] = revision
     return tags | {"mlflow.source.name": "vinedresser", "mlflow.source.type": "LOCAL"}

@@ -169,11 +169,8 @@ def none_if(codes: tuple[str, ...], call: Callable[[], T]) -> T | None:
 
     try:
         return call()
-    except MlflowException as error:
-        if error.error_code not in codes:
-            raise
-    except FileNotFoundError:  # of a store of files
-        if codes != ABSENT:
+    except (MlflowException, FileNotFoundError) as error:  # of a server, of a store of files
+        if getattr(error, "error_code", ABSENT[0]) not in codes:
             raise
     return None
 
@@ -191,13 +188,10 @@ def is_reachable(store: Store) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT):  # noqa: S310 (http or https, see is_server)
             return True
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        # requests may trust certificates that urllib does not know.
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
+    except OSError as error:
+        # An answer is an answer; and requests may trust certificates that urllib does not know.
+        is_certificate = isinstance(getattr(error, "reason", None), ssl.SSLError)
+        return isinstance(error, urllib.error.HTTPError) or is_certificate
 
 
 def initialise(store: Store) -> str:

@@ -116,13 +116,12 @@ def ending(tracker: Tracker) -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit:
-        tracker.close("KILLED", "stopped early")
-        raise
-    except (KeyboardInterrupt, InterruptedRunError):
-        tracker.close("KILLED", "interrupted")
-        raise
     except BaseException as error:
-        tracker.close("FAILED", str(error))
+        if isinstance(error, SystemExit):
+            tracker.close("KILLED", "stopped early")
+        elif isinstance(error, KeyboardInterrupt | InterruptedRunError):
+            tracker.close("KILLED", "interrupted")
+        else:
+            tracker.close("FAILED", str(error))
         raise
     tracker.close("FINISHED")

@@ -26,6 +26,7 @@ from vinedresser.workspace.storage import (
     POSIX,
     disk_errors,
     make_folder,
+    parsed,
     sync,
     write_whole,
 )
@@ -178,13 +179,10 @@ def read_manifest(folder: Path) -> Manifest:
         DamagedError: the manifest is absent or damaged.
     """
     path = folder / MANIFEST
-    try:
-        with disk_errors(path):
-            content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise DamagedError(f"{folder}: no {MANIFEST}; the folder is incomplete") from None
-    except (ValueError, RecursionError):
-        raise DamagedError(f"{path}: not JSON; the folder is damaged") from None
+    found = POSIX.read(path)
+    if found is None:
+        raise DamagedError(f"{folder}: no {MANIFEST}; the folder is incomplete")
+    content = parsed(found)
     try:
         digest, schema, meta = content.pop("digest"), content["schema"], content["meta"]
         files = {str(k): (int(v[0]), str(v[1])) for k, v in content["files"].items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vinedresser.errors import DataError, MachineError, TrainingError, VinedresserError
-from vinedresser.workspace.storage import POSIX, Storage
+from vinedresser.workspace.storage import POSIX, Storage, parsed
 
 # The same failure at the same step so many times in a row is no accident (fault T22).
 _SAME_FAILURES = 3
@@ -85,12 +85,12 @@ class RunHistory:
         return deaths
 
     def _entries(self, name: str) -> list[Any]:
-        return _parsed(self._storage.read(self._path)).get(name, [])
+        return _counters(self._storage.read(self._path)).get(name, [])
 
     def _change(self, name: str, change: Callable[[list[Any]], list[Any]]) -> list[Any]:
         while True:
             found = self._storage.read(self._path)
-            content = _parsed(found)
+            content = _counters(found)
             entries = change(content.get(name, []))
             if entries == content.get(name, []):
                 return entries
@@ -99,10 +99,8 @@ class RunHistory:
                 return entries
 
 
-def _parsed(content: bytes | None) -> dict[str, list[Any]]:
+def _counters(content: bytes | None) -> dict[str, list[Any]]:
     """Return the counters; none of a file that is absent or damaged."""
-    with contextlib.suppress(ValueError):
-        found = json.loads(content or b"{}")
-        if isinstance(found, dict):
-            return {key: value for key, value in found.items() if isinstance(value, list)}
-    return {}
+    found = parsed(content)
+    entries = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, list)}

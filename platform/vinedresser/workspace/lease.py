@@ -11,6 +11,7 @@ another token before its next write and stops (faults T08, S10).
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -20,9 +21,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from vinedresser.errors import BusyError, InterruptedRunError
+from vinedresser.errors import BusyError, InterruptedRunError, MachineError
 from vinedresser.workspace.process import is_alive, shown, this_host, this_process
-from vinedresser.workspace.storage import POSIX, Storage
+from vinedresser.workspace.storage import POSIX, Storage, parsed
 
 _log = logging.getLogger("vinedresser")
 
@@ -53,7 +54,7 @@ class Lease:
             MachineError: the file cannot be written.
         """
         found = self._storage.read(self.path)
-        while force or self._is_free(_parsed(found)):
+        while force or self._is_free(_fields(found)):
             token = uuid.uuid4().hex
             if self._storage.replace(self.path, _content(token), expected=found):
                 self.token = token
@@ -63,7 +64,7 @@ class Lease:
 
     def is_current(self) -> bool:
         """Return whether this lease was taken and neither released nor taken over since."""
-        token = _parsed(self._storage.read(self.path)).get("token")
+        token = _fields(self._storage.read(self.path)).get("token")
         return bool(self.token) and token == self.token
 
     def require_current(self) -> None:
@@ -83,17 +84,17 @@ class Lease:
 
     def release(self) -> None:
         """Free the lease, unless it was taken over."""
-        self._rewrite(b"{}\n")
+        self._rewrite(None)
         self.token = ""
 
     def holder(self) -> str:
         """Return who holds the lease, for a message."""
-        process = _parsed(self._storage.read(self.path)).get("process", "")
+        process = _fields(self._storage.read(self.path)).get("process", "")
         return shown(process) if process else "another process"
 
-    def _rewrite(self, content: bytes) -> bool:
+    def _rewrite(self, content: bytes | None) -> bool:
         found = self._storage.read(self.path)
-        is_own = bool(self.token) and _parsed(found).get("token") == self.token
+        is_own = bool(self.token) and _fields(found).get("token") == self.token
         return is_own and self._storage.replace(self.path, content, expected=found)
 
     @staticmethod
@@ -102,22 +103,21 @@ class Lease:
         if not is_alive(process):
             return True
         is_here = process.startswith(f"{this_host()}~")
-        return not is_here and time.time() - float(content["heartbeat"]) > EXPIRY_SECONDS
+        beat = content.get("heartbeat", "")
+        age = time.time() - int(beat) if beat.isdecimal() else math.inf
+        return not is_here and age > EXPIRY_SECONDS
 
 
 def _content(token: str) -> bytes:
-    fields = {"token": token, "process": this_process(), "heartbeat": f"{time.time():.3f}"}
+    fields = {"token": token, "process": this_process(), "heartbeat": str(int(time.time()))}
     return (json.dumps(fields) + "\n").encode()
 
 
-def _parsed(content: bytes | None) -> dict[str, str]:
-    """Return the fields of a lease; none of a file that is absent, released or damaged."""
-    try:
-        fields = json.loads(content or b"{}")
-        float(fields.get("heartbeat", 0))
-    except (ValueError, TypeError, AttributeError):
-        return {}
-    return {str(key): str(value) for key, value in fields.items()}
+def _fields(content: bytes | None) -> dict[str, str]:
+    """Return the fields of a lease; none of a file that is absent or damaged."""
+    found = parsed(content)
+    fields = found.items() if isinstance(found, dict) else ()
+    return {str(key): str(value) for key, value in fields}
 
 
 @contextlib.contextmanager
@@ -143,8 +143,10 @@ def leased(path: Path, subject: str, *, wait: float | None = 0.0) -> Iterator[Le
     ended = threading.Event()
 
     def keep() -> None:
-        while not ended.wait(HEARTBEAT_SECONDS) and lease.beat():
-            pass
+        is_held = True
+        while is_held and not ended.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(MachineError, OSError):  # the next one may be written
+                is_held = lease.beat()
 
     thread = threading.Thread(target=keep, name="lease", daemon=True)
     thread.start()
@@ -153,7 +155,8 @@ def leased(path: Path, subject: str, *, wait: float | None = 0.0) -> Iterator[Le
     finally:
         ended.set()
         thread.join()
-        lease.release()
+        with contextlib.suppress(MachineError, OSError):  # the error of the block matters more
+            lease.release()
 
 
 # What a scheduler sends, and what a user's Ctrl-C does.

@@ -27,6 +27,8 @@ _FIXES = {
     errno.EIO: "the disk reports an input/output error; name another disk",
     errno.EFBIG: "the file size limit (ulimit -f) is too small; raise it",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EEXIST: "a file is in the way; move it or name another workspace",
+    errno.ENOTDIR: "a file is in the way; move it or name another workspace",
     errno.ESTALE: "the mount was lost (stale handle); run the same command again",
 }
 # A conditional write takes milliseconds; who holds its guard for longer is stuck.
@@ -42,8 +44,8 @@ class Storage(Protocol):
     def write(self, path: Path, content: bytes) -> None:
         """Write a file; a reader sees the old content or the new."""
 
-    def replace(self, path: Path, content: bytes, *, expected: bytes | None) -> bool:
-        """Write a file if its content is `expected` (None: absent); return whether it was."""
+    def replace(self, path: Path, content: bytes | None, *, expected: bytes | None) -> bool:
+        """Write a file if its content is `expected`; return whether it was. None is no file."""
 
     def publish(self, staging: Path, target: Path) -> bool:
         """Make a local folder with its manifest visible as `target`, once and whole.
@@ -64,7 +66,7 @@ class PosixStorage:
         with disk_errors(path):
             try:
                 return path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
 
     def write(self, path: Path, content: bytes) -> None:
@@ -73,16 +75,18 @@ class PosixStorage:
             make_folder(path.parent)
             write_whole(path, content)
 
-    def replace(self, path: Path, content: bytes, *, expected: bytes | None) -> bool:
-        """Write a file if its content is `expected`."""
+    def replace(self, path: Path, content: bytes | None, *, expected: bytes | None) -> bool:
+        """Write a file if its content is `expected`; deleting one needs no space on the disk."""
         guard = path.with_name(f".{path.name.lstrip('.')}.guard")
         with disk_errors(path):
             make_folder(path.parent)
             try:
                 with FileLock(guard, timeout=_GUARD_SECONDS):
                     is_expected = self.read(path) == expected
-                    if is_expected:
-                        self.write(path, content)
+                    if is_expected and content is None:
+                        path.unlink(missing_ok=True)
+                    elif is_expected:
+                        self.write(path, content or b"")
                     return is_expected
             except Timeout:
                 raise MachineError(
@@ -153,12 +157,7 @@ def make_folder(folder: Path) -> None:
         MachineError: a file is in the way, or the disk refuses.
     """
     with disk_errors(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise MachineError(
-                f"{folder}: a file is in the way; move it or name another workspace"
-            ) from None
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -166,8 +165,17 @@ def write_file(path: Path, content: str | bytes) -> None:
     POSIX.write(path, content.encode() if isinstance(content, str) else content)
 
 
-def read_json(path: Path, *, storage: Storage = POSIX) -> Any:
-    """Return the JSON value of a file; None if it is absent, unreadable or not JSON."""
-    with contextlib.suppress(ValueError, RecursionError, OSError, MachineError):
-        return json.loads(storage.read(path) or b"null")
+def parsed(content: bytes | None) -> Any:
+    """Return the JSON value of a file's content; None if it is absent or not JSON."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(content or b"null")
     return None
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON value of a file; None if it is absent or not JSON.
+
+    Raises:
+        MachineError: the file cannot be read.
+    """
+    return parsed(POSIX.read(path))
