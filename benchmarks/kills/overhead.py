@@ -67,7 +67,7 @@ def _one(config: Experiment, folder: Path, count: int) -> dict[str, float]:
     batches.close()
     run.lease.take(force=True)
     # As after an evaluation: the best weights so far are stored, too.
-    run.judge.best = {name: tensor.clone() for name, tensor in run.averaged.tensors.items()}
+    run.evaluator.best = {name: tensor.clone() for name, tensor in run.averaged.tensors.items()}
     saves, syncs = [], []
     for number in range(1, _SAVES + 1):
         with _timed_fsync() as spent:

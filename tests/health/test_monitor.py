@@ -187,7 +187,7 @@ class TestPlanted:
         task = reversal.task.override({"metric": metric})
         shards = prepare(task, tmp_path / "shards", executor="in_process")
         run = run_of(shards, tmp_path, evaluation={"times": 4}, steps=200)
-        judge, advance = run.judge, run.judge.model.advance
+        judge, advance = run.evaluator, run.evaluator.model.advance
 
         def tripping(state: object, tokens_B: Tensor) -> tuple[Tensor, object]:
             count = len(judge.history) * len(tokens_B) // 4

@@ -17,7 +17,7 @@ from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
 from vinedresser.errors import DamagedError, MachineError
 from vinedresser.evaluate import Evaluated
-from vinedresser.training import evaluator as judge
+from vinedresser.training import evaluator
 from vinedresser.training.checkpoint import (
     Checkpoint,
     newest_checkpoint,
@@ -151,14 +151,14 @@ def test_the_best_by_the_inferred_metric_ships(reversal, tmp_path, monkeypatch):
     values = iter([50.0, 20.0, 30.0])
     kept: dict[int, dict[str, torch.Tensor]] = {}
     run = a_run(experiment(reversal), reversal, tmp_path)
-    evaluate = judge.evaluate
+    evaluate = evaluator.evaluate
 
     def evaluated_so(*arguments: Any, **settings: Any) -> Evaluated:
         evaluated = evaluate(*arguments, **settings)
         kept[len(kept)] = {name: t.clone() for name, t in run.averaged.tensors.items()}
         return replace(evaluated, scores=replace(evaluated.scores, value=next(values)))
 
-    monkeypatch.setattr(judge, "evaluate", evaluated_so)
+    monkeypatch.setattr(evaluator, "evaluate", evaluated_so)
     outcome = run.execute()
     assert (outcome.best_step, outcome.value) == (16, 20.0)
     shipped = load_file(Path(outcome.bundle) / "weights.safetensors")

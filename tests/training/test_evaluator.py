@@ -62,7 +62,7 @@ def test_t01_weights_that_are_not_a_number_never_ship(gated, reversal: ShardSet,
     assert outcome is not None
     nats = [entry["teacher_forced_nats"] for entry in outcome.history]
     assert [math.isfinite(value) for value in nats] == [True, False, False]
-    assert (outcome.best_step, run.judge.best_step) == (8, 8)
+    assert (outcome.best_step, run.evaluator.best_step) == (8, 8)
     shipped = load_bundle(Path(outcome.bundle)).model.state_dict()
     assert all(tensor.isfinite().all() for tensor in shipped.values())
     best = told[0]["best/per"]
@@ -80,7 +80,7 @@ def test_t01_a_run_without_a_finite_evaluation_fails(reversal: ShardSet, tmp_pat
     assert not (run.folder / "bundle").exists()
     assert len(told) == 2
     assert all(math.isnan(values["best/per"]) for values in told)
-    assert run.judge.standing is None
+    assert run.evaluator.standing is None
     # Nor does it when it goes on from its last checkpoint.
     with pytest.raises(TrainingError, match="no model to ship"):
         a_run(experiment(reversal), reversal, tmp_path).execute()

@@ -89,7 +89,7 @@ def test_t01_a_gradient_that_is_not_a_number_stops_the_run(reversal, whole, tmp_
     assert checkpoint is not None
     assert checkpoint.step == 5
     assert all(t.isfinite().all() for group in checkpoint.tensors.values() for t in group.values())
-    assert run.judge.history == []
+    assert run.evaluator.history == []
     again = a_run(config, reversal, tmp_path)
     again.execute()
     assert weights(again) == weights(whole[0])
@@ -362,7 +362,7 @@ import jiwer, pandas, torch._dynamo
 import torch.distributed as dist
 from vinedresser.workspace.lease import ask
 from vinedresser.errors import InterruptedRunError
-from vinedresser.training import evaluator as judge, run as runner
+from vinedresser.training import evaluator, run as runner
 real = runner.training_steps
 
 def train(rank, workers, until, workspace, store):
@@ -380,7 +380,7 @@ def train(rank, workers, until, workspace, store):
                 os.kill(os.getpid(), signal.SIGKILL)
     runner.training_steps = steps
     folder = run_folder(config, shards, workspace)
-    evaluate = judge.evaluate
+    evaluate = evaluator.evaluate
     def told_to_stop(*words, **more):
         ask(folder)
         time.sleep(0.3)  # a run looks for that five times a second
@@ -392,7 +392,7 @@ def train(rank, workers, until, workspace, store):
         note(run, metrics, step)
     runner.Run._note = noted
     if until == "judged":
-        judge.evaluate = told_to_stop
+        evaluator.evaluate = told_to_stop
     try:
         a_run(folder, Device(torch.device("cpu"), None, rank, workers)).execute()
     except InterruptedRunError as error:
@@ -488,7 +488,7 @@ def test_t14_three_workers_go_on_with_the_same_bits(reversal, tmp_path):
 def test_t10_an_evaluation_that_is_made_up_for_has_its_time(reversal, tmp_path, monkeypatch):
     config = experiment(reversal)
     told = a_run(config, reversal, tmp_path)
-    told.judge.judge = lambda *_: (_ for _ in ()).throw(InterruptedRunError("told to stop"))
+    told.evaluator.evaluate = lambda *_: (_ for _ in ()).throw(InterruptedRunError("told to stop"))
     with pytest.raises(InterruptedRunError):
         told.execute()
     beats = []
@@ -606,7 +606,7 @@ def test_t19_the_reader_fails(reversal, whole, tmp_path, monkeypatch):
 def test_t20_a_model_that_never_ends(reversal, beam):
     config = experiment(reversal, **{"evaluation.beam": beam, "evaluation.sentences": 0})
     run = a_run(config, reversal, Path("nowhere"))
-    model, split = run.judge.model, load_split(reversal, "dev")
+    model, split = run.evaluator.model, load_split(reversal, "dev")
     logits, cap = model.logits, config.task.max_target_length
 
     def endless(states: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from vinedresser.data.batching.reader import Batches
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import DamagedError
 from vinedresser.evaluate import Evaluated
-from vinedresser.training import evaluator as judge
+from vinedresser.training import evaluator
 from vinedresser.training.outcome import clear
 
 TERM = int(signal.SIGTERM)
@@ -185,7 +185,7 @@ def whole(
     return ending(run, run.execute())
 
 
-GROUPS = ("model", "optimizer", "average", "best")
+GROUPS = ("model", "optimizer", "average", "evaluator")
 FILES = (*(f"{group}.safetensors" for group in GROUPS), "state.json", "manifest.json")
 
 
@@ -267,13 +267,13 @@ def test_an_undamaged_checkpoint_is_taken(config, reversal, killed, whole, tmp_p
 def test_the_best_so_far_is_among_what_is_stored(config, reversal, tmp_path, monkeypatch):
     """It was best at step 8, the kill comes at 16, and nothing after it is better."""
     whole, until_killed, resumed = (20.0, 50.0, 60.0), (20.0, 50.0), (50.0, 60.0)
-    values, evaluate = iter([*whole, *until_killed, *resumed]), judge.evaluate
+    values, evaluate = iter([*whole, *until_killed, *resumed]), evaluator.evaluate
 
     def evaluated_so(*arguments: Any, **settings: Any) -> Evaluated:
         found = evaluate(*arguments, **settings)
         return replace(found, scores=replace(found.scores, value=next(values)))
 
-    monkeypatch.setattr(judge, "evaluate", evaluated_so)
+    monkeypatch.setattr(evaluator, "evaluate", evaluated_so)
     config = config.override({"objective.l0": 0.0, "model.concrete_heads": []})
     run = a_run(config, reversal, tmp_path / "whole")
     expected = ending(run, run.execute())

@@ -1,4 +1,4 @@
-"""Judge: the averaged weights on the dev split, decoded; what is best so far and what was seen."""
+"""Evaluator: decode the averaged weights on the dev split and keep the weights that ship."""
 
 import contextlib
 import math
@@ -27,7 +27,7 @@ from vinedresser.training.progress import Best
 _EXCHANGED = 128
 
 
-class Judge:
+class Evaluator:
     """Decodes dev with a second copy of the model, on rank 0; all ranks know the history.
 
     Attributes:
@@ -47,6 +47,7 @@ class Judge:
         tracker: Tracker,
     ) -> None:
         self._experiment, self._tokenizers, self._tracker = experiment, tokenizers, tracker
+        self._device = device
         self.best: dict[str, Tensor] = {}
         self.best_step = 0
         self.best_scores: dict[str, Any] = {}
@@ -61,6 +62,22 @@ class Judge:
         self.model = experiment.model.build(vocabulary_of(*tokenizers, joint=joint))
         self.model.to_devices(encoder=device.encoder_device, decoder=device.primary).eval()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return `tensors` (the best weights by name) and `scalars` (plain JSON)."""
+        scalars = {
+            "best_step": self.best_step,
+            "best_scores": self.best_scores,
+            "history": self.history,
+        }
+        return {"tensors": self.best, "scalars": scalars}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, with the tensors on the device of this worker."""
+        self.best = {name: t.to(self._device.primary) for name, t in state["tensors"].items()}
+        scalars = state["scalars"]
+        self.best_step, self.best_scores = scalars["best_step"], scalars["best_scores"]
+        self.history = list(scalars["history"])
+
     @property
     def step(self) -> int:
         """The update of the last evaluation, 0 before the first."""
@@ -74,7 +91,7 @@ class Judge:
             return None
         return Best(metric, float(self.best_scores[metric]), self.best_step)
 
-    def judge(
+    def evaluate(
         self, weights: Mapping[str, Tensor], step: int, should_stop: Callable[[], bool] | None
     ) -> dict[str, float]:
         """Decodes dev, keeps the weights if they ship, leaves samples; returns what to log.

@@ -39,7 +39,7 @@ from vinedresser.training.checkpoint import (
     save_checkpoint,
 )
 from vinedresser.training.device import Device, seed_step
-from vinedresser.training.evaluator import Judge
+from vinedresser.training.evaluator import Evaluator
 from vinedresser.training.fit import AveragedWeights, Effects, Window, evaluation_steps, fit
 from vinedresser.training.optimizer import build_optimizer, freeze
 from vinedresser.training.outcome import Outcome, run_key
@@ -124,7 +124,9 @@ class Run:
             tracker,
             every=self.log_every,
         )
-        self.judge = Judge(experiment, shards, self.tokenizers, device=device, tracker=tracker)
+        self.evaluator = Evaluator(
+            experiment, shards, self.tokenizers, device=device, tracker=tracker
+        )
         self.step = 0
         self.last_report: dict[str, float] = {}
         self.seconds_before, self.started = 0.0, time.perf_counter()
@@ -190,7 +192,7 @@ class Run:
         # However training ends, the thread that reads ahead ends with it.
         with contextlib.closing(batches), self.clock:
             # A run that was stopped at an evaluation makes up for it first.
-            if start in effects.evaluate_at and self.judge.step < start:
+            if start in effects.evaluate_at and self.evaluator.step < start:
                 self.clock.beat(start, patience=JUDGING)
                 effects.evaluate(start)
             self.clock.beat(start, patience=STORING)
@@ -242,16 +244,16 @@ class Run:
         """Judges the averaged weights, and reports the best so far."""
         self.teller.judging(step)
         try:
-            logged = self.judge.judge(self.averaged.tensors, step, self.should_stop)
+            logged = self.evaluator.evaluate(self.averaged.tensors, step, self.should_stop)
         except InterruptedRunError:
             self._checkpoint(step)
             self._agree_to_stop(here=True)
             raise
         self._agree_to_stop(here=False)
-        self.teller.best = self.judge.standing
+        self.teller.best = self.evaluator.standing
         self.monitor.log(logged, step)
         # A resumed or recognised run is compared at the evaluation where it is, not at its first.
-        where = {"step": float(step), "evaluation": float(len(self.judge.history))}
+        where = {"step": float(step), "evaluation": float(len(self.evaluator.history))}
         self.last_report = {**logged, **where, "is_last": 0.0}
         # The last report is left to the host, after the outcome is written: a scheduler that stops
         # a trial at a report must find it finished.
@@ -272,18 +274,17 @@ class Run:
 
     def _checkpoint(self, step: int) -> None:
         self.lease.require_current()
+        evaluator = self.evaluator.state_dict()
         checkpoint = Checkpoint(
             step,
             {
                 "model": self.model.state_dict(),
                 "average": self.averaged.tensors,
                 "optimizer": optimizer_tensors(self.optimizer),
-                "best": self.judge.best,
+                "evaluator": evaluator["tensors"],
             },
             {
-                "best_step": self.judge.best_step,
-                "best_scores": self.judge.best_scores,
-                "history": self.judge.history,
+                "evaluator": evaluator["scalars"],
                 "seconds": self._seconds,
                 "last_report": self.last_report,
                 "skipped": self.window.skipped,
@@ -325,12 +326,12 @@ class Run:
         with torch.no_grad():
             for name, tensor in checkpoint.tensors["average"].items():
                 self.averaged.tensors[name].copy_(tensor)
-        scalars, judge = checkpoint.scalars, self.judge
-        judge.best = {n: t.to(self.device.primary) for n, t in checkpoint.tensors["best"].items()}
-        judge.best_step, judge.best_scores = scalars["best_step"], scalars["best_scores"]
-        judge.history, self.seconds_before = scalars["history"], scalars["seconds"]
-        self.last_report = scalars["last_report"]
-        self.teller.best = judge.standing
+        scalars = checkpoint.scalars
+        self.evaluator.load_state_dict(
+            {"tensors": checkpoint.tensors["evaluator"], "scalars": scalars["evaluator"]}
+        )
+        self.seconds_before, self.last_report = scalars["seconds"], scalars["last_report"]
+        self.teller.best = self.evaluator.standing
         self.window.skipped, self.window.lowest = scalars["skipped"], scalars["lowest"]
         self.monitor.load_state_dict(scalars["monitor"])
         self.step = checkpoint.step
@@ -352,13 +353,13 @@ class Run:
         scores = {
             "metric": metric,
             "lower_is_better": is_lower_better(metric),
-            "dev": self.judge.best_scores,
-            "step": self.judge.best_step,
+            "dev": self.evaluator.best_scores,
+            "step": self.evaluator.best_step,
         }
         bundle = save_bundle(
             self.folder / "bundle",
             experiment=self.experiment,
-            weights=self.judge.best,
+            weights=self.evaluator.best,
             tokenizers=self.tokenizers,
             scores=scores,
         )
@@ -367,9 +368,9 @@ class Run:
             key,
             str(self.folder),
             str(bundle),
-            self.judge.best_scores,
-            self.judge.best_step,
-            self.judge.history,
+            self.evaluator.best_scores,
+            self.evaluator.best_step,
+            self.evaluator.history,
             self._seconds,
             self.last_report,
         )
