@@ -1,9 +1,15 @@
 """Fixtures of all rooms, and how tests are shared out among the workers of pytest-xdist."""
 
+import contextlib
 import os
 import random
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +150,41 @@ def with_database(made_once: Callable[..., Path]) -> Callable[[Path], Path]:
         return workspace
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(
+    tmp_path_factory: pytest.TempPathFactory, with_database: Callable[[Path], Path]
+) -> Iterator[str]:
+    """The address of an MLflow server on loopback, one for the whole session."""
+    from vinedresser.tracking.store import DEFAULTS
+
+    folder = with_database(tmp_path_factory.mktemp("server"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination", str(folder / "files"),
+    ]  # fmt: skip
+    environment = {**os.environ, **DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=log, stderr=log
+        )
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 200
+    try:
+        while time.monotonic() < end and process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                break
+            time.sleep(0.1)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture(scope="session")

