@@ -10,11 +10,20 @@ from trainables.transformer import Transformer, TransformerConfig
 from vinedresser.batch import EOS, Batch, pad_ids
 from vinedresser.conditioning import conditioning_gap, sentence_nats, with_other_sources
 from vinedresser.model import Memory, Vocabulary
+from vinedresser.nn.output import Output
 from vinedresser.objectives import likelihood
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = TransformerConfig(d_model=16, d_ff=32, num_heads=2, encoder_layers=1, decoder_layers=1)
+
+
+class _Said(Output):
+    """The first number of a state with probability 0.9."""
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        is_said = torch.arange(10) == states[..., :1].long()
+        return torch.where(is_said, math.log(0.9), math.log(1 / 90))
 
 
 class _Copier(Transformer):
@@ -27,9 +36,9 @@ class _Copier(Transformer):
     def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
         return memory.states_BSD.expand(-1, inputs_BT.shape[1], -1)
 
-    def logits(self, states: Tensor) -> Tensor:
-        is_said = torch.arange(10) == states[..., :1].long()
-        return torch.where(is_said, math.log(0.9), math.log(1 / 90))
+    def __init__(self, config: TransformerConfig, vocabulary: Vocabulary) -> None:
+        super().__init__(config, vocabulary)
+        self.output = _Said()
 
 
 class _Deaf(Transformer):

@@ -11,6 +11,7 @@ from trainables.transformer import TransformerConfig
 from vinedresser.batch import BOS, EOS, PAD, Batch, is_real, pad_ids
 from vinedresser.decode import beam_search, greedy, length_limits, length_penalty
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
+from vinedresser.nn.output import Output
 from vinedresser.objectives import likelihood
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +39,7 @@ def log_p(model: Seq2Seq, source: list[int], prefixes: list[list[int]]) -> Tenso
     source_BS = torch.tensor([source] * len(prefixes))
     memory = model.encode(source_BS, torch.full((len(prefixes),), len(source)))
     inputs_BT = torch.tensor([[BOS, *prefix] for prefix in prefixes])
-    return model.logits(model.decode(memory, inputs_BT))[:, -1].log_softmax(-1)
+    return model.output.log_probs(model.decode(memory, inputs_BT)[:, -1])
 
 
 def plain_greedy(model: Seq2Seq, source: list[int], limit: int) -> tuple[list[int], float]:
@@ -191,12 +192,19 @@ def test_length_penalty_by_hand():
     assert length_penalty(50, 0.0) == 1
 
 
+class Spoken(Output):
+    """Its states are the scores of the next token."""
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        return states.log_softmax(-1)
+
+
 class Scripted(Seq2Seq):
     """Speaks by a table: prefix -> probabilities of the next token; elsewhere it ends."""
 
     def __init__(self, table: dict[tuple[int, ...], dict[int, float]]) -> None:
         super().__init__()
-        self.table = table
+        self.table, self.output = table, Spoken()
 
     def encode(self, source_BS: Tensor, source_lengths_B: Tensor) -> Memory:
         return Memory(source_BS[..., None].float(), is_real(source_lengths_B, source_BS.shape[1]))

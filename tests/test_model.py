@@ -82,12 +82,13 @@ def test_only_the_memory_crosses(name, features):
     assert sorted(crossings.found) == sorted([states, states[:2]])
     assert memory.states_BSD.device == memory.is_real_BS.device == META
     with Crossings() as crossings:
-        assert model.logits(model.decode(memory, inputs)).shape == (3, 7, 11)
+        assert model.output.log_probs(model.decode(memory, inputs)).shape == (3, 7, 11)
         state = model.start(memory, 2)
         for t in range(2):
-            logits, state = model.step(state, inputs[:, t])
-            assert logits.shape == (3, 11)
-            assert logits.device == META
+            states, state = model.step(state, inputs[:, t])
+            log_probs, ids = model.output.best(states, 2)
+            assert log_probs.shape == ids.shape == (3, 2)
+            assert log_probs.device == ids.device == META
     assert not crossings.found
 
 
@@ -148,7 +149,7 @@ def test_what_cannot_be_placed_is_refused(changes, message):
 def test_devices_are_resolved_on_this_machine():
     both = {"encoder": "cpu", "decoder": "cpu"}
     where = resolve_device(Compute.from_json({"devices": both}))
-    assert (where.encoder_device, where.device) == (CPU, CPU)
+    assert (where.encoder_device, where.primary) == (CPU, CPU)
     assert resolve_device(Compute(device="cpu")).encoder_device == CPU
     far = Compute.from_json({"devices": {**both, "encoder": "cuda:99"}})
     assert far.needs_gpu

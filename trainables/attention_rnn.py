@@ -27,6 +27,7 @@ from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.attention import linear
 from vinedresser.nn.dropout import Dropout
 from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
+from vinedresser.nn.output import FullOutput
 from vinedresser.nn.recurrent import (
     Cell,
     CellKind,
@@ -208,7 +209,7 @@ class AttentionRnn(Seq2Seq):
         self.from_state = linear(D, D)
         self.from_context = nn.Linear(M, D, bias=False)
         nn.init.xavier_uniform_(self.from_context.weight)
-        self.output = linear(D, vocabulary.target)
+        self.output = FullOutput(D, vocabulary.target)
         if config.tie == "output":
             self.output.weight = self.target_embedding.weight
 
@@ -235,15 +236,6 @@ class AttentionRnn(Seq2Seq):
         states_BTD: Tensor = self.dropout(torch.stack(found, 1))
         return states_BTD
 
-    def logits(self, states: Tensor) -> Tensor:
-        """See Seq2Seq."""
-        scores: Tensor = self.output(states)
-        return scores
-
-    def output_layer(self) -> nn.Linear:
-        """See Seq2Seq."""
-        return self.output
-
     def start(self, memory: Memory, max_length: int) -> AttentionRnnState:  # noqa: ARG002 nothing grows
         """See Seq2Seq."""
         source, layers = self._remember(memory), self._first(memory)
@@ -259,9 +251,7 @@ class AttentionRnn(Seq2Seq):
         weights = Weights(source, cells, of_state, of_context)
         return AttentionRnnState(weights, layers, torch.zeros_like(layers[0][0]))
 
-    def advance(
-        self, state: AttentionRnnState, tokens_B: Tensor
-    ) -> tuple[Tensor, AttentionRnnState]:
+    def step(self, state: AttentionRnnState, tokens_B: Tensor) -> tuple[Tensor, AttentionRnnState]:
         """See Seq2Seq."""
         (step,) = self._steps(state.weights, self._embed(tokens_B[None]))
         state = self._advance(state, step)

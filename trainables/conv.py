@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from vinedresser.batch import is_real
 from vinedresser.config import ModelConfig
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
-from vinedresser.nn.attention import linear
 from vinedresser.nn.convolution import WeightNorm, scale_gradient, windows
 from vinedresser.nn.dropout import Dropout
 from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
+from vinedresser.nn.output import FullOutput
 from vinedresser.nn.positions import Positions
 from vinedresser.nn.record import record
 from vinedresser.nn.subsampling import FrontEnd, SubsamplingConfig
@@ -225,7 +225,7 @@ class ConvSeq2Seq(Seq2Seq):
         self.front_end = FrontEnd(config.subsampling, d)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        self.output = linear(d, vocabulary.target)
+        self.output = FullOutput(d, vocabulary.target)
         if config.tie != "none":
             self.output.weight = self.target_embedding.weight
         self.dropout = Dropout(config.dropout)
@@ -264,22 +264,13 @@ class ConvSeq2Seq(Seq2Seq):
         embedded_BTD: Tensor = self.dropout(placed_BTD)
         return embedded_BTD
 
-    def logits(self, states: Tensor) -> Tensor:
-        """See Seq2Seq."""
-        scores: Tensor = self.output(states)
-        return scores
-
-    def output_layer(self) -> nn.Linear:
-        """See Seq2Seq."""
-        return self.output
-
     def start(self, memory: Memory, max_length: int) -> ConvState:  # noqa: ARG002 - any length
         """See Seq2Seq."""
         B, kept = len(memory.states_BSD), self.config.kernel - 1
         blank = memory.states_BSD.new_zeros(B, kept, self.config.d_model)
         return ConvState(0, [blank] * len(self.decoder), Source.of(memory))
 
-    def advance(self, state: ConvState, tokens_B: Tensor) -> tuple[Tensor, ConvState]:
+    def step(self, state: ConvState, tokens_B: Tensor) -> tuple[Tensor, ConvState]:
         """See Seq2Seq."""
         embedded_B1D = self._embed(tokens_B[:, None], state.position)
         x_B1D, pasts = embedded_B1D, []

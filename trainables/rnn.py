@@ -20,6 +20,7 @@ from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.attention import linear
 from vinedresser.nn.dropout import Dropout
 from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
+from vinedresser.nn.output import FullOutput
 from vinedresser.nn.recurrent import Cell, CellKind, Layer, Recurrent, RecurrentState, Stack, turned
 
 
@@ -114,7 +115,7 @@ class Rnn(Seq2Seq):
         if config.has_bridge:
             of_encoder, of_decoder = config.encoder_layers * width, config.decoder_layers * D
             self.bridge = linear(of_encoder * self.num_parts, of_decoder * self.num_parts)
-        self.output = linear(D, vocabulary.target)
+        self.output = FullOutput(D, vocabulary.target)
         if config.tie == "output":
             self.output.weight = self.target_embedding.weight
 
@@ -144,21 +145,12 @@ class Rnn(Seq2Seq):
         states_BTD: Tensor = self.dropout(x_BTD)
         return states_BTD
 
-    def logits(self, states: Tensor) -> Tensor:
-        """See Seq2Seq."""
-        scores: Tensor = self.output(states)
-        return scores
-
-    def output_layer(self) -> nn.Linear:
-        """See Seq2Seq."""
-        return self.output
-
     def start(self, memory: Memory, max_length: int) -> RnnState:  # noqa: ARG002 nothing grows
         """See Seq2Seq."""
         cells = [layer.cell() for layer in self.decoder if isinstance(layer, Recurrent)]
         return RnnState(cells, self._first(memory))
 
-    def advance(self, state: RnnState, tokens_B: Tensor) -> tuple[Tensor, RnnState]:
+    def step(self, state: RnnState, tokens_B: Tensor) -> tuple[Tensor, RnnState]:
         """See Seq2Seq."""
         x_BD, layers = self._embed(tokens_B), list[RecurrentState]()
         for i, (cell, norm) in enumerate(zip(state.cells, self.norms, strict=True)):

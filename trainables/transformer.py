@@ -15,11 +15,12 @@ from vinedresser.batch import is_real
 from vinedresser.config import ModelConfig
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn import feed_forward
-from vinedresser.nn.attention import Cache, MultiHeadAttention, linear
+from vinedresser.nn.attention import Cache, MultiHeadAttention
 from vinedresser.nn.dropout import Dropout
 from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
 from vinedresser.nn.feed_forward import Activation
 from vinedresser.nn.norms import NormKind, build_norm
+from vinedresser.nn.output import FullOutput
 from vinedresser.nn.positions import PositionKind, Positions
 from vinedresser.nn.reduced_values import ReducedValueAttention, ReducedValues
 from vinedresser.nn.subsampling import FrontEnd, SubsamplingConfig
@@ -350,7 +351,7 @@ class Transformer(Seq2Seq):
         if config.norm == "pre":
             self.encoder_norm = build_norm(config.norm_kind, d)
             self.decoder_norm = build_norm(config.norm_kind, d)
-        self.output = linear(d, vocabulary.target)
+        self.output = FullOutput(d, vocabulary.target)
         if config.tie != "none":
             self.output.weight = self.target_embedding.weight
         self.dropout = Dropout(config.dropout)
@@ -387,15 +388,6 @@ class Transformer(Seq2Seq):
         states: Tensor = self.decoder_norm(x_BTD, real_BT)
         return states
 
-    def logits(self, states: Tensor) -> Tensor:
-        """See Seq2Seq."""
-        scores: Tensor = self.output(states)
-        return scores
-
-    def output_layer(self) -> nn.Linear:
-        """See Seq2Seq."""
-        return self.output
-
     def start(self, memory: Memory, max_length: int) -> TransformerState:
         """See Seq2Seq."""
         layers = [
@@ -408,7 +400,7 @@ class Transformer(Seq2Seq):
         ]
         return TransformerState(0, layers, _hidden(memory))
 
-    def advance(self, state: TransformerState, tokens_B: Tensor) -> tuple[Tensor, TransformerState]:
+    def step(self, state: TransformerState, tokens_B: Tensor) -> tuple[Tensor, TransformerState]:
         """See Seq2Seq. Caches are extended in place: the old state is used up."""
         x_B1D = self._embed_target(tokens_B[:, None], state.position)
         for layer, kept in zip(self.decoder, state.layers, strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -42,7 +42,7 @@ def main() -> None:
             states_BTD = model.decode(
                 model.encode(batch.source_BS, batch.source_lengths_B), batch.inputs_BT
             )
-            logits_BTV = model.logits(states_BTD)
+            logits_BTV = linear(states_BTD, model.output.weight, model.output.bias)
             return cross_entropy(
                 logits_BTV.flatten(0, 1), batch.target_BT.flatten(), ignore_index=PAD,
                 label_smoothing=0.1,

@@ -92,7 +92,7 @@ def with_other_sources(batch: Batch) -> Batch:
 def sentence_nats(model: Seq2Seq, batch: Batch) -> Tensor:
     """(B,) teacher-forced NLL of each target, EOS included, in nats."""
     is_real_BT = batch.is_real_BT
-    logits_NV = model.logits(model(batch)[is_real_BT]).float()
-    nats_N = F.cross_entropy(logits_NV, batch.target_BT[is_real_BT], reduction="none")
+    log_p_NV = model.output.log_probs(model(batch)[is_real_BT])
+    nats_N = F.nll_loss(log_p_NV, batch.target_BT[is_real_BT], reduction="none")
     sentence_N = is_real_BT.nonzero()[:, 0]
     return nats_N.new_zeros(len(batch.rows_B)).index_add(0, sentence_N, nats_N)

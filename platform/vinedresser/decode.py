@@ -48,8 +48,8 @@ def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) ->
     tokens = torch.full((B,), BOS, dtype=torch.int64, device=device)
     is_open = torch.ones(B, dtype=torch.bool, device=device)
     for t in range(longest):
-        logits, state = model.step(state, tokens)
-        best, tokens = logits.float().log_softmax(-1).max(-1)
+        states, state = model.step(state, tokens)
+        best, tokens = (found[:, 0] for found in model.output.best(states, 1))
         out_BT[rows, t] = torch.where(is_open, tokens, EOS)
         nats_B[rows] -= torch.where(is_open, best, 0.0)
         is_open = is_open & (tokens != EOS) & (t + 1 < limits_B[rows])
@@ -121,13 +121,12 @@ def beam_search(
     tokens = torch.full((B * beam,), BOS, dtype=torch.int64, device=device)
     history = torch.empty((B * beam, 0), dtype=torch.int64, device=device)
     for t in range(longest):
-        logits, state = model.step(state, tokens)
-        log_p = logits.float().log_softmax(-1).view(len(rows), beam, -1)
-        V = log_p.shape[-1]
+        states, state = model.step(state, tokens)
         # 2 * beam candidates hold at least `beam` that do not end, for one ends a beam.
+        log_p, ids = (x.view(len(rows), beam, -1) for x in model.output.best(states, 2 * beam))
         candidates = (scores[:, :, None] + log_p).view(len(rows), -1)
         top, index = candidates.topk(min(2 * beam, candidates.shape[1]), dim=1)
-        origin, token = index // V, index % V
+        origin, token = index // log_p.shape[-1], ids.view(len(rows), -1).gather(1, index)
         past = history.view(len(rows), beam, t)
         step = _Step(top.tolist(), origin.tolist(), token.tolist(), past.tolist(), t + 1)
         chosen = [

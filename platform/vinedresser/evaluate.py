@@ -108,9 +108,10 @@ def evaluate(  # noqa: PLR0913 - what, of what, how
             raise InterruptedRunError("told to stop while evaluating; the same command goes on")
         batch = host_batch.to(device)
         is_real_BT = batch.is_real_BT
-        logits_NV, gold_N = model.logits(model(batch)[is_real_BT]), batch.target_BT[is_real_BT]
-        nats += float(F.cross_entropy(logits_NV, gold_N, reduction="sum"))
-        wrong += float((logits_NV.argmax(-1) != gold_N).sum())
+        states_ND, gold_N = model(batch)[is_real_BT], batch.target_BT[is_real_BT]
+        log_p_NV = model.output.log_probs(states_ND)
+        nats += float(F.nll_loss(log_p_NV, gold_N, reduction="sum"))
+        wrong += float((log_p_NV.argmax(-1) != gold_N).sum())
         tokens += len(gold_N)
         decoded = _decode(model, batch.source_BS, batch.source_lengths_B, config, cap)
         rows += host_batch.rows_B.tolist()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vinedresser.batch import Batch
 from vinedresser.errors import ConfigError
+from vinedresser.nn.output import Output
 from vinedresser.nn.record import recording
 
 
@@ -75,11 +76,13 @@ class Seq2Seq(nn.Module):
     so that `to_devices` can tell it from the rest.
 
     Attributes:
+        output: the distribution of the next token given a decoder state.
         devices: encoder's and decoder's, where `to_devices` parted them.
         is_recurrent: whether a step of the decoder costs the same at any position. Scheduled
             sampling then feeds it step by step, else in two passes (objectives/sampling.py).
     """
 
+    output: Output
     devices: tuple[torch.device, torch.device] | None = None
     is_recurrent: bool = False
 
@@ -105,38 +108,22 @@ class Seq2Seq(nn.Module):
         """
 
     @abstractmethod
-    def logits(self, states: Tensor) -> Tensor:
-        """(..., D) states -> (..., V) unnormalised scores of the next token."""
-
-    def output_layer(self) -> nn.Linear | None:
-        """The layer that `logits` is, if it is one linear layer and nothing else.
-
-        A loss may then be taken without keeping the logits.
-        """
-        return None
-
-    @abstractmethod
     def start(self, memory: Memory, max_length: int) -> Any:
         """A decoding state for up to `max_length` steps; holds the caches."""
 
     @abstractmethod
-    def advance(self, state: Any, tokens_B: Tensor) -> tuple[Tensor, Any]:
-        """Feeds one token a sentence; returns what `logits` reads (B, D) and the next state."""
+    def step(self, state: Any, tokens_B: Tensor) -> tuple[Tensor, Any]:
+        """Feed one token per sentence; returns decoder states (B, D) and the next state."""
 
     @abstractmethod
     def select(self, state: Any, rows: Tensor) -> Any:
         """The state of the given rows, in their order; rows may repeat (beams) or be left out."""
 
-    def step(self, state: Any, tokens_B: Tensor) -> tuple[Tensor, Any]:
-        """Feeds one token a sentence; returns logits (B, V) and the next state."""
-        states_BD, state = self.advance(state, tokens_B)
-        return self.logits(states_BD), state
-
     def to_devices(self, *, encoder: torch.device, decoder: torch.device) -> Self:
         """Moves the weights; the encoder's may live on another device (methods.md 36).
 
-        Batches, states and logits are on the decoder's device. Per source, its ids or frames and
-        lengths cross to the encoder, its memory crosses back; nothing else does.
+        Batches, states and the output layer are on the decoder's device. Per source, its ids or
+        frames and lengths cross to the encoder, its memory crosses back; nothing else does.
 
         Raises:
             ConfigError: both sides share a weight and the devices differ.
@@ -160,7 +147,7 @@ class Seq2Seq(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where batches go and logits come from."""
+        """Device of batches, decoder states and the output layer."""
         return self.devices[1] if self.devices else next(self.parameters()).device
 
     def forward(self, batch: Batch) -> Tensor:

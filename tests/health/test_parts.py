@@ -96,12 +96,10 @@ def test_what_happens_once_is_no_slope(readings, wanted):
 class _Uniform(Transformer):
     """Knows nothing, but how sure it is of ids that nobody says."""
 
-    sure = 0.0
-
-    def logits(self, states):
-        logits = 0 * super().logits(states)
-        logits[..., PAD] = self.sure
-        return logits
+    def __init__(self, config, vocabulary):
+        super().__init__(config, vocabulary)
+        torch.nn.init.zeros_(self.output.weight)
+        self.output.weight.requires_grad_(False)
 
 
 CONFIG = TransformerConfig(d_model=16, d_ff=32, num_heads=2, encoder_layers=1, decoder_layers=1)
@@ -111,7 +109,7 @@ CONFIG = TransformerConfig(d_model=16, d_ff=32, num_heads=2, encoder_layers=1, d
 def test_first_loss_in_closed_form(share, is_passed):
     # p(PAD) = share: all else costs ln(9 / (1 - share)), ln 10 at 0.1.
     model = _Uniform(CONFIG, Vocabulary(10, 10))
-    model.sure = math.log(max(share, 1e-9) * 9 / (1 - share))
+    model.output.bias.data[PAD] = math.log(max(share, 1e-9) * 9 / (1 - share))
     batch = collated([sentence([4, 5], [6, 7]), sentence([8], [4, 9, 8])])
     found = check_first_loss(model, batch, vocabulary=10, is_fresh=True)
     wanted = math.log(9 / (1 - share))
@@ -177,21 +175,14 @@ def test_data_counts(reversal):
     assert "shifted" in found.pointer
 
 
-class _Loud(_Uniform):
-    """Sure of what it says beyond all measure, as a model that has diverged."""
-
-    def logits(self, states):
-        return self.sure * Transformer.logits(self, states)
-
-
 @pytest.mark.parametrize(
     ("sure", "is_passed"), [(1.0, True), (1e7, True), (math.nan, None)], ids=str
 )
 def test_large_losses_round_more_and_are_not_blamed_on_the_batch(sure, is_passed):
     rows = [sentence([4 + i % 5] * (i + 1), [9 - i % 5] * (i + 1)) for i in range(6)]
     torch.manual_seed(0)
-    loud, quiet = (kind(dry(CONFIG), Vocabulary(10, 10)) for kind in (_Loud, Transformer))
-    loud.sure = sure
+    loud, quiet = (Transformer(dry(CONFIG), Vocabulary(10, 10)) for _ in range(2))
+    loud.output.weight.data *= sure  # as a model that has diverged
     found = check_batch_invariance(loud, quiet, rows, vocabulary=10, cap=8)
     assert found.passed is is_passed
     assert bool(found.pointer) is not bool(is_passed)
@@ -238,8 +229,8 @@ def test_a_small_error_of_the_stepwise_pass_is_found():
     """1e-5 in fp32 is rounding; in float64 it is a fault."""
 
     class Drifting(Transformer):
-        def advance(self, state, tokens_B):
-            states_BD, state = super().advance(state, tokens_B)
+        def step(self, state, tokens_B):
+            states_BD, state = super().step(state, tokens_B)
             return states_BD * (1 + 1e-5), state
 
     found = check_stepwise_equality(Drifting(CONFIG, Vocabulary(10, 10)), PAIRS)

@@ -18,6 +18,7 @@ from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.preflight.checks import checks
 from vinedresser.model import Memory, Vocabulary
+from vinedresser.nn.output import FullOutput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,20 +50,22 @@ class _Biased(Transformer):
 
     def __init__(self, config: TransformerConfig, vocabulary: Vocabulary) -> None:
         super().__init__(config, vocabulary)
-        self.skew_V = torch.nn.Parameter(5.0 * (torch.arange(vocabulary.target) == PAD))
-
-    def logits(self, states: Tensor) -> Tensor:
-        return super().logits(states) + self.skew_V
-
-    def output_layer(self) -> None:
-        return None
+        self.output.bias.data[PAD] = 5.0
 
 
-class _Split(_Biased):
-    """It trains on its output layer and decodes with more than that."""
+class _Skewed(FullOutput):
+    """It trains on its scores and decodes with more than that."""
 
-    def output_layer(self) -> torch.nn.Linear:
-        return self.output
+    def log_probs(self, states: Tensor) -> Tensor:
+        scores = super().log_probs(states)
+        scores[..., PAD] += 5.0
+        return scores.log_softmax(-1)
+
+
+class _Split(Transformer):
+    def __init__(self, config: TransformerConfig, vocabulary: Vocabulary) -> None:
+        super().__init__(config, vocabulary)
+        self.output = _Skewed(config.d_model, vocabulary.target)
 
 
 class _Mixing(Transformer):

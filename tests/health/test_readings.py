@@ -432,7 +432,9 @@ def test_nothing_waits_for_the_gpu_but_take(name):
         try:
             with monitor.watching(index, batch):
                 states_BTD = model(batch)
-            model.logits(states_BTD).masked_fill(~is_real_BT[..., None], 0).sum().backward()
+            model.output.log_probs(states_BTD).masked_fill(
+                ~is_real_BT[..., None], 0
+            ).sum().backward()
             monitor.gradients(index)
             optimizer.step()
             monitor.updated(index)

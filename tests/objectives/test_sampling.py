@@ -19,6 +19,7 @@ from vinedresser.config import ModelConfig, Objective, ScheduledSampling
 from vinedresser.errors import ConfigError
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.norms import BatchNorm, PowerNorm
+from vinedresser.nn.output import Output
 from vinedresser.objectives import gold_share, likelihood, mixed_inputs
 from vinedresser.training.device import seed_step
 from vinedresser.training.step import Trainee
@@ -102,40 +103,46 @@ def test_settings_that_mean_nothing_are_refused(changes, message):
     assert len(str(refusal.value).splitlines()) == 1
 
 
+class Said(Output):
+    """Its states are log-probabilities; counts the rows that are looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        self.rows += len(states)
+        return states
+
+
 class Counting(Seq2Seq):
     """Whatever it is fed, it says 10 + t at position t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = Said()
 
     def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
         said_T = 10 + torch.arange(inputs_BT.shape[1])
         return F.one_hot(said_T, 10 + inputs_BT.shape[1]).float().expand(len(inputs_BT), -1, -1)
 
-    def logits(self, states: Tensor) -> Tensor:
-        return states
-
 
 class Adding(Seq2Seq):
-    """A recurrence: it says the sum of all that it was fed, so that each own token counts on.
-
-    Attributes:
-        projected: rows that went through the output layer.
-    """
+    """A recurrence: it says the sum of all that it was fed, so that each own token counts on."""
 
     is_recurrent = True
+    vocabulary = 10**3
 
     def __init__(self) -> None:
         super().__init__()
-        self.projected = 0
+        self.output = Said()
 
     def start(self, memory: Memory, max_length: int) -> Tensor:
         return torch.zeros((), dtype=torch.int64)
 
-    def advance(self, state: Tensor, tokens_B: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, state: Tensor, tokens_B: Tensor) -> tuple[Tensor, Tensor]:
         state = state + tokens_B
-        return state[:, None], state
-
-    def logits(self, states: Tensor) -> Tensor:
-        self.projected += len(states)
-        return F.one_hot(states[:, 0], 10**3).float()
+        return F.one_hot(state % self.vocabulary, self.vocabulary).float(), state
 
 
 def gold(rows: int, length: int) -> Batch:
@@ -181,7 +188,9 @@ def test_the_share_of_own_tokens(p, model, monkeypatch):
     torch.manual_seed(0)
     batch = gold(400, 251)
     # Sums would outgrow the vocabulary: it says 7, always.
-    monkeypatch.setattr(Adding, "logits", lambda _, s: F.one_hot(s[:, 0] * 0 + 7, 8).float())
+    monkeypatch.setattr(
+        Adding, "step", lambda _, state, ids_B: (F.one_hot(ids_B * 0 + 7, 8).float(), state)
+    )
     found = mixed_inputs(model(), NOWHERE, batch, epsilon=1 - p)
     assert (found[:, 0] == BOS).all()
     own = found[:, 1:] != batch.inputs_BT[:, 1:]
@@ -198,8 +207,8 @@ def test_only_rows_that_take_their_own_token_are_projected():
     torch.manual_seed(0)
     model = Adding()
     inputs = mixed_inputs(model, NOWHERE, gold(100, 9), epsilon=0.9)
-    assert model.projected == int((inputs != gold(100, 9).inputs_BT).sum())
-    assert 40 < model.projected < 120  # 80 of 800 are expected
+    assert model.output.rows == int((inputs != gold(100, 9).inputs_BT).sum())
+    assert 40 < model.output.rows < 120  # 80 of 800 are expected
 
 
 SHARES = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
@@ -269,7 +278,7 @@ def test_the_second_pass_is_fed_the_first_ones_predictions(monkeypatch):
     first, second = spy.inputs
     assert torch.equal(first, batch.inputs_BT)
     assert spy.learns == [False, True]
-    predicted = model.logits(model(batch)).argmax(-1)
+    predicted = model.output.log_probs(model(batch)).argmax(-1)
     is_fed = batch.is_real_BT[:, 1:]
     assert torch.equal(second[:, 1:][is_fed], predicted[:, :-1][is_fed])
     assert torch.equal(second[~batch.is_real_BT], batch.inputs_BT[~batch.is_real_BT])
@@ -331,19 +340,17 @@ def test_an_own_end_of_sentence_ends_nothing(kind, monkeypatch):
     masks: list[Tensor] = []
     for norm in norms:
         norm.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[1]))
-    said = torch.full((2, 5, 10), -9.0)
-    said[..., EOS] = 9.0
-    logits, calls = model.logits, []
+    calls = []
 
-    def ending(states: Tensor) -> Tensor:
-        calls.append(len(states))
-        return said[0, 0].expand(len(states), -1) if len(calls) == 1 else logits(states)
+    def ending(states_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        calls.append(len(states_ND))
+        return torch.zeros(len(states_ND), k), torch.full((len(states_ND), k), EOS)
 
-    monkeypatch.setattr(model, "logits", ending)
+    monkeypatch.setattr(model.output, "best", ending)
     spy = Spy(model, monkeypatch)
     _, goal = Trainee(model, Objective())(batch, 0.0, batch.tokens)
     assert spy.inputs[1].tolist() == [[BOS, EOS, EOS, EOS, PAD], [BOS, EOS, EOS, EOS, EOS]]
     assert len(masks) == 6
     assert all(torch.equal(mask, batch.is_real_BT) for mask in masks)
-    assert calls[0] == 2 + 4  # positions after BOS; padding is not projected
+    assert calls == [2 + 4]  # positions after BOS; padding is not projected
     assert goal.isfinite()

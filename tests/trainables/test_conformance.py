@@ -94,16 +94,16 @@ def encoded(model: Seq2Seq, batch: Batch) -> Memory:
     return model.encode(batch.source_BS, batch.source_lengths_B)
 
 
-def logits_of(model: Seq2Seq, batch: Batch) -> Tensor:
-    return model.logits(model(batch)).detach()
+def log_probs_of(model: Seq2Seq, batch: Batch) -> Tensor:
+    return model.output.log_probs(model(batch)).detach()
 
 
 def stepwise(model: Seq2Seq, memory: Memory, inputs_BT: Tensor) -> Tensor:
     state = model.start(memory, inputs_BT.shape[1])
     steps = []
     for t in range(inputs_BT.shape[1]):
-        logits_BV, state = model.step(state, inputs_BT[:, t])
-        steps.append(logits_BV)
+        states_BD, state = model.step(state, inputs_BT[:, t])
+        steps.append(model.output.log_probs(states_BD))
     return torch.stack(steps, 1)
 
 
@@ -120,7 +120,7 @@ def test_every_module_of_the_zoo_is_tried():
 @torch.no_grad()
 def test_teacher_forced_equals_stepwise(model, batch):
     memory = encoded(model, batch)
-    whole = model.logits(model.decode(memory, batch.inputs_BT))
+    whole = model.output.log_probs(model.decode(memory, batch.inputs_BT))
     assert_near(stepwise(model, memory, batch.inputs_BT), whole, 1e-5)
 
 
@@ -128,7 +128,7 @@ def test_teacher_forced_equals_stepwise(model, batch):
 def test_stepwise_beyond_any_table_that_was_built(model):
     long = batch_of([[4] * 299 + [EOS]], [[5] * 280 + [EOS]])
     memory = encoded(model, long)
-    whole = model.logits(model.decode(memory, long.inputs_BT))
+    whole = model.output.log_probs(model.decode(memory, long.inputs_BT))
     assert_near(stepwise(model, memory, long.inputs_BT), whole, 2e-5)
 
 
@@ -145,27 +145,27 @@ def test_a_state_sees_its_own_and_earlier_inputs_only(model, batch):
         assert (moved_B > 1e-3).all()
 
 
-def test_logits_depend_on_the_source(model):
-    one, other = (logits_of(model, batch_of([s], [TARGET[0]])) for s in ([4, 5, 2], [6, 5, 2]))
+def test_the_output_depends_on_the_source(model):
+    one, other = (log_probs_of(model, batch_of([s], [TARGET[0]])) for s in ([4, 5, 2], [6, 5, 2]))
     assert (one - other).abs().max() > 1e-4
 
 
 def test_batch_mates_change_nothing(model, batch):
-    together = logits_of(model, batch)
+    together = log_probs_of(model, batch)
     for i, (source, target) in enumerate(zip(SOURCE, TARGET, strict=True)):
-        alone = logits_of(model, batch_of([source], [target]))
+        alone = log_probs_of(model, batch_of([source], [target]))
         assert_near(together[i, : len(target)], alone[0], 1e-6 * float(alone.abs().max()))
 
 
 def test_what_stands_on_padding_changes_nothing(model, batch):
-    clean = logits_of(model, batch)
+    clean = log_probs_of(model, batch)
     filled = batch_of(SOURCE, TARGET)
     filled.source_BS[filled.source_BS == PAD] = 9
-    found = logits_of(model, filled)
+    found = log_probs_of(model, filled)
     assert_near(found, clean, 1e-6)
     memory = encoded(model, batch)
     memory.states_BSD.data[~memory.is_real_BS] = 7.0
-    assert_near(model.logits(model.decode(memory, batch.inputs_BT)).detach(), clean, 1e-6)
+    assert_near(model.output.log_probs(model.decode(memory, batch.inputs_BT)).detach(), clean, 1e-6)
     assert_near(stepwise(model, memory, batch.inputs_BT).detach(), clean, 1e-5)
 
 
@@ -179,27 +179,45 @@ def test_gradients_reach_every_parameter(model, batch):
     assert all(p.grad.isfinite().all() for p in parameters.values())
     # No gradient is right only where no value matters: the norm before a layer without heads.
     model.eval()
-    before = logits_of(model, batch)
+    before = log_probs_of(model, batch)
     idle = [p for p in parameters.values() if p.numel() and not p.grad.any()]
     for parameter in idle:
         parameter.data += 1
-    assert torch.equal(logits_of(model, batch), before)
+    assert torch.equal(log_probs_of(model, batch), before)
     assert len(idle) < len(parameters) / 10
 
 
-def test_the_output_layer_is_what_the_logits_are(model, batch):
-    states_BTD, layer = model(batch), model.output_layer()
-    if layer is not None:
-        assert torch.equal(layer(states_BTD), model.logits(states_BTD))
+def test_the_output_keeps_its_protocol(model, batch):
+    """Loss, search and draws are those of log_probs."""
+    output, states_ND = model.output, model(batch)[batch.is_real_BT].detach()
+    gold_N, log_p_NV = batch.target_BT[batch.is_real_BT], output.log_probs(states_ND)
+    sums_N = log_p_NV.exp().sum(-1)
+    assert_near(sums_N, torch.ones_like(sums_N), 1e-5)
+    assert_near(output.log_probs(states_ND[None]), log_p_NV[None], 1e-6)
+    for smoothing in (0.0, 0.1):
+        gold, rest = log_p_NV.gather(1, gold_N[:, None])[:, 0], log_p_NV.mean(-1)
+        wanted = -((1 - smoothing) * gold + smoothing * rest).sum()
+        assert_near(output.nll(states_ND, gold_N, smoothing=smoothing), wanted, 1e-4)
+    for k in (1, 3, 50):
+        best = log_p_NV.sort(-1, descending=True)
+        found, ids = output.best(states_ND, k)
+        assert found.shape == ids.shape == (len(states_ND), min(k, 11))
+        assert_near(found, best.values[:, :k], 1e-5)
+        assert_near(log_p_NV.gather(1, ids), best.values[:, :k], 1e-5)
+    draws = [output.sample(states_ND, torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    many_N = output.sample(states_ND[:1].expand(20_000, -1), torch.Generator().manual_seed(2))
+    shares_V = torch.bincount(many_N, minlength=11) / 20_000
+    assert_near(shares_V, log_p_NV[0].exp(), 0.02)
 
 
 def test_weights_round_trip(config, model, batch, tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({name: t.clone() for name, t in model.state_dict().items()}, path)
     other = build(config, seed=1)
-    assert not torch.equal(logits_of(other, batch), logits_of(model, batch))
+    assert not torch.equal(log_probs_of(other, batch), log_probs_of(model, batch))
     other.load_state_dict(load_file(path))
-    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
+    assert torch.equal(log_probs_of(other, batch), log_probs_of(model, batch))
     assert tied(other) == tied(model) == tied(build(config))
 
 
@@ -231,7 +249,7 @@ def test_configuration_round_trips_through_json(config):
 @torch.no_grad()
 def test_every_length_through_the_encoder(model):
     together = batch_of(LADDER, [[5, EOS]] * len(LADDER))
-    memory, logits_BTV = encoded(model, together), logits_of(model, together)
+    memory, whole = encoded(model, together), log_probs_of(model, together)
     for i, source in enumerate(LADDER):
         alone = batch_of([source], [[5, EOS]])
         own = encoded(model, alone)
@@ -239,7 +257,7 @@ def test_every_length_through_the_encoder(model):
         assert own.is_real_BS.shape == own.states_BSD.shape[:2]
         # The mask is as long as the states, and a longer neighbour makes it no longer.
         assert memory.is_real_BS[i].sum() == own.is_real_BS.sum() >= 1
-        assert_near(logits_BTV[i], logits_of(model, alone)[0], 1e-5)
+        assert_near(whole[i], log_probs_of(model, alone)[0], 1e-5)
 
 
 def test_attention_weights_are_shares_of_the_real_positions(config, model, batch):
@@ -262,8 +280,8 @@ def test_attention_weights_are_shares_of_the_real_positions(config, model, batch
     assert attends or type(config).__module__ in WITHOUT_ATTENTION
     # What is looked at is what is used.
     with recording():
-        seen = logits_of(model, batch)
-    assert_near(seen, logits_of(model, batch), 1e-5)
+        seen = log_probs_of(model, batch)
+    assert_near(seen, log_probs_of(model, batch), 1e-5)
 
 
 # Scheduled sampling (methods.md 3, 6).
@@ -274,7 +292,7 @@ def fed_by_hand(model: Seq2Seq, batch: Batch, is_own_BT: Tensor) -> Tensor:
     memory, mixed_BT = encoded(model, batch), batch.inputs_BT.clone()
     for t in range(1, mixed_BT.shape[1]):
         prefix_BT = (mixed_BT if model.is_recurrent else batch.inputs_BT)[:, :t]
-        said_B = model.logits(model.decode(memory, prefix_BT))[:, -1].argmax(-1)
+        said_B = model.output.log_probs(model.decode(memory, prefix_BT))[:, -1].argmax(-1)
         mixed_BT[:, t] = torch.where(is_own_BT[:, t], said_B, mixed_BT[:, t])
     return mixed_BT
 
@@ -395,7 +413,7 @@ def listener(config) -> Seq2Seq:
 
 def test_frames(listener):
     batch = frames_of([7, 1, 4])
-    whole = logits_of(listener, batch)
+    whole = log_probs_of(listener, batch)
     memory = encoded(listener, batch)
     assert_near(stepwise(listener, memory, batch.inputs_BT).detach(), whole, 1e-5)
     filled = replace(batch, source_BS=batch.source_BS.clone())
@@ -404,9 +422,9 @@ def test_frames(listener):
         alone = replace(
             batch_of([[EOS]], [TARGET[i]]), source_BS=row, source_lengths_B=length[None]
         )
-        assert_near(whole[i, : len(TARGET[i])], logits_of(listener, alone)[0], 1e-5)
+        assert_near(whole[i, : len(TARGET[i])], log_probs_of(listener, alone)[0], 1e-5)
         filled.source_BS[i, length:] = 9.0
-    assert_near(logits_of(listener, filled), whole, 1e-5)
+    assert_near(log_probs_of(listener, filled), whole, 1e-5)
     listener.train()
     likelihood(listener, listener(batch), batch).mean.backward()
     parameters = dict(listener.named_parameters())
@@ -418,7 +436,7 @@ def test_frames(listener):
 
 def test_the_shortest_sentence_alone(model):
     batch = batch_of([[EOS]], [[EOS]])
-    found = logits_of(model, batch)
+    found = log_probs_of(model, batch)
     assert found.shape == (1, 1, 11)
     assert found.isfinite().all()
     assert len(greedy(model, batch.source_BS, batch.source_lengths_B, cap=1).ids[0]) <= 1
@@ -432,10 +450,10 @@ def test_bf16_is_finite_and_near_fp32(model, batch):
     assert all(p.grad.isfinite().all() for p in model.parameters())
     model.eval()
     # After the training pass, which moves running statistics where a model has some.
-    wanted = logits_of(model, batch).log_softmax(-1)
+    wanted = log_probs_of(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
-        found = logits_of(model, batch)
-    assert_near(found.float().log_softmax(-1), wanted, 0.1)
+        found = log_probs_of(model, batch)
+    assert_near(found, wanted, 0.1)
 
 
 def test_overfits_one_batch_and_decodes_it(config, batch):
@@ -478,17 +496,17 @@ def test_select_takes_rows_in_their_order(model, batch, rows):
     state = model.select(state, picked)
     found = []
     for t in range(2):
-        logits_BV, state = model.step(state, more_BT[:, t])
-        found.append(logits_BV)
+        states_BD, state = model.step(state, more_BT[:, t])
+        found.append(model.output.log_probs(states_BD))
     whole = torch.cat([prefix_BT[picked], more_BT], 1)
     for i, row in enumerate(rows):
         alone = batch_of([SOURCE[row]], [TARGET[row]])
-        wanted = model.logits(model.decode(encoded(model, alone), whole[i : i + 1]))
+        wanted = model.output.log_probs(model.decode(encoded(model, alone), whole[i : i + 1]))
         assert_near(torch.stack(found, 1)[i], wanted[0, 3:], 1e-5)
 
 
 def test_fresh_weights_follow_the_seed(config, batch):
-    one, same, other = (logits_of(build(config, seed), batch) for seed in (3, 3, 4))
+    one, same, other = (log_probs_of(build(config, seed), batch) for seed in (3, 3, 4))
     assert torch.equal(one, same)
     assert all(not torch.equal(a, b) for a, b in itertools.combinations((one, other), 2))
 

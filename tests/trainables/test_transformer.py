@@ -261,8 +261,8 @@ class TestFrames:
         torch.testing.assert_close(
             memory.states_BSD[1, real], alone.states_BSD[0], atol=1e-6, rtol=0
         )
-        logits = model.logits(model.decode(memory, torch.tensor([[1, 4], [1, 5]])))
-        assert logits.shape == (2, 2, 11)
+        found = model.output.log_probs(model.decode(memory, torch.tensor([[1, 4], [1, 5]])))
+        assert found.shape == (2, 2, 11)
 
     def test_all_tied_is_refused(self):
         with pytest.raises(ValueError, match="no table to tie"):

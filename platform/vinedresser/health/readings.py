@@ -269,11 +269,12 @@ def first_losses(model: Seq2Seq, batch: Batch) -> tuple[float, float]:
         x[is_real_BT] for x in (states_BTD, batch.target_BT, batch.inputs_BT)
     )
     some = slice(None, None, -(-len(gold_N) // _FIRST_POSITIONS))
-    logits_NV, gold_N, fed_N = model.logits(states_ND[some]).float(), gold_N[some], fed_N[some]
-    loss = F.cross_entropy(logits_NV, gold_N)
+    log_p_NV, gold_N, fed_N = model.output.log_probs(states_ND[some]), gold_N[some], fed_N[some]
+    loss = F.nll_loss(log_p_NV, gold_N)
     is_other_N = gold_N != fed_N
-    logits_NV.scatter_(1, fed_N[:, None], -math.inf)
-    return float(loss), float(F.cross_entropy(logits_NV[is_other_N], gold_N[is_other_N]))
+    log_p_NV = log_p_NV.scatter(1, fed_N[:, None], -math.inf)[is_other_N]
+    others_N1 = log_p_NV.logsumexp(-1, keepdim=True)
+    return float(loss), float(F.nll_loss(log_p_NV - others_N1, gold_N[is_other_N]))
 
 
 def _overall(

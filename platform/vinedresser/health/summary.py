@@ -159,7 +159,7 @@ def _flops(model: Seq2Seq, vocabulary: Vocabulary, source: int, target: int) -> 
         with torch.backends.mkldnn.flags(enabled=False):
             counter = FlopCounterMode(display=False)
             with counter:
-                model.eval().logits(model(batch))
+                model.eval().output.log_probs(model(batch))
     for module in padding:
         module.pads_keys = True
     model.train(was_training)

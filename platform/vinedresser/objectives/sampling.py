@@ -21,10 +21,6 @@ from vinedresser.batch import Batch
 from vinedresser.config import Feedback, ScheduledSampling
 from vinedresser.model import Memory, Seq2Seq
 
-# Rows that go through the output layer at once on a CPU: 8 MB of logits over 8,000 entries. Of
-# 3,800 rows in bf16, argmax took 46 ms and draws 72; all at once 58 and 108, by 64 rows 56 and 82.
-_ROWS = 256
-
 
 def gold_share(config: ScheduledSampling, step: int) -> float:
     """Share epsilon of gold tokens among the decoder's inputs, in [1 - probability, 1].
@@ -96,9 +92,7 @@ def _feed_twice(
     states_BTD = model.decode(memory, inputs_BT, batch.is_real_BT)
     # What stands at t was said at t - 1. Column 0 has no own token, so none wraps around.
     states_ND = states_BTD[torch.roll(is_own_BT, -1, dims=1)]
-    size = _ROWS if states_ND.device.type == "cpu" else max(1, len(states_ND))
-    said = [_said(model.logits(part), feedback) for part in torch.split(states_ND, size)]
-    inputs_BT[is_own_BT] = torch.cat(said)
+    inputs_BT[is_own_BT] = _said(model, states_ND, feedback)
     return inputs_BT
 
 
@@ -113,22 +107,15 @@ def _feed_steps(
     last = max((t for t, count in enumerate(counts) if count), default=0)
     state = model.start(memory, last)
     for t in range(last):
-        states_BD, state = model.advance(state, inputs_BT[:, t])
+        states_BD, state = model.step(state, inputs_BT[:, t])
         if counts[t + 1]:
             rows = rows_of[t + 1]
-            inputs_BT[rows, t + 1] = _said(model.logits(states_BD[rows]), feedback)
+            inputs_BT[rows, t + 1] = _said(model, states_BD[rows], feedback)
     return inputs_BT
 
 
-def _said(logits_NV: Tensor, feedback: Feedback) -> Tensor:
-    """(N, V) -> one token id each (N,)."""
+def _said(model: Seq2Seq, states_ND: Tensor, feedback: Feedback) -> Tensor:
+    """(N, D) -> one token id each (N,)."""
     if feedback == "argmax":
-        # `max` is 2 (fp32) to 4 times (bf16) as fast as `argmax` on a CPU.
-        return logits_NV.max(-1).indices
-    # The inverse of the distribution function: one draw a row. torch.multinomial draws one a
-    # vocabulary entry, 163 ms a thousand rows of 8,000 where this takes 11.
-    summed_NV = logits_NV.float().softmax(-1).cumsum(-1)
-    drawn_N1 = torch.rand_like(summed_NV[:, :1]) * summed_NV[:, -1:]
-    found_N1 = torch.searchsorted(summed_NV, drawn_N1, right=True)
-    # A draw may round up to the sum itself, one past the last entry.
-    return found_N1[:, 0].clamp(max=summed_NV.shape[-1] - 1)
+        return model.output.best(states_ND, 1)[1][:, 0]
+    return model.output.sample(states_ND)

@@ -90,7 +90,5 @@ def certify(model: Seq2Seq, smaller: Seq2Seq, batches: Iterator[Batch], *, cap: 
 
 def _difference(model: Seq2Seq, smaller: Seq2Seq, batch: Batch) -> Tensor:
     """Return the largest difference of log-probabilities on real positions, on the CPU."""
-    ours, theirs = (
-        one.logits(one(batch)[batch.is_real_BT]).log_softmax(-1) for one in (model, smaller)
-    )
+    ours, theirs = (one.output.log_probs(one(batch)[batch.is_real_BT]) for one in (model, smaller))
     return (ours - theirs).abs().max().cpu()

@@ -94,13 +94,13 @@ def check_stepwise_equality(model: Seq2Seq, sentences: Sequence[Sentence]) -> Ch
     whole_BTD, drift = exact.decode(memory, batch.inputs_BT), 0.0
     state = exact.start(memory, batch.inputs_BT.shape[1])
     for t, is_real_B in enumerate(batch.is_real_BT.unbind(1)):
-        logits_BV, state = exact.step(state, batch.inputs_BT[:, t])
-        log_p_BV = exact.logits(whole_BTD[:, t]).log_softmax(-1)
-        found = (logits_BV.log_softmax(-1) - log_p_BV)[is_real_B].abs().max()
+        states_BD, state = exact.step(state, batch.inputs_BT[:, t])
+        log_p_BV, wanted_BV = map(exact.output.log_probs, (states_BD, whole_BTD[:, t]))
+        found = (log_p_BV - wanted_BV)[is_real_B].abs().max()
         drift = max(drift, float(found))
     passed = drift <= MAX_STEPWISE
     pointer = "" if passed else (
-        "step-by-step decoding differs from the teacher-forced pass: look at start(), advance(), "
+        "step-by-step decoding differs from the teacher-forced pass: look at start(), step(), "
         "caches and positions"
     )  # fmt: skip
     return CheckResult(
@@ -163,5 +163,5 @@ def _is_tie(model: Seq2Seq, batch: Batch, own: list[int], other: list[int]) -> b
     batch = batch.to(model.device)
     memory = model.encode(batch.source_BS, batch.source_lengths_B)
     prefix = torch.tensor([[BOS, *own[:at]]], device=model.device)
-    log_p_V = model.logits(model.decode(memory, prefix)[0, -1]).float().log_softmax(-1)
+    log_p_V = model.output.log_probs(model.decode(memory, prefix)[0, -1])
     return abs(float(log_p_V[one] - log_p_V[two])) < _TIE

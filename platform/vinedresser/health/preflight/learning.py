@@ -28,7 +28,7 @@ from vinedresser.training.device import Device, seed_step
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.step import training_steps
 
-# The loss in training and the one of logits() are the same sum in another order: 1e-6 of it.
+# The loss in training and the one of log_probs() are the same sum in another order: 1e-6 of it.
 MAX_LOSS_DRIFT = 1e-3
 # Nats per token at which a batch counts as overfitted (methods.md 99), and updates for it.
 LEARNED, OVERFIT_UPDATES = 0.01, 600
@@ -72,14 +72,15 @@ def check_first_loss(
         )
     states_BTD, is_real_BT = model(batch), batch.is_real_BT
     trained = float(likelihood(model, states_BTD, batch).mean)
-    logits_NV = model.logits(states_BTD[is_real_BT]).float()
-    decoded = float(F.cross_entropy(logits_NV, batch.target_BT[is_real_BT]))
+    log_p_NV = model.output.log_probs(states_BTD[is_real_BT])
+    decoded = float(F.nll_loss(log_p_NV, batch.target_BT[is_real_BT]))
     if abs(trained - decoded) > MAX_LOSS_DRIFT * max(1.0, decoded):
         return CheckResult(
-            "first loss", False, f"{trained:.2f} nats/token in training, {decoded:.2f} by logits()",
+            "first loss", False, f"{trained:.2f} nats/token in training, {decoded:.2f} by "
+            "log_probs()",
             "the same",
-            "training and decoding use different output layers: output_layer() must be None "
-            "where logits() is more than that layer", figures,
+            "training and decoding use different distributions: nll() and log_probs() of "
+            "model.output disagree", figures,
         )  # fmt: skip
     passed, pointer = is_uniform_guess([loss, other], guess), ""
     if passed and not is_uniform_guess([loss], guess):
