@@ -61,8 +61,8 @@ def batch() -> Batch:
     return Batch(*pad_ids(rows[0]), *pad_ids(rows[1]), torch.arange(6))
 
 
-def logits(model: Seq2Seq, batch: Batch) -> torch.Tensor:
-    return model.logits(model(batch)).detach()
+def log_probs(model: Seq2Seq, batch: Batch) -> torch.Tensor:
+    return model.output.log_probs(model(batch)).detach()
 
 
 FORMS = {
@@ -84,8 +84,8 @@ def test_the_compacted_model_is_the_same_function(form, seed, batch):
     model = gated(config, seed)
     smaller_config, smaller = compact(model, config, VOCABULARY)
     real = batch.is_real_BT
-    scale = float(logits(model, batch)[real].abs().max())
-    difference = (logits(model, batch) - logits(smaller, batch))[real].abs().max()
+    scale = float(log_probs(model, batch)[real].abs().max())
+    difference = (log_probs(model, batch) - log_probs(smaller, batch))[real].abs().max()
     assert float(difference) < 1e-5 * max(1, scale)
     outputs = [
         greedy(m, batch.source_BS, batch.source_lengths_B, cap=20).ids for m in (model, smaller)
@@ -110,7 +110,7 @@ def test_the_configuration_rebuilds_the_smaller_model(seed, batch):
     torch.manual_seed(seed + 100)
     rebuilt = again.build(VOCABULARY).eval()
     rebuilt.load_state_dict(smaller.state_dict())
-    assert torch.equal(logits(rebuilt, batch), logits(smaller, batch))
+    assert torch.equal(log_probs(rebuilt, batch), log_probs(smaller, batch))
 
 
 def test_fixed_alive_heads_equal_the_pruned_model(batch):
@@ -128,7 +128,9 @@ def test_fixed_alive_heads_equal_the_pruned_model(batch):
     assert found == by_hand
     other = by_hand.build(VOCABULARY).eval()
     other.load_state_dict(smaller.state_dict())
-    torch.testing.assert_close(logits(other, batch), logits(model, batch), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        log_probs(other, batch), log_probs(model, batch), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_parameters_saved_by_hand():
