@@ -19,7 +19,7 @@ from vinedresser import tracking
 from vinedresser.cli.arguments import open_model
 from vinedresser.errors import BusyError, ConfigError, DamagedError, DataError, MachineError
 from vinedresser.registry import registration as registry
-from vinedresser.registry.gate import Gate, judge
+from vinedresser.registry.gate import Gate, decide
 from vinedresser.registry.registration import fetch, register
 from vinedresser.tracking import Store
 from vinedresser.tracking.store import connect
@@ -86,18 +86,18 @@ def bundle(folder: Path, per: float, content: str = "", **more: Any) -> Manifest
     ],
 )
 def test_the_gate(challenger, champion, promoted, word) -> None:
-    verdict = judge(challenger, champion, GATE)
-    assert verdict.promoted is promoted
-    assert word in verdict.reason
+    decision = decide(challenger, champion, GATE)
+    assert decision.promoted is promoted
+    assert word in decision.reason
 
 
 def test_the_gate_knows_direction_split_and_tolerance() -> None:
     bleu = {"metric": "bleu", "lower_is_better": False, "reference_digest": "r"}
     old, new = {**bleu, "dev": {"bleu": 30.0}}, {**bleu, "dev": {"bleu": 29.5}}
-    assert not judge(new, old, Gate(split="dev")).promoted
-    assert judge(new, old, Gate(split="dev", max_regression=0.5)).promoted
-    assert judge(old, new, Gate(split="dev")).promoted
-    assert not judge(old, new, Gate(split="test")).promoted
+    assert not decide(new, old, Gate(split="dev")).promoted
+    assert decide(new, old, Gate(split="dev", max_regression=0.5)).promoted
+    assert decide(old, new, Gate(split="dev")).promoted
+    assert not decide(old, new, Gate(split="test")).promoted
 
 
 def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path) -> None:
@@ -268,11 +268,11 @@ def test_a_champion_that_changed_meanwhile_is_not_overwritten(
     register(bundle(tmp_path, 0.3), name=name, store=store, gate=GATE)
     register(bundle(tmp_path, 0.4), name=name, store=store, gate=GATE)
 
-    def slow_judge(*arguments: Any) -> Any:
+    def slow_decide(*arguments: Any) -> Any:
         connect(store).set_registered_model_alias(name, "champion", "2")
-        return judge(*arguments)
+        return decide(*arguments)
 
-    monkeypatch.setattr(registry, "judge", slow_judge)
+    monkeypatch.setattr(registry, "decide", slow_decide)
     with pytest.raises(BusyError, match="changed during the export"):
         register(bundle(tmp_path, 0.2), name=name, store=store, gate=GATE)
     assert int(connect(store).get_model_version_by_alias(name, "champion").version) == 2

@@ -12,8 +12,10 @@ from vinedresser.workspace.layout import RunFolder, Workspace, checkpoint_step, 
 PLAIN = {"bundle", "cache", "models", "runs", "stop", "shards", "group", "tune"}
 # Spelled in their modules still.
 PENDING = {
-    "distributed/group.py", "distributed/telling.py", "pipeline.py", "pruning/search.py",
-    "sweep/journal.py", "sweep/trials.py", "training/outcome.py", "training/run.py",
+    "distributed/group.py",
+    "distributed/telling.py",
+    "training/outcome.py",
+    "training/run.py",
     "training/watchdog.py",
 }  # fmt: skip
 

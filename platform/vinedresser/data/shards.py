@@ -32,6 +32,7 @@ from vinedresser.workspace.commit import (
     staging,
     verify,
 )
+from vinedresser.workspace.layout import content_folder
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def prepare(
     import sentencepiece
 
     digest = digest_of({"schema": SCHEMA, "task": plain, "pieces": sentencepiece.__version__})
-    folder = root / f"{task.name}-{digest[:12]}"
+    folder = content_folder(root, task.name, digest)
     if folder.exists() and (shards := _reuse(folder, task, corpus)) is not None:
         return shards
     with commit(folder) as stage:

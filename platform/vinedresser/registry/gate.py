@@ -1,4 +1,4 @@
-"""The gate: whether a challenger may become champion. Pure; knows no registry."""
+"""Gate: conditions under which a challenger becomes champion, as a function of scores."""
 
 import math
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ Scores = Mapping[str, Any]
 
 
 class Gate(Section):
-    """What a challenger must show before it replaces the champion."""
+    """Conditions under which a challenger replaces the champion."""
 
-    # Whose scores count; `test` unless the task has none.
+    # Split of the scores; `test` unless the task has none.
     split: Literal["test", "dev"] = "test"
     # Points of the metric by which a challenger may be worse. At 0 an equal one is promoted: it
     # is the newer, and often the smaller.
@@ -24,15 +24,15 @@ class Gate(Section):
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the gate said, and why."""
+class Decision:
+    """Decision of the gate with its reason."""
 
     promoted: bool
     reason: str
 
 
 def _number(scores: Scores, gate: Gate) -> float | None:
-    """The ranking metric on the gate's split; None where it is missing or not finite."""
+    """Return the ranking metric on the gate's split; None if it is missing or not finite."""
     split = scores.get(gate.split)
     value = split.get(scores.get("metric")) if isinstance(split, Mapping) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -40,37 +40,37 @@ def _number(scores: Scores, gate: Gate) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def judge(challenger: Scores, champion: Scores | None, gate: Gate) -> Verdict:
-    """Whether a challenger may become champion. Decoded scores only; pure.
+def decide(challenger: Scores, champion: Scores | None, gate: Gate) -> Decision:
+    """Decide whether a challenger may become champion, by decoded scores only.
 
     Args:
         challenger: content of a bundle's `scores.json`.
-        champion: the same of the present champion; None if there is none.
+        champion: that of the present champion; None if there is none.
         gate: split and tolerance.
     """
     metric, new = challenger.get("metric"), _number(challenger, gate)
     parity = challenger.get("parity_max_abs")
     if parity is not None and not (isinstance(parity, int | float) and parity <= PARITY_TOLERANCE):
-        return Verdict(
+        return Decision(
             False, f"parity {parity} is above {PARITY_TOLERANCE}: not the model that was scored"
         )
     if new is None:
-        return Verdict(False, f"no finite {gate.split} {metric}; score the bundle again")
+        return Decision(False, f"no finite {gate.split} {metric}; score the bundle again")
     if not challenger.get("reference_digest"):
-        return Verdict(False, "no reference_digest: unknown on what it was scored; score it again")
+        return Decision(False, "no reference_digest: unknown on what it was scored; score it again")
     if champion is None:
-        return Verdict(True, f"first champion, {gate.split} {metric} {new:g}")
+        return Decision(True, f"first champion, {gate.split} {metric} {new:g}")
     for key in ("metric", "lower_is_better", "reference_digest"):
         if challenger.get(key) != champion.get(key):
             found, wanted = challenger.get(key), champion.get(key)
-            return Verdict(
+            return Decision(
                 False, f"{key} is {found}, the champion's is {wanted}; score both on the same set"
             )
     old = _number(champion, gate)
     if old is None:
-        return Verdict(False, f"the champion has no finite {gate.split} {metric}; score it again")
+        return Decision(False, f"the champion has no finite {gate.split} {metric}; score it again")
     worse = new - old if challenger["lower_is_better"] else old - new
     numbers = f"{gate.split} {metric} {new:g} against the champion's {old:g}"
     if worse > gate.max_regression:
-        return Verdict(False, f"{numbers}, worse by more than {gate.max_regression:g}")
-    return Verdict(True, numbers)
+        return Decision(False, f"{numbers}, worse by more than {gate.max_regression:g}")
+    return Decision(True, numbers)

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vinedresser.config import SafeName
 from vinedresser.errors import BusyError, ConfigError, DamagedError, DataError, MachineError
-from vinedresser.registry.gate import Gate, Scores, Verdict, judge
+from vinedresser.registry.gate import Decision, Gate, Scores, decide
 from vinedresser.tracking.store import (
     ABSENT,
     EXISTS,
@@ -129,13 +129,13 @@ def register(
         newest = _alias(client, name, CHALLENGER)
         if newest is None or int(newest.version) < int(version.version):
             client.set_registered_model_alias(name, CHALLENGER, version.version)
-        verdict = _promote(client, store, version, scores, gate)
+        decision = _promote(client, store, version, scores, gate)
         champion = _alias(client, name, CHAMPION)
     return Registered(
         name=name,
         version=int(version.version),
-        is_champion=verdict.promoted,
-        reason=verdict.reason,
+        is_champion=decision.promoted,
+        reason=decision.reason,
         already=found is not None,
         champion_version=int(champion.version) if champion else None,
     )
@@ -313,15 +313,15 @@ def _alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | Non
 
 def _promote(
     client: "MlflowClient", store: Store, version: "ModelVersion", scores: Scores, gate: Gate
-) -> Verdict:
+) -> Decision:
     """Apply the gate to a verified version and move the alias, as the last step."""
     name, number = version.name, version.version
     champion = _alias(client, name, CHAMPION)
     if champion is not None and int(champion.version) == int(number):
-        return Verdict(True, "is the champion already")
+        return Decision(True, "is the champion already")
     promoted = version.tags.get(PROMOTED_TAG)
     if champion is not None and promoted:
-        return Verdict(
+        return Decision(
             False, f"was champion once ({promoted}); to restore it move the alias by hand"
         )
     best: Scores | None = None
@@ -329,17 +329,17 @@ def _promote(
         # From its verified bundle: the tag is for people and can be edited.
         with _downloaded(client, store, champion) as bundle:
             best = read_scores(bundle.folder)
-    verdict = judge(scores, best, gate)
-    if not verdict.promoted:
-        return verdict
+    decision = decide(scores, best, gate)
+    if not decision.promoted:
+        return decision
     # The registry has no conditional write; the workspace's lease does not reach other machines.
     now = _alias(client, name, CHAMPION)
     if (now and now.version) != (champion and champion.version):
         raise BusyError(f"{name}: the champion changed during the export; run it again")
     when = datetime.now(UTC).isoformat(timespec="seconds")
     client.set_registered_model_alias(name, CHAMPION, number)
-    client.set_model_version_tag(name, number, PROMOTED_TAG, f"{when}: {verdict.reason}")
-    return verdict
+    client.set_model_version_tag(name, number, PROMOTED_TAG, f"{when}: {decision.reason}")
+    return decision
 
 
 def _find(client: "MlflowClient", uri: str) -> "ModelVersion":

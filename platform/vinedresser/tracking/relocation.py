@@ -20,7 +20,7 @@ _LOCATIONS = (
 # Of the experiments that `store_for` chose a location for.
 _OLD = (
     "SELECT DISTINCT artifact_location FROM experiments "
-    "WHERE artifact_location LIKE 'file://%/mlartifacts' AND artifact_location != ?"
+    "WHERE artifact_location LIKE ? AND artifact_location != ?"
 )
 
 
@@ -41,7 +41,8 @@ def relocate(database: Path, new: str) -> None:
         contextlib.closing(sqlite3.connect(database)) as opened,
         opened,  # all or nothing
     ):
-        for (old,) in opened.execute(_OLD, (new,)).fetchall():
+        pattern = f"file://%/{new.rpartition('/')[2]}"
+        for (old,) in opened.execute(_OLD, (pattern, new)).fetchall():
             paths = [Path(urllib.parse.unquote(urllib.parse.urlsplit(u).path)) for u in (old, new)]
             if paths[0].resolve() == paths[1].resolve():  # by a link
                 continue

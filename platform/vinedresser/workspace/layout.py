@@ -7,9 +7,6 @@ what they are called and by the digest of their content.
 from dataclasses import dataclass
 from pathlib import Path
 
-# Digits of a digest in the name of a folder.
-_DIGITS = 12
-
 
 class _Entry:
     """A path inside a folder, by its name."""
@@ -118,23 +115,24 @@ class Workspace:
 
     def run(self, name: str, key: str) -> RunFolder:
         """Return the folder of a run, by its experiment's name and its key."""
-        return RunFolder(self.runs / f"{name}-{key[:_DIGITS]}")
+        return RunFolder(content_folder(self.runs, name, key))
 
     def sweep(self, name: str, key: str) -> SweepFolder:
         """Return the folder of a sweep, by its study's name and its key."""
-        return SweepFolder(self.sweeps / f"{name}-{key[:_DIGITS]}")
+        return SweepFolder(content_folder(self.sweeps, name, key))
 
     def model(self, name: str, digest: str) -> Path:
         """Return the folder of a model that is made of the bundle with the digest."""
-        return self.models / f"{name}-{digest[:_DIGITS]}"
-
-    def shard_set(self, task: str, digest: str) -> Path:
-        """Return the folder of a task's shard set, by the digest of its inputs."""
-        return self.shards / f"{task}-{digest[:_DIGITS]}"
+        return content_folder(self.models, name, digest)
 
     def pipeline_table(self, name: str) -> Path:
         """Return the file with the closing table of a pipeline."""
         return self.path / f"{name}.json"
+
+
+def content_folder(parent: Path, name: str, digest: str) -> Path:
+    """Return the folder that is called by a name and by the digest of what it is made from."""
+    return parent / f"{name}-{digest[:12]}"
 
 
 def checkpoint_step(path: Path) -> int:
