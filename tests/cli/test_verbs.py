@@ -52,7 +52,7 @@ def cli(tmp_path: Path, environment: Mapping[str, str]) -> Cli:
     ) -> Done:  # fmt: skip
         return subprocess.run(
             [*prefix, *MAIN, *map(str, words)],
-            input=stdin, capture_output=True, text=True, cwd=cwd, timeout=120, check=False,
+            input=stdin, capture_output=True, text=True, cwd=cwd, timeout=300, check=False,
             env={**environment, **env},
         )  # fmt: skip
 
@@ -547,7 +547,7 @@ def test_train_on_a_terminal_has_a_bar_and_gives_the_cursor_back(
         while part := os.read(main, 1 << 16):
             seen += part
     os.close(main)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == 0, seen.decode()
     assert Path(out.strip()).is_dir()
     text = seen.decode()
@@ -576,11 +576,11 @@ def test_a_stopped_training_goes_on_with_the_same_command(
         [*MAIN, *map(str, words)], env=environment, cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while not list(tmp_path.glob("space/runs/*/checkpoints/step-*")) and time.monotonic() < end:
         time.sleep(0.02)
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == code, err
     assert "checkpoint at step" in err
     assert ("Ctrl-C again" in err) == (number == signal.SIGINT)

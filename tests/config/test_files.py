@@ -182,9 +182,9 @@ BOMB = "a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(30))
 )
 def test_exotic_files_are_refused_quickly(write, text, words):
     file = write(text)
-    started = time.monotonic()
+    started = time.process_time()
     assert words in refusal(file)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_for(told: list[Progress], count: int) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while len(told) < count and time.monotonic() < end:
         time.sleep(0.001)
 

@@ -310,7 +310,7 @@ def test_an_absent_registry_is_said_soon(tmp_path: Path) -> None:
         register(bundle(tmp_path, 0.3), name="m", store=absent, gate=GATE)
     with pytest.raises(MachineError, match="does not answer"):
         fetch("models:/m/1", store=absent, cache=tmp_path)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.slow

@@ -234,10 +234,10 @@ def test_a_run_is_opened_when_there_is_something_to_deliver_or_patience_ends(tmp
     assert opened.is_set()
     opened.clear()
     MlflowTracker(one, opening, patience=3600).log({"x": 1.0}, 1)
-    assert opened.wait(10)
+    assert opened.wait(60)
     opened.clear()
     MlflowTracker(one, opening, patience=0)
-    assert opened.wait(10)
+    assert opened.wait(60)
 
 
 def test_what_is_logged_before_the_run_is_open_is_delivered(sqlite: Store) -> None:
@@ -387,9 +387,9 @@ def test_an_absent_server_neither_stops_nor_blocks(tmp_path, caplog, monkeypatch
             orphan.log({"m": 1.0}, step)
         orphan.tag({"a": "b"})
         orphan.text("t", "a.txt")
-        assert time.monotonic() - begun < 0.5
+        assert time.monotonic() - begun < 2
         orphan.close("FINISHED")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert orphan.pending == 50
     assert orphan.dropped == 250
     assert caplog.text.count("metrics wait in memory") == 1
@@ -435,7 +435,7 @@ def test_ui_answers_and_ends_whole_on_interrupt(sqlite: Store) -> None:
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(200) == 0
     finally:
         process.kill()
     with socket.socket() as probe:

@@ -79,7 +79,7 @@ a_run(run_folder(config, shards, Path(sys.argv[3])), report=report).execute()
 
 def test_a_killed_process_is_resumed_by_another(whole, reversal, tmp_path):
     words = script(KILL, whole[0], reversal, tmp_path)
-    done = subprocess.run(words, check=False, timeout=60)
+    done = subprocess.run(words, check=False, timeout=200)
     assert done.returncode == -signal.SIGKILL
     run = a_run(whole[0], reversal, tmp_path)
     assert (run.folder / "checkpoints" / "step-00000015").is_dir()

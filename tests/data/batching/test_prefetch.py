@@ -22,7 +22,7 @@ def counting(log, stop=10**9):
 
 
 def until(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     assert condition()
