@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.corpora.multi30k import multi30k
-from vinedresser.data.batching.plan import Ints, padding, plan
+from vinedresser.data.batching.plan import Ints, PaddingEfficiency, arrange
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import prepare
 
@@ -105,7 +105,7 @@ def full_sort(source: Ints, target: Ints, budget: int) -> BATCHES:
 
 def ours(source: Ints, target: Ints, budget: int, *, order: str) -> BATCHES:
     """The platform's own, by its name in `batch.order`."""
-    return plan(source, target, tokens=budget, order=order)
+    return arrange(source, target, tokens=budget, order=order)
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -120,6 +120,16 @@ SAMPLERS: dict[str, Sampler] = {
     "vinedresser bucket_by_source": partial(ours, order="bucket_by_source"),
     "vinedresser alternating_max": partial(ours, order="alternating_max"),
 }
+
+
+def padding_efficiency(source: Ints, target: Ints, batches: list[Ints]) -> PaddingEfficiency:
+    """Return the share of real tokens in some batches, row by row; all 1 for no batches."""
+    sides = (source, target)
+    real = [sum(int(side[rows].sum()) for rows in batches) for side in sides]
+    padded = [sum(len(rows) * int(side[rows].max()) for rows in batches) for side in sides]
+    shares = [r / p if p else 1.0 for r, p in zip(real, padded, strict=True)]
+    both = sum(real) / sum(padded) if batches else 1.0
+    return PaddingEfficiency(shares[0], shares[1], both, len(batches))
 
 
 def lengths() -> tuple[Ints, Ints]:
@@ -144,7 +154,7 @@ def main() -> None:
         for name, sampler in SAMPLERS.items():
             batches = sampler(source, target, budget)
             assert sorted(np.concatenate(batches)) == list(range(len(source)))
-            found = padding(source, target, batches)
+            found = padding_efficiency(source, target, batches)
             sizes = np.array([len(rows) * longest[rows].max() for rows in batches])
             over = int((sizes > budget).sum())
             shares = f"{found.source:>8.3f}{found.target:>8.3f}{found.both:>8.3f}"

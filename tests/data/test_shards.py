@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vinedresser.config import Cleaning, Tokenizer
-from vinedresser.data.batching.plan import padding, plan
+from vinedresser.data.batching.plan import group, plan_cells
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.corpora import row as row_module
 from vinedresser.data.corpora.corpus import open_corpus, read
@@ -205,7 +205,8 @@ def test_multi30k_wastes_little(multi30k, tmp_path):
     assert shards.counts == {"train": 29_000, "dev": 1_014, "test": 1_000}
     split = load_split(shards, "train")
     lengths = (split.source_lengths, split.target_lengths)
-    assert padding(*lengths, plan(*lengths, tokens=4096)).both >= 0.965
+    cells = group(*lengths).histogram
+    assert plan_cells(cells, tokens=4096).padding_efficiency(cells).both >= 0.965
     assert shards.meta["padding"]["both"] >= 0.965
     assert not any("shifted" in note for note in shards.meta["notes"])
     source, target = tokenizers(shards)

@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    ValidationInfo,
+)
 
 from vinedresser.config.kinds import kind_class, kinds
 from vinedresser.config.section import Section
@@ -18,10 +26,20 @@ CORPORA = "vinedresser.data.corpora.kinds"
 
 PACKAGE_PREFIX = "package:"
 REMOTE_PREFIX = "s3://"
+# Limits of Linux, in bytes: PATH_MAX and NAME_MAX.
+_MAX_PATH, _MAX_NAME = 4096, 255
 
 
 def _resolve(path: str, info: ValidationInfo) -> str:
     """Resolve a relative path against the folder of the file that names it."""
+    if "\0" in path:
+        raise ValueError("a path cannot hold NUL")
+    if len(path.encode(errors="surrogatepass")) > _MAX_PATH or any(
+        len(part.encode(errors="surrogatepass")) > _MAX_NAME for part in path.split("/")
+    ):
+        raise ValueError(
+            f"too long; a path has at most {_MAX_PATH} bytes, each name in it {_MAX_NAME}"
+        )
     if path.startswith(REMOTE_PREFIX):
         if "@" in path.removeprefix(REMOTE_PREFIX).partition("/")[0]:
             # A task is written into manifests and logs; a secret must not be.
@@ -40,7 +58,11 @@ DataPath = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
 
 # A path, a glob (`part-*.de.gz`), or a list of them, on disk or `s3://bucket/key`. Files of a glob
 # are read in the order of their names. Files may be gzip or zstd, as their first bytes say.
-Files = DataPath | Annotated[tuple[DataPath, ...], Field(min_length=1)]
+Files = Annotated[
+    Annotated[DataPath, Tag("path")]
+    | Annotated[tuple[DataPath, ...], Field(min_length=1), Tag("paths")],
+    Discriminator(lambda value: "paths" if isinstance(value, list | tuple) else "path"),
+]
 
 
 def names_of(files: Files) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def buckets(shards: ShardSet, *, tokens: int) -> list[LengthBucket]:
     for i in np.unique(number):
         inside = number == i
         own = Histogram(cells.source[inside], cells.target[inside], cells.counts[inside])
-        share = plan_cells(own, tokens=tokens).padding(own).both
+        share = plan_cells(own, tokens=tokens).padding_efficiency(own).both
         found.append(LengthBucket(int(i) * width + 1, int(i + 1) * width, own.rows, float(share)))
     return found
 
@@ -158,7 +158,7 @@ def _padding(shards: ShardSet, tokens: int) -> "Figure":
     right = axes.twinx()
     right.plot(middles, [100 * bucket.padding for bucket in found], "o-", color="tab:green")
     cells = histogram_of(shards, "train")
-    whole = 100 * plan_cells(cells, tokens=tokens).padding(cells).both
+    whole = 100 * plan_cells(cells, tokens=tokens).padding_efficiency(cells).both
     right.axhline(whole, color="tab:green", linewidth=1, linestyle=":")
     right.set_ylim(0, 102)
     right.set_ylabel(f"real tokens in batches of {tokens}, % (all: {whole:.1f})", color="tab:green")

@@ -1,4 +1,5 @@
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -7,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vinedresser.batch import EOS, PAD
-from vinedresser.config import Batching
-from vinedresser.data.batching.plan import STRATEGIES
+from vinedresser.config import Batching, BatchOrder
 from vinedresser.data.batching.reader import Batches, Split, _random, in_order, stream
 from vinedresser.data.batching.side import Side
 from vinedresser.errors import DataError
+
+STRATEGIES = get_args(BatchOrder)
 
 
 def split_of(count: int, seed: int = 0) -> Split:

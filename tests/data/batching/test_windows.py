@@ -4,6 +4,7 @@ import shutil
 import threading
 import tracemalloc
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import psutil
@@ -11,15 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vinedresser.config import Batching, Task, Tokenizer
+from vinedresser.config import Batching, BatchOrder, Task, Tokenizer
 from vinedresser.data.batching import windows
-from vinedresser.data.batching.plan import STRATEGIES, group, plan_cells
+from vinedresser.data.batching.plan import group, plan_cells
 from vinedresser.data.batching.reader import Batches, load_split, stream
 from vinedresser.data.batching.windows import ShardPool, windows_of
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.prepare import encode
 from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.errors import DamagedError, DataError
+
+STRATEGIES = get_args(BatchOrder)
 
 ROWS, TOKENS = 600, 64
 

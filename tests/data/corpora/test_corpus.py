@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vinedresser.config import Task
 from vinedresser.data.corpora.corpus import open_corpus, read
 from vinedresser.data.corpora.row import Row, RowCounts
 from vinedresser.data.corpora.textfile import inspect, lines_of
@@ -221,3 +222,47 @@ def test_pronunciations_that_differ_in_stress_alone_are_one(lexicon_task):
     assert account.dropped == {"variant": 8 + 2 * 4}
     stressed = list(read(lexicon_task(words, **sizes, keep_stress=True), "train"))
     assert len(stressed) == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("a\0b", "a path cannot hold NUL"),
+        ("x" * 300, "too long; a path has at most 4096 bytes, each name in it 255"),
+        ("d/" * 2500 + "x", "too long; a path has at most 4096 bytes"),
+        ("ü" * 200, "each name in it 255"),
+    ],
+)
+@pytest.mark.parametrize("field", ["train.source", "dev.target"])
+def test_impossible_names_are_refused_in_one_line(text_task, name, part, field):
+    with pytest.raises(ConfigError) as caught:
+        text_task().override({f"corpus.{field}": name})
+    assert part in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["text", "table", "lexicon", "speech"])
+def test_a_fifo_is_refused_and_not_waited_for(text_task, lexicon_task, tmp_path, kind):
+    task, fifo = text_task(), tmp_path / "fifo.tsv"
+    os.mkfifo(fifo)
+    plain = task.to_json()
+    if kind == "text":
+        plain["corpus"]["train"]["source"] = str(fifo)
+    elif kind == "table":
+        files = {split: str(fifo) for split in ("train", "dev")}
+        plain["corpus"] = {"kind": "table", **files, "source": 1, "target": 2}
+    elif kind == "lexicon":
+        plain = lexicon_task("a B\n").to_json()
+        plain["corpus"]["path"] = str(fifo)
+    else:
+        files = {split: str(fifo) for split in ("train", "dev")}
+        plain |= {
+            "corpus": {"kind": "speech", **files}, "tokenizer": None,
+            "source_tokenizer": {"kind": "frames"}, "target_tokenizer": {"kind": "symbols"},
+        }  # fmt: skip
+    with pytest.raises(DataError, match=r"fifo.tsv: not a plain file; expected a file") as caught:
+        open_corpus(Task.from_json(plain))
+    assert len(str(caught.value).splitlines()) == 1
+    assert caught.value.exit_code == 2

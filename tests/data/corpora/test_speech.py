@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -454,3 +455,18 @@ def test_the_spoken_digits_data_set(shared_data):
     frames = features(rows[0].source, FRAMES)
     assert 100 < len(frames) < 1000
     assert np.isfinite(frames).all()
+
+
+def test_hostile_names_of_recordings_are_refused_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "fifo.wav")
+    names = {
+        "fifo.wav": "not a plain file", "a\0b.wav": "not a file name", "x" * 300: "name too long",
+        "none.wav": "no such file", ".": "a directory",
+    }  # fmt: skip
+    for name, part in names.items():
+        for use in (Filterbank(FRAMES).look, lambda path: features([path], FRAMES)):
+            with pytest.raises(DataError) as caught:
+                use(tmp_path / name)
+            assert part in str(caught.value)
+            assert len(str(caught.value).splitlines()) == 1
+            assert "\0" not in str(caught.value)

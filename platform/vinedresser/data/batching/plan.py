@@ -6,7 +6,6 @@ which row stands where is only asked when its batch is read.
 """
 
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +18,20 @@ Ints = NDArray[np.int64]
 # alternating_max: by max(source, target), then by source - target in alternating direction.
 # bucket_by_source: source lengths 1-5, 6-10, ...; in each by target, then by source (methods.md
 # 23), no batch across two of them. random: no order at all; for comparison, it pads half away.
-STRATEGIES: tuple[BatchOrder, ...] = get_args(BatchOrder)
 
 # Source lengths of a bucket in `bucket_by_source`.
 SOURCE_BUCKET = 5
 
 
 @dataclass(frozen=True)
-class Padding:
-    """How much of the padded tensors is real, each in (0, 1].
+class PaddingEfficiency:
+    """Share of real tokens in padded tensors, each in (0, 1].
 
     Attributes:
         source: real / padded source tokens.
         target: real / padded target tokens.
         both: of the two sides together.
-        batches: how many.
+        batches: number of batches.
     """
 
     source: float
@@ -44,7 +42,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How many rows have which lengths. A cell is a pair of lengths; cells are distinct.
+    """Rows per pair of lengths. A cell is a pair of lengths; cells are distinct.
 
     Attributes:
         source: (C,) source tokens of the cell's rows, >= 1.
@@ -58,7 +56,7 @@ class Histogram:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return int(self.counts.sum())
 
     @property
@@ -72,7 +70,7 @@ class Histogram:
         return np.cumsum(self.counts) - self.counts
 
     def subset(self, fraction: float, *, window: int = 0) -> "Histogram":
-        """A part of the rows, spread over all lengths: floor(fraction x count + u) of each cell.
+        """Return a part of the rows of all lengths: floor(fraction x count + u) of each cell.
 
         u in [0, 1) is a fixed hash of (window, source, target), so that the parts of growing
         fractions contain each other, and the expected number of rows is fraction x rows
@@ -94,7 +92,7 @@ class Histogram:
 
 
 def mixed(keys: NDArray[np.uint64], *, salt: int) -> NDArray[np.uint64]:
-    """A fixed hash of 64-bit keys: splitmix64's finaliser (Steele, Lea and Flood 2014)."""
+    """Return a fixed hash of 64-bit keys: splitmix64's finaliser (Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
         x = keys + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 % 2**64)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -116,7 +114,7 @@ class Cells:
 
 
 def group(source_lengths: Ints, target_lengths: Ints, *, bucket_width: int = 0) -> Cells:
-    """Finds the cells of some rows. O(n log n).
+    """Find the cells of some rows. O(n log n).
 
     Args:
         source_lengths: (n,) tokens, each >= 1.
@@ -136,7 +134,7 @@ def group(source_lengths: Ints, target_lengths: Ints, *, bucket_width: int = 0) 
 
 
 def bucket_of(source_lengths: Ints, target_lengths: Ints, *, width: int) -> Ints:
-    """(max(source, target) - 1) // width: the shards' buckets; all 0 where the width is 0."""
+    """Return the shards' buckets, (max(source, target) - 1) // width; all 0 where width is 0."""
     longest = np.maximum(source_lengths, target_lengths)
     return (longest - 1) // width if width else np.zeros_like(longest)
 
@@ -163,20 +161,20 @@ class Plan:
         return len(self.cuts) - 1
 
     def picks(self, first: int, last: int) -> tuple[Ints, Ints]:
-        """Cell and rank inside it of the rows at positions first to last, last excluded."""
+        """Return cell and rank inside it of the rows at positions first to last, last excluded."""
         ends = np.cumsum(self.counts)
         at = np.arange(first, last)
         runs = np.searchsorted(ends, at, side="right")
         return self.cells[runs], self.ranks[runs] + at - (ends - self.counts)[runs]
 
     def batch(self, index: int) -> tuple[Ints, Ints]:
-        """Cell and rank inside it of each row of a batch, both (B,)."""
+        """Return cell and rank inside it of each row of a batch, both (B,)."""
         return self.picks(int(self.cuts[index]), int(self.cuts[index + 1]))
 
-    def padding(self, histogram: Histogram) -> Padding:
-        """What part of its batches is real; all 1 for no batches."""
+    def padding_efficiency(self, histogram: Histogram) -> PaddingEfficiency:
+        """Return the share of real tokens in its batches; all 1 for no batches."""
         if not len(self):
-            return Padding(1.0, 1.0, 1.0, 0)
+            return PaddingEfficiency(1.0, 1.0, 1.0, 0)
         ends = np.cumsum(self.counts)
         # Runs cut again where batches are cut: each piece is of one run and one batch.
         edges = np.union1d(np.append(0, ends), self.cuts)
@@ -189,13 +187,13 @@ class Plan:
             for side in (histogram.source, histogram.target)
         ]
         shares = (real[0] / padded[0], real[1] / padded[1], sum(real) / sum(padded))
-        return Padding(*shares, batches=len(self))
+        return PaddingEfficiency(*shares, batches=len(self))
 
 
 def plan_cells(
     histogram: Histogram, *, tokens: int, order: BatchOrder = "alternating_max", salt: int = 0
 ) -> Plan:
-    """Cuts a histogram into batches: sentences x longest side is at most `tokens`.
+    """Cut a histogram into batches: sentences x longest side is at most `tokens`.
 
     Each batch takes as many rows of the order as the budget holds. In `alternating_max` the
     longest side never falls, so that no way to form batches needs fewer of them; neighbours are
@@ -234,7 +232,7 @@ def plan_cells(
 
 
 def _cut(longest: Ints, counts: Ints, groups: Ints, tokens: int) -> Ints:
-    """Greedy cuts of runs of rows; a batch holds one group. O(runs that differ + batches)."""
+    """Cut runs of rows greedily; a batch holds one group. O(runs that differ + batches)."""
     is_new = np.ones(len(longest), dtype=bool)
     is_new[1:] = (longest[1:] != longest[:-1]) | (groups[1:] != groups[:-1])
     firsts = np.flatnonzero(is_new)
@@ -264,7 +262,7 @@ def _cut(longest: Ints, counts: Ints, groups: Ints, tokens: int) -> Ints:
 
 
 def refuse_longer(histogram: Histogram, *, tokens: int, name: str = "train") -> None:
-    """Refuses rows that no batch can hold.
+    """Refuse rows that no batch can hold.
 
     Raises:
         DataError: naming the lengths, how many there are and the fix.
@@ -286,7 +284,7 @@ def arrange(
     tokens: int,
     order: BatchOrder = "alternating_max",
 ) -> list[Ints]:
-    """The rows of each batch; a row that is longer than the budget comes alone.
+    """Return the rows of each batch; a row that is longer than the budget comes alone.
 
     Args:
         source_lengths: (n,) tokens, each >= 1.
@@ -299,40 +297,3 @@ def arrange(
     owners, ranks = plan.picks(0, len(cells.members))
     rows = cells.members[cells.histogram.starts[owners] + ranks]
     return np.split(rows, plan.cuts[1:-1]) if len(rows) else []
-
-
-def plan(
-    source_lengths: Ints,
-    target_lengths: Ints,
-    *,
-    tokens: int,
-    order: BatchOrder = "alternating_max",
-) -> list[Ints]:
-    """The rows of each batch; every row in exactly one, the budget never exceeded.
-
-    Args:
-        source_lengths: (n,) tokens, each >= 1.
-        target_lengths: (n,) tokens, each >= 1.
-        tokens: sentences x max(longest source, longest target) is at most this.
-        order: see `plan_cells`.
-
-    Raises:
-        DataError: a single row is longer than the budget.
-    """
-    refuse_longer(group(source_lengths, target_lengths).histogram, tokens=tokens, name="rows")
-    return arrange(source_lengths, target_lengths, tokens=tokens, order=order)
-
-
-def padding(source_lengths: Ints, target_lengths: Ints, batches: list[Ints]) -> Padding:
-    """What part of the padded tensors of some batches is real; all 1 for no batches."""
-    sizes = [(len(rows), source_lengths[rows], target_lengths[rows]) for rows in batches]
-    padded_source = sum(count * int(source.max()) for count, source, _ in sizes)
-    padded_target = sum(count * int(target.max()) for count, _, target in sizes)
-    real_source = sum(int(source.sum()) for _, source, _ in sizes)
-    real_target = sum(int(target.sum()) for _, _, target in sizes)
-    return Padding(
-        source=real_source / max(1, padded_source) if sizes else 1.0,
-        target=real_target / max(1, padded_target) if sizes else 1.0,
-        both=(real_source + real_target) / max(1, padded_source + padded_target) if sizes else 1.0,
-        batches=len(sizes),
-    )

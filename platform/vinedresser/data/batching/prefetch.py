@@ -23,7 +23,7 @@ class _End:
 
 
 def prefetched(source: Iterator[T], *, depth: int = DEPTH) -> Generator[T, None, None]:
-    """The items of an iterator, drawn in a thread that runs up to `depth` items ahead.
+    """Yield the items of an iterator, drawn in a thread that runs up to `depth` items ahead.
 
     The thread starts with the first item that is asked for. It ends with the source, with an
     error, or when this generator is closed or collected; then it has closed the source, too. What
@@ -69,7 +69,7 @@ def _fill(source: Iterator[T], items: "queue.Queue[T | _End]", stop: threading.E
 
 
 def _put(items: "queue.Queue[T | _End]", item: T | _End, stop: threading.Event) -> bool:
-    """Waits for room; False when the consumer has gone."""
+    """Wait for room; False when the consumer has gone."""
     while not stop.is_set():
         try:
             items.put(item, timeout=_PATIENCE)

@@ -61,12 +61,12 @@ class Split:
         return self.target.lengths
 
     def batch(self, rows: Ints) -> Batch:
-        """The given rows, in their order, as padded tensors on the CPU."""
+        """Return the given rows, in their order, as padded tensors on the CPU."""
         return batch_of(self.source.take(rows), self.target.take(rows), rows)
 
 
 def load_split(shards: ShardSet, name: str) -> Split:
-    """Reads a split whole; page checksums are verified.
+    """Read a split whole; page checksums are verified.
 
     Raises:
         DataError: the set has no such split.
@@ -107,7 +107,7 @@ class Batches:
     """
 
     def __init__(self, data: Split | ShardSet, batching: Batching, *, seed: int) -> None:
-        """Plans the epoch from the lengths alone; no row is read.
+        """Plan the epoch from the lengths alone; no row is read.
 
         Args:
             data: a split in memory, or the train split of a shard set, read as it is needed.
@@ -142,7 +142,7 @@ class Batches:
         self._shuffled: _Shuffled | None = None
 
     def _plan(self, window: int) -> tuple[Histogram, Plan]:
-        """The cells of a window's subset, and how they are cut."""
+        """Return the cells of a window's subset, and how they are cut."""
         batching = self._batching
         cells = self._pool.histogram(window).subset(batching.subset, window=window)
         refuse_longer(cells, tokens=batching.max_padded_tokens, name=self._pool.name)
@@ -150,7 +150,7 @@ class Batches:
         return cells, plan
 
     def _at(self, index: int) -> tuple["_Shuffled", int]:
-        """The shuffled window of a batch, and its place there."""
+        """Return the shuffled window of a batch, and its place there."""
         epoch, at = divmod(index, self.per_epoch)
         if epoch != self._epoch:
             self._order = _random(self._seed, epoch).permutation(len(self._sizes))
@@ -168,7 +168,7 @@ class Batches:
         return shuffled, at - int(self._ends[slot] - self._sizes[number])
 
     def rows(self, index: int) -> Ints:
-        """Row numbers of a batch. A new epoch or window costs its plan, not its rows."""
+        """Return row numbers of a batch. A new epoch or window costs its plan, not its rows."""
         shuffled, at = self._at(index)
         return shuffled.window.rows(*shuffled.picks(at))
 
@@ -180,7 +180,7 @@ class Batches:
         return shuffled.window.batch(*shuffled.picks(at), change)
 
     def steps(self, *, rank: int = 0, of: int = 1, at: int = 0) -> Generator[Batch, None, None]:
-        """Batches without end; the caller counts steps.
+        """Return batches without end; the caller counts steps.
 
         Step s (0-based) of rank r is the batch of global index s * of + r. So ranks never
         overlap, lose nothing, have equally many steps, and a stream resumes at any step in
@@ -198,7 +198,7 @@ class Batches:
 
 
 def _random(*key: int) -> np.random.Generator:
-    """A generator of its own for each key; keys of one length never share one."""
+    """Return a generator of its own for each key; keys of one length never share one."""
     return np.random.default_rng((*key, *(0,) * (4 - len(key)), 1))
 
 
@@ -215,7 +215,7 @@ class _Shuffled:
         self._places: dict[int, Ints] = {}
 
     def picks(self, at: int) -> tuple[Ints, Ints]:
-        """Cell and rank inside it of each row of the at-th batch of the epoch, both (B,)."""
+        """Return cell and rank inside it of each row of the at-th batch of the epoch, both (B,)."""
         cells_B, ranks_B = self._plan.batch(int(self._turns[at]))
         edges = self.window.edges
         of_B = np.searchsorted(edges, cells_B, side="right") - 1
@@ -227,7 +227,7 @@ class _Shuffled:
         return cells_B, ranks_B
 
     def _placed(self, bucket: int) -> Ints:
-        """The rows of a bucket, those of each cell shuffled: 0.2 s a million rows."""
+        """Return the rows of a bucket, those of each cell shuffled: 0.2 s per million rows."""
         if bucket not in self._places:
             first, last = self.window.edges[bucket : bucket + 2]
             counts = self._cells.counts[first:last]
@@ -247,7 +247,7 @@ def stream(  # noqa: PLR0913 - a worker's place in the world is three numbers
     of: int = 1,
     at: int = 0,
 ) -> Generator[Batch, None, None]:
-    """Training batches without end, see `Batches.steps`; a shard set's are read ahead in a thread.
+    """Return training batches without end, see `Batches.steps`; those of shards are read ahead.
 
     Args:
         data: what to train on.
@@ -267,7 +267,7 @@ def stream(  # noqa: PLR0913 - a worker's place in the world is three numbers
 
 
 def in_order(split: Split, *, tokens: int, sentences: int = 0) -> Iterator[Batch]:
-    """Each row once, sorted by length, for evaluation; `rows_B` tells where it belongs.
+    """Yield each row once, sorted by length, for evaluation; `rows_B` tells where it belongs.
 
     Args:
         split: what to evaluate on.

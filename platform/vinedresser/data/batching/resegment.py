@@ -43,7 +43,7 @@ class Resegmenter:
     room: float = 1.0
 
     def __call__(self, source: Side, target: Side, *, seed: int) -> tuple[Side, Side]:
-        """Both sides of a batch anew: a pure function of the batch and the seed, below 2^31."""
+        """Segment both sides of a batch anew: a pure function of the batch and the seed < 2^31."""
         longest = self.tokens // max(1, len(source.lengths))
         return (
             self._side(source, self.source, limit=min(longest, self.max_source), seed=seed),
@@ -67,7 +67,7 @@ class Resegmenter:
 def resegmenter(
     shards: ShardSet, batching: Batching, sample: tuple[Side, Side]
 ) -> Resegmenter | None:
-    """What `batch.subword_alpha` asks for, with room for 95 % of the rows; None where it is 0.
+    """Return the resegmenter of `batch.subword_alpha`, or None where it is 0.
 
     At 0.1, BPE makes 1.36 times as many pieces of Multi30k, at 0.2 1.72 times; batches then hold
     0.55 and 0.43 of the rows.
@@ -100,5 +100,5 @@ def resegmenter(
 
 
 def seed_of(*key: int) -> int:
-    """A 31-bit seed of some numbers, even; `Resegmenter` uses it and the next one."""
+    """Return a 31-bit seed of some numbers, even; `Resegmenter` uses it and the next one."""
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 2 << 1

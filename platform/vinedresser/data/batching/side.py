@@ -32,7 +32,7 @@ class Side:
 
     @classmethod
     def of(cls, items: Sequence[Any], encoder: SourceEncoder) -> "Side":
-        """The sequences that an encoder makes of some texts, or of some tuples of recordings."""
+        """Return the sequences that an encoder makes of texts, or of tuples of recordings."""
         values, lengths = encoder.flat(items)
         return cls(values, np.concatenate([[0], np.cumsum(lengths)]), encoder.features)
 
@@ -42,14 +42,14 @@ class Side:
         return np.diff(self.offsets)
 
     def take(self, rows: Ints) -> "Side":
-        """The given rows, in their order."""
+        """Return the given rows, in their order."""
         width = self.features or 1
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         values = take_ragged(self.values, self.offsets[rows] * width, lengths * width)
         return Side(values, np.concatenate([[0], np.cumsum(lengths)]), self.features)
 
     def padded(self, rows: Ints) -> tuple[Tensor, Tensor]:
-        """Rows as tensors, and their lengths (B,) int64.
+        """Return rows as tensors, and their lengths (B,) int64.
 
         Ids become int64 (B, longest), padded with PAD; frames float32 (B, longest, features),
         padded with 0.
@@ -57,7 +57,7 @@ class Side:
         return self.take(rows).tensors()
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """All its rows, as `padded` gives them; one row at least."""
+        """Return all its rows, as `padded` gives them; one row at least."""
         lengths_B = self.lengths
         shape = (len(lengths_B), int(lengths_B.max()))
         is_real_BS = np.arange(shape[1]) < lengths_B[:, None]
@@ -71,7 +71,7 @@ class Side:
 
 
 def join(sides: Sequence[Side]) -> Side:
-    """The rows of some sides, one side after the other; one side at least, of equal features."""
+    """Concatenate the rows of sides of equal features; one side at least."""
     if len(sides) == 1:
         return sides[0]
     lengths = np.concatenate([side.lengths for side in sides])
@@ -80,5 +80,5 @@ def join(sides: Sequence[Side]) -> Side:
 
 
 def batch_of(source: Side, target: Side, rows: Ints) -> Batch:
-    """Rows as a batch on the CPU; `rows` says where in the split they stand."""
+    """Return rows as a batch on the CPU; `rows` says where in the split they stand."""
     return Batch(*source.tensors(), *target.tensors(), torch.from_numpy(rows.copy()))

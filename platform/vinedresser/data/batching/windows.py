@@ -51,7 +51,7 @@ class Bucket:
 
     @classmethod
     def of(cls, source: Side, target: Side, rows: Ints) -> tuple["Bucket", Histogram]:
-        """A bucket and its cells, ascending by (source, target)."""
+        """Return a bucket and its cells, ascending by (source, target)."""
         shuffled = np.argsort(mixed(rows.astype(np.uint64), salt=0), kind="stable")
         cells: Cells = group(source.lengths[shuffled], target.lengths[shuffled])
         return cls(source, target, rows, shuffled[cells.members]), cells.histogram
@@ -73,11 +73,11 @@ class Window:
     _loaded: dict[int, Bucket] = field(default_factory=dict)
 
     def rows(self, cells_B: Ints, ranks_B: Ints) -> Ints:
-        """(B,) numbers in the split of the ranks-th rows of some cells."""
+        """Return (B,) numbers in the split of the ranks-th rows of some cells."""
         return self._take(cells_B, ranks_B)[2]
 
     def batch(self, cells_B: Ints, ranks_B: Ints, change: Change | None = None) -> Batch:
-        """The ranks-th rows of some cells, bucket after bucket."""
+        """Return the ranks-th rows of some cells, bucket after bucket."""
         source, target, rows = self._take(cells_B, ranks_B)
         if change is not None:
             source, target = change(source, target)
@@ -110,11 +110,11 @@ class Pool(Protocol):
     def __len__(self) -> int: ...
 
     def histogram(self, window: int) -> Histogram:
-        """The cells of a window."""
+        """Return the cells of a window."""
         ...
 
     def open(self, window: int) -> Window:
-        """A window of which nothing is read yet."""
+        """Return a window of which nothing is read yet."""
         ...
 
 
@@ -133,11 +133,11 @@ class MemoryPool:
         return 1
 
     def histogram(self, window: int) -> Histogram:
-        """The cells of the one window."""
+        """Return the cells of the one window."""
         return self.open(window).histogram
 
     def open(self, window: int) -> Window:
-        """The one window."""
+        """Return the one window."""
         assert window == 0
         return self._window
 
@@ -168,7 +168,7 @@ class ShardPool:
     """
 
     def __init__(self, shards: ShardSet, split: str) -> None:
-        """Reads the histogram.
+        """Read the histogram.
 
         Raises:
             DataError: the set has no such split.
@@ -186,11 +186,11 @@ class ShardPool:
         return len(self._layouts)
 
     def histogram(self, window: int) -> Histogram:
-        """The cells of a window."""
+        """Return the cells of a window."""
         return self._layouts[window].histogram
 
     def open(self, window: int) -> Window:
-        """A window of which nothing is read yet."""
+        """Return a window of which nothing is read yet."""
         layout = self._layouts[window]
         cells = layout.histogram
         buckets = bucket_of(cells.source, cells.target, width=self._width)
@@ -215,7 +215,7 @@ class ShardPool:
     def _read(
         self, layout: _Layout, bucket: int, footers: dict[int, Any]
     ) -> tuple[Bucket, Histogram]:
-        """A bucket from the row groups of all shards that have it; no file stays open."""
+        """Return a bucket from the row groups of all shards that have it; no file stays open."""
         sources, targets, rows = list[Side](), list[Side](), list[Ints]()
         for at in np.flatnonzero(layout.bucket == bucket):
             block = int(layout.block[at])
@@ -234,7 +234,7 @@ class ShardPool:
 
 
 def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
-    """The windows of a split, in block order; holds the histogram of one at a time."""
+    """Yield the windows of a split, in block order; holds the histogram of one at a time."""
     path = shards.folder / LENGTHS_FILE
     rows_of_block = np.zeros(0, dtype=np.int64)
     for block, count in _entries(path, split, ["block", "count"]):
@@ -268,7 +268,7 @@ def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
 
 
 def windows_of(rows_of_block: Ints, at_most: int) -> Ints:
-    """(blocks,) -> the window of each block: equal parts of at most about so many rows.
+    """Return (blocks,) the window of each block: equal parts of about `at_most` rows or fewer.
 
     Equal, because a short last window would pad more and be shuffled less than the others.
     """
@@ -280,7 +280,7 @@ def windows_of(rows_of_block: Ints, at_most: int) -> Ints:
 
 
 def _entries(path: Path, split: str, columns: list[str]) -> Iterator[list[Ints]]:
-    """The given columns of a split's cells, a piece of the file at a time."""
+    """Yield the given columns of a split's cells, a piece of the file at a time."""
     with reading(path), path.open("rb") as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         for batch in file.iter_batches(columns=["split", *columns], use_threads=False):
@@ -306,14 +306,14 @@ def _layout(held: list[list[Ints]], width: int) -> _Layout:
 
 
 def _firsts(*columns: Ints) -> Ints:
-    """Positions where any of some columns of equal, sorted tuples changes; 0 is one."""
+    """Return positions where any of some columns of equal, sorted tuples changes; 0 is one."""
     is_new = np.ones(len(columns[0]), dtype=bool)
     is_new[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
     return np.flatnonzero(is_new)
 
 
 def _row_group(path: Path, index: int, footers: dict[int, Any], block: int) -> pa.Table:
-    """One row group, its pages' checksums verified; a shard's footer is parsed once a window."""
+    """Read one row group and verify its checksums; a footer is parsed once per window."""
     columns = ["row", "source", "target"]
     with path.open("rb") as stream:
         file = pq.ParquetFile(stream, metadata=footers.get(block), page_checksum_verification=True)
@@ -323,7 +323,7 @@ def _row_group(path: Path, index: int, footers: dict[int, Any], block: int) -> p
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns whatever reading a Parquet file can raise into one line that names it.
+    """Turn every error of reading a Parquet file into one line that names it.
 
     Raises:
         DamagedError: the file is absent, truncated, changed, or lacks a row group or column.
@@ -344,7 +344,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def side_of(column: pa.ChunkedArray, features: int = 0) -> Side:
-    """A list column as a side, without a copy where it is one chunk of whole arrays."""
+    """Return a list column as a side, without a copy where it is one chunk of whole arrays."""
     sides = []
     for chunk in column.chunks:
         offsets = chunk.offsets.to_numpy().astype(np.int64)

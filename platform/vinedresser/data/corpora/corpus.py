@@ -32,28 +32,28 @@ class Corpus(Protocol):
     is_parallel: bool
 
     def content(self) -> Any:
-        """What decides the rows, as plain JSON: settings, and files by their digests."""
+        """Return what decides the rows, as plain JSON: settings, and files by their digests."""
         ...
 
     def blocks(self, split: str) -> Iterator[Block]:
-        """A split in parts, in file order."""
+        """Return a split in parts, in file order."""
         ...
 
     def unpack(self, folder: Path) -> None:
-        """Puts into a folder what its blocks cannot read from the middle (archives)."""
+        """Put into a folder what its blocks cannot read from the middle (archives)."""
         ...
 
     def refuse_changed(self) -> None:
-        """DataError where a file was touched since it was inspected."""
+        """Refuse files that were touched since they were inspected."""
         ...
 
     def place(self, split: str, line: int) -> str:
-        """Where the user finds a row: its line, and its file where the split has several."""
+        """Return a row's line, with its file where the split has several."""
         ...
 
 
 def together(counts: Sequence[int]) -> Iterator[slice]:
-    """Neighbouring parts of a split that share a block: at most `BLOCK_ROWS` rows, or one part."""
+    """Yield neighbouring parts that share a block: at most `BLOCK_ROWS` rows, or one part."""
     start = held = 0
     for index, count in enumerate(counts):
         if held and held + count > row.BLOCK_ROWS:
@@ -71,7 +71,7 @@ class Places:
         self.names, self.starts = names, np.cumsum([0, *counts])
 
     def of(self, line: int) -> str:
-        """The line, with its file where there are several."""
+        """Return the line, with its file where there are several."""
         if len(self.names) == 1:
             return str(line)
         index = int(np.searchsorted(self.starts, line - 1, side="right")) - 1
@@ -91,7 +91,7 @@ def open_corpus(task: Task) -> Corpus:
 
 
 def read(task: Task, split: SplitName, *, account: RowCounts | None = None) -> Iterator[Row]:
-    """The rows of a split whose sides are not empty, in file order, a block at a time.
+    """Return the rows of a split whose sides are not empty, in file order, a block at a time.
 
     Args:
         task: what to read.
@@ -117,7 +117,7 @@ def _rows(corpus: Corpus, split: str, account: RowCounts) -> Iterator[Row]:
 
 
 def without_empty(pairs: Pairs, account: RowCounts) -> Pairs:
-    """The rows whose sides both hold something other than white space."""
+    """Return the rows whose sides both hold something other than white space."""
     is_kept = np.ones(len(pairs), dtype=np.bool_)
     for side in (pairs.source, pairs.target):
         if side and isinstance(side[0], str):

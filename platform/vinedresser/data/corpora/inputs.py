@@ -27,7 +27,7 @@ _PIECE = 1 << 20
 
 
 def locate(path: str) -> Path:
-    """The file behind a path or `package:NAME/FILE`; the package's code is not run.
+    """Return the file behind a path or `package:NAME/FILE`; the package's code is not run.
 
     Raises:
         ConfigError: not of that form, or the package is not installed.
@@ -46,7 +46,7 @@ def locate(path: str) -> Path:
 
 
 def is_remote(name: str) -> bool:
-    """Whether a name is a URI of object storage."""
+    """Return True if a name is a URI of object storage."""
     return name.startswith(REMOTE_PREFIX)
 
 
@@ -57,7 +57,7 @@ def _store(base: str) -> Any:
 
 
 def _remote(name: str) -> tuple[Any, str]:
-    """File system and `bucket/key` of a URI; its query names endpoint, scheme, region."""
+    """Return file system and `bucket/key` of a URI; its query names endpoint, scheme, region."""
     parts = urlsplit(name)
     query = f"?{parts.query}" if parts.query else ""
     with _reading(name):
@@ -66,7 +66,7 @@ def _remote(name: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turns what opening and reading can raise into one line."""
+    """Turn errors of opening and reading into one line."""
     try:
         yield
     except FileNotFoundError:
@@ -86,12 +86,12 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def words(error: Exception) -> str:
-    """What a library says, as one line of at most 300 characters."""
+    """Return a library's message as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Paths and globs -> paths; a glob's in the order of their names.
+    """Expand globs among paths; the files of a glob in the order of their names.
 
     Raises:
         DataError: a glob that fits no file.
@@ -134,7 +134,7 @@ def _remote_glob(name: str) -> list[str]:
 
 
 def stamp(name: str) -> tuple[int, int]:
-    """Size in bytes and modification time in ns: differs once a file was touched.
+    """Return size in bytes and modification time in ns: differs once a file was touched.
 
     Raises:
         DataError: not there, not to be read, no plain file, or empty.
@@ -173,7 +173,7 @@ class RawFile:
         self.digest = hashlib.sha256()
 
     def read(self, size: int = _PIECE) -> bytes:
-        """At most `size` bytes; none at the end."""
+        """Return at most `size` bytes; none at the end."""
         with _reading(self.name):
             piece = bytes(self._stream.read(size))
         self.digest.update(piece)
@@ -181,16 +181,16 @@ class RawFile:
         return piece
 
     def tell(self) -> int:
-        """Bytes read so far."""
+        """Return bytes read so far."""
         return self._read
 
     def close(self) -> None:
-        """Nothing: whoever opened the stream closes it."""
+        """Do nothing: the opener of the stream closes it."""
 
 
 @contextlib.contextmanager
 def open_raw(name: str) -> Iterator[RawFile]:
-    """A file to be read from its start.
+    """Open a file to be read from its start.
 
     Raises:
         DataError: it is not there or not to be read.
@@ -207,18 +207,18 @@ def open_raw(name: str) -> Iterator[RawFile]:
 
 
 def codec_of(head: bytes) -> Codec | None:
-    """How a file of these first bytes is compressed."""
+    """Return the compression of a file with these first bytes."""
     return next((codec for magic, codec in _CODECS if head.startswith(magic)), None)
 
 
 def head_of(name: str, size: int = 4096) -> bytes:
-    """The first bytes of a file, as they are."""
+    """Return the first bytes of a file, as they are."""
     with open_raw(name) as raw:
         return raw.read(size)
 
 
 def pieces_of(raw: RawFile, codec: Codec | None) -> Iterator[bytes]:
-    """A file's content, unpacked, a mebibyte at a time.
+    """Yield a file's content, unpacked, a mebibyte at a time.
 
     Raises:
         DataError: damaged or truncated; how much of it was good.
@@ -245,7 +245,7 @@ def pieces_of(raw: RawFile, codec: Codec | None) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def open_seekable(name: str) -> Iterator[Any]:
-    """A file for a reader that jumps in it, as Parquet's does."""
+    """Open a file for a reader that jumps in it, as Parquet's does."""
     with contextlib.ExitStack() as stack:
         with _reading(name):
             if is_remote(name):
@@ -257,7 +257,7 @@ def open_seekable(name: str) -> Iterator[Any]:
 
 
 def read_range(name: str, start: int, end: int) -> bytes:
-    """Bytes start to end, end excluded, of a file that is not compressed; fewer at its end."""
+    """Return bytes start to end, end excluded, of an uncompressed file; fewer at its end."""
     with _reading(name):
         if is_remote(name):
             store, path = _remote(name)
@@ -269,7 +269,7 @@ def read_range(name: str, start: int, end: int) -> bytes:
 
 
 def unpack(name: str, path: Path) -> None:
-    """Writes a file's content, unpacked, to `path`: a block reads from its middle."""
+    """Write a file's content, unpacked, to `path`: a block reads from its middle."""
     codec = codec_of(head_of(name))
     with open_raw(name) as raw, path.open("wb") as out:
         for piece in pieces_of(raw, codec):
@@ -277,7 +277,7 @@ def unpack(name: str, path: Path) -> None:
 
 
 def lines_in(name: str) -> Iterator[bytes]:
-    """The lines of a file, unpacked, each with its line feed."""
+    """Yield the lines of a file, unpacked, each with its line feed."""
     codec = codec_of(head_of(name))
     with open_raw(name) as raw:
         parts: list[bytes] = []

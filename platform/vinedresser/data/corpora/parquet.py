@@ -18,7 +18,7 @@ _TEXT = frozenset({pa.string(), pa.large_string(), pa.string_view()})
 
 
 def rows(group: Span, source: str, target: str) -> Iterator[tuple[str | None, str | None]]:
-    """The cells of two columns in the row group `group.start` of a file."""
+    """Yield the cells of two columns in the row group `group.start` of a file."""
     with _reading(group.name):
         file = pq.ParquetFile(group.path, page_checksum_verification=True)
         table = file.read_row_group(group.start, columns=[source, target])
@@ -26,7 +26,7 @@ def rows(group: Span, source: str, target: str) -> Iterator[tuple[str | None, st
 
 
 def inspect(name: str, columns: Sequence[int | str]) -> Facts:
-    """Reads a file's schema and hashes it; its rows are read when it is regrouped.
+    """Read a file's schema and hash it; its rows are read when it is regrouped.
 
     Raises:
         DataError: it is no whole Parquet file, has no row, or not these columns as text.
@@ -57,7 +57,7 @@ def inspect(name: str, columns: Sequence[int | str]) -> Facts:
 
 
 def regrouped(facts: Facts, columns: Sequence[int | str], folder: Path) -> Facts:
-    """A copy of these columns, as text, `BLOCK_ROWS` rows a row group.
+    """Return a copy of these columns, as text, `BLOCK_ROWS` rows a row group.
 
     Raises:
         DataError: a page cannot be read, or a cell is no text.
@@ -89,7 +89,7 @@ def regrouped(facts: Facts, columns: Sequence[int | str], folder: Path) -> Facts
 
 
 def _refuse_no_text(name: str, column: str, cells: pa.Array, before: int) -> None:
-    """Refuses what Parquet calls text and is none: nothing that wrote the file had to look."""
+    """Refuse what Parquet calls text but is not: its writers need not check."""
     try:
         cells.validate(full=True)
         has_nul = pc.any(pc.match_substring(cells, "\0")).as_py()

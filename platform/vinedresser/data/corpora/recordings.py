@@ -45,7 +45,7 @@ class Recordings:
         self._found: dict[str, _Recording] = {}
 
     def add(self, utterances: Iterable[tuple[str, Sequence[str]]]) -> None:
-        """Reads the recordings of some utterances.
+        """Read the recordings of some utterances.
 
         Args:
             utterances: (what a message begins with, paths).
@@ -97,14 +97,14 @@ class Recordings:
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """DataError with the first 20 problems, a line each, and how many there are."""
+    """Refuse with the first 20 problems, one per line, and their number."""
     more = [f"{len(problems)} such places in all"] * (len(problems) > MAX_PROBLEMS)
     if problems:
         raise DataError("\n".join([*problems[:MAX_PROBLEMS], *more]))
 
 
 def parts(total: int) -> Iterator[tuple[int, int, int]]:
-    """(number, first row, rows) of the blocks of a split."""
+    """Yield (number, first row, rows) of the blocks of a split."""
     size = min(row.BLOCK_ROWS, BLOCK_UTTERANCES)
     for number, first in enumerate(range(0, total, size)):
         yield number, first, min(size, total - first)

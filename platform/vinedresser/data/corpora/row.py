@@ -49,11 +49,11 @@ class RowCounts:
         return self.rows_in - sum(self.dropped.values())
 
     def drop(self, reason: str, line: int) -> None:
-        """Counts one row that was read and is not kept."""
+        """Count one row that was read and is not kept."""
         self.drop_many(reason, 1, [line])
 
     def drop_many(self, reason: str, count: int, lines: list[int]) -> None:
-        """Counts rows of one reason, with the line numbers of some of them."""
+        """Count rows of one reason, with the line numbers of some of them."""
         if not count:
             return
         self.dropped[reason] = self.dropped.get(reason, 0) + count
@@ -68,11 +68,11 @@ class RowCounts:
             self.drop_many(reason, count, other.first_lines[reason])
 
     def reasons(self) -> str:
-        """`812 too_long, 188 empty`; empty where nothing was dropped."""
+        """Return `812 too_long, 188 empty`; empty where nothing was dropped."""
         return ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.dropped.items()))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return plain values for the manifest."""
         return {
             "rows_in": self.rows_in,
             "rows_out": self.rows_out,
@@ -100,13 +100,13 @@ class Pairs:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> "Pairs":
-        """Rows, in their order."""
+        """Return rows, in their order."""
         held = list(rows)
         lines = np.fromiter((row.line for row in held), np.int64, len(held))
         return cls([row.source for row in held], [row.target for row in held], lines)
 
     def keep(self, is_kept: NDArray[np.bool_], counts: RowCounts, reason: str) -> "Pairs":
-        """The rows that a mask names; the others are counted as dropped."""
+        """Return the rows that a mask names; the others are counted as dropped."""
         if is_kept.all():
             return self
         lines = self.lines[~is_kept]
@@ -134,12 +134,12 @@ class Block(ABC):
 
     @abstractmethod
     def rows(self, counts: RowCounts) -> Iterator[Row]:
-        """Its rows; raw ones are counted as read, and those that the corpus drops by reason.
+        """Yield its rows; count raw ones as read, and those that the corpus drops by reason.
 
         Raises:
             DataError: a file is not what it was when it was inspected.
         """
 
     def load(self, counts: RowCounts) -> Pairs:
-        """`rows` as columns; what can read faster by columns does it here."""
+        """Return `rows` as columns; what can read faster by columns does it here."""
         return Pairs.of(self.rows(counts))

@@ -78,7 +78,7 @@ class Facts:
         return [min(step, self.lines - at) for at in range(0, self.lines, step)]
 
     def spans(self) -> list["Span"]:
-        """The text between neighbouring marks."""
+        """Return the text between neighbouring marks."""
         return [
             Span(self.copy or self.name, self.name, start, end, count)
             for start, end, count in zip(
@@ -106,7 +106,7 @@ class Span:
     count: int
 
     def lines(self) -> list[str]:
-        """The lines, without their ends.
+        """Return the lines, without their ends.
 
         Raises:
             DataError: the file is not what it was when it was inspected.
@@ -128,7 +128,7 @@ Check = Callable[[int, bytes], Iterable[str]]
 
 
 def inspect(name: str, check: Check | None = None) -> Facts:
-    """Reads a file once, strictly.
+    """Read a file once, strictly.
 
     Args:
         name: path or URI.
@@ -160,7 +160,7 @@ def inspect(name: str, check: Check | None = None) -> Facts:
 
 
 def _whole_lines(raw: RawFile, codec: Codec | None, name: str) -> Iterator[bytes]:
-    """The content in pieces that end with a line feed, but for the last."""
+    """Yield the content in pieces that end with a line feed, but for the last."""
     parts: list[bytes] = []
     is_first = True
     for piece in pieces_of(raw, codec):
@@ -178,7 +178,7 @@ def _whole_lines(raw: RawFile, codec: Codec | None, name: str) -> Iterator[bytes
 
 
 def inspect_all(names: Sequence[str], check: Check | None = None) -> dict[str, Facts]:
-    """`inspect` for several files; the problems of all are reported together."""
+    """Inspect several files and report the problems of all together."""
     facts, problems = {}, []
     for name in dict.fromkeys(names):
         try:
@@ -191,7 +191,7 @@ def inspect_all(names: Sequence[str], check: Check | None = None) -> dict[str, F
 
 
 def lines_of(name: str | Path) -> Iterator[str]:
-    """The lines of a file that `inspect` has passed, without their ends and without a mark."""
+    """Yield the lines of an inspected file, without their ends and without a mark."""
     try:
         for index, line in enumerate(lines_in(str(name))):
             text = line.removesuffix(b"\n").removesuffix(b"\r")
@@ -201,7 +201,7 @@ def lines_of(name: str | Path) -> Iterator[str]:
 
 
 def unpacked(facts: Facts, folder: Path) -> Facts:
-    """The same file, to be read from an unpacked copy in the folder if it is compressed."""
+    """Return the same file, to be read from an unpacked copy in the folder if it is compressed."""
     if facts.codec is None or facts.copy:
         return facts
     path = folder / f"{facts.digest[:16]}.txt"
@@ -211,7 +211,7 @@ def unpacked(facts: Facts, folder: Path) -> Facts:
 
 
 def refuse_changed(facts: Iterable[Facts]) -> None:
-    """Refuses files that were touched since they were inspected.
+    """Refuse files that were touched since they were inspected.
 
     Raises:
         DataError: naming the first such file.
@@ -222,17 +222,17 @@ def refuse_changed(facts: Iterable[Facts]) -> None:
 
 
 def changed(name: str) -> DataError:
-    """A file that was touched between inspection and reading."""
+    """Return the error of a file that was touched between inspection and reading."""
     return DataError(f"{name}: changed while it was being read; run again when it is complete")
 
 
 def listed(names: Iterable[object]) -> str:
-    """The first eight names of what was found, for an error."""
+    """Return the first eight names of what was found, for an error."""
     return ", ".join(repr(str(name)[:30]) for name in itertools.islice(names, 8)) or "none"
 
 
 def parting(source: Facts, target: Facts) -> int:
-    """1-based line near which two files of different line counts part ways.
+    """Return the 1-based line near which two files of different line counts part ways.
 
     Up to it lengths agree line by line, behind it with the other side moved by the difference of
     the counts: the line where the sum of |log length ratios| is least. 8 bytes a line.
@@ -280,7 +280,7 @@ class _Scan:
         self.problems = _Problems(self.name)
 
     def take(self, text: bytes) -> None:
-        """Some whole lines; looked at one by one only where something is wrong with them."""
+        """Scan some whole lines, one by one only where something is wrong with them."""
         start = len(_BOM) if not self.size and text.startswith(_BOM) else 0
         if not self.marks:
             self.marks.append(start)

@@ -24,7 +24,7 @@ class Utterance(NamedTuple):
 
 
 def read_manifest(path: str, audio: str, transcript: str) -> list[Utterance]:
-    """All rows of a manifest that is known to be UTF-8 text.
+    """Return all rows of a manifest that is known to be UTF-8 text.
 
     Args:
         path: `.jsonl` (also .ndjson, .json) or `.tsv` with a header line; both may be compressed.

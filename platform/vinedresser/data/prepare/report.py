@@ -141,7 +141,7 @@ class Report:
                     f"{self._places(split, control)}; cleaning.control_characters says what to do"
                 )
         cells, width = self._histogram("train"), self._task.bucket_width
-        padding = plan_cells(cells, tokens=PADDING_TOKENS).padding(cells)
+        padding = plan_cells(cells, tokens=PADDING_TOKENS).padding_efficiency(cells)
         rows = np.bincount((cells.longest - 1) // width, weights=cells.counts).astype(int)
         return {
             "account": {split: each.to_json() for split, each in counts.items()},

@@ -24,7 +24,7 @@ class Flat(NamedTuple):
 
 
 def flattened(rows: Sequence[Sequence[int]]) -> Flat:
-    """Lists of ids, EOS appended to each."""
+    """Return lists of ids, EOS appended to each."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum()))
     return Flat(np.insert(ids, np.cumsum(lengths), EOS), lengths + 1)
@@ -33,12 +33,12 @@ def flattened(rows: Sequence[Sequence[int]]) -> Flat:
 def take_ragged(
     values: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[Any]:
-    """The slices values[start : start + length] one after the other, without a Python loop."""
+    """Concatenate the slices values[start : start + length] without a Python loop."""
     ends = np.cumsum(lengths)
     shift = np.repeat(starts - (ends - lengths), lengths)
     return values[shift + np.arange(len(shift))]
 
 
 def real_ids(ids: Iterable[int]) -> list[int]:
-    """Ids without PAD, BOS and EOS."""
+    """Return ids without PAD, BOS and EOS."""
     return [int(i) for i in ids if i not in (PAD, BOS, EOS)]

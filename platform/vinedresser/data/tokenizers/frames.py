@@ -5,6 +5,7 @@ Needs the extra `speech`: soundfile reads WAV and FLAC, kaldi-native-fbank compu
 
 import hashlib
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,11 +74,11 @@ class Filterbank:
         return {**self.config.to_json(), "version": _VERSION}
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes `name.json`."""
+        """Write `name.json`."""
         write_file(folder / f"{name}.json", json.dumps(self._content(), indent=1) + "\n")
 
     def encode(self, paths: Sequence[str | Path]) -> NDArray[np.float32]:
-        """(frames, features) of one utterance: its recordings one after the other.
+        """Return (frames, features) of one utterance: its recordings one after the other.
 
         Every value is one that float16 can hold: that is what shards store, so that a finished
         model sees what it was trained on.
@@ -102,14 +103,14 @@ class Filterbank:
         return frames.astype(np.float16).astype(np.float32)
 
     def flat(self, items: Sequence[Sequence[str | Path]]) -> Flat:
-        """The frames of some utterances, as float16."""
+        """Return the frames of some utterances, as float16."""
         frames = [self.encode(paths).astype(np.float16) for paths in items]
         lengths = np.fromiter(map(len, frames), np.int64, len(frames))
         none = np.zeros((0, self.features), np.float16)
         return Flat(np.concatenate([none, *frames]).ravel(), lengths)
 
     def look(self, path: Path) -> Sound:
-        """Reads a header and refuses what `encode` would refuse without reading on.
+        """Read a header and refuse what `encode` would refuse because of it.
 
         Raises:
             DataError: see `encode`.
@@ -182,7 +183,7 @@ class Filterbank:
         return options
 
     def _refuse_empty_bands(self, fbank: ModuleType, options: Any) -> None:
-        """A click has every frequency; a band that does not hear it holds none at all."""
+        """Refuse bands without a frequency: a click has every frequency, and must be in each."""
         config = self.config
         click = np.zeros(int(config.sample_rate * config.window_ms / 1000) + 1, dtype=np.float32)
         click[len(click) // 2] = _SCALE
@@ -207,12 +208,12 @@ _WANTED = "expected WAV or FLAC with one channel"
 
 
 def features(paths: Sequence[str | Path], config: Frames) -> NDArray[np.float32]:
-    """`Filterbank.encode` for one utterance: (frames, num_mels)."""
+    """Return `Filterbank.encode` of one utterance: (frames, num_mels)."""
     return Filterbank(config).encode(paths)
 
 
 def load_filterbank(content: dict[str, Any]) -> Filterbank:
-    """What `Filterbank.save` wrote, parsed.
+    """Restore what `Filterbank.save` wrote.
 
     Raises:
         ValueError: written by another version.
@@ -234,8 +235,14 @@ def _libraries() -> tuple[ModuleType, ModuleType]:
 
 
 def _refuse_absent(path: Path) -> None:
-    if not path.is_file():
-        what = "a directory" if path.is_dir() else "no such file"
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        what = getattr(error, "strerror", None) or "not a file name"
+        shown = str(path).replace("\0", "\\0")[:300]
+        raise DataError(f"{shown}: {what.lower()}; {_WANTED}") from None
+    if not stat.S_ISREG(mode):
+        what = "a directory" if stat.S_ISDIR(mode) else "not a plain file"
         raise DataError(f"{path}: {what}; {_WANTED}")
 
 
@@ -244,7 +251,7 @@ _UNKNOWN_SIZE = 0x7FFFF000
 
 
 def _refuse_cut(path: Path) -> None:
-    """Refuses a WAV shorter than its header says: libsndfile reads what is left without a word."""
+    """Refuse a WAV shorter than its header says: libsndfile reads what is left silently."""
     with path.open("rb") as stream:
         head = stream.read(12)
     if head[:4] != b"RIFF" or head[8:12] != b"WAVE":

@@ -75,7 +75,7 @@ class SentencePiece:
         return self.lowercase or self.normalization.endswith("_cf")
 
     def encode(self, text: str) -> list[int]:
-        """Ids without BOS and EOS; what is unknown becomes UNK.
+        """Return ids without BOS and EOS; what is unknown becomes UNK.
 
         Raises:
             DataError: the text holds a lone surrogate, which UTF-8 cannot express.
@@ -83,7 +83,7 @@ class SentencePiece:
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on one thread: workers are what is scaled."""
+        """Return `encode` of each text, on one thread: more workers scale, not threads."""
         texts = self._prepared(texts)
         try:
             return self._plain(texts)
@@ -92,7 +92,7 @@ class SentencePiece:
             raise
 
     def flat(self, items: Sequence[str]) -> Flat:
-        """The ids of `encode_many`, EOS after each text, as (values, lengths).
+        """Return the ids of `encode_many`, EOS after each text, as (values, lengths).
 
         BPE cannot join what a space divides: a word has the same pieces wherever it stands, and
         each is looked up once. 2.5 times as fast as SentencePiece on Multi30k, with the same ids.
@@ -117,7 +117,7 @@ class SentencePiece:
     def resample(
         self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
     ) -> list[list[int]]:
-        """Another segmentation of the same texts, drawn at random; the same for the same seed.
+        """Return another segmentation of the same texts, drawn at random by the seed.
 
         A unigram model draws one with a probability proportional to its own, to the power of
         alpha (Kudo 2018); BPE leaves out each merge with probability alpha (BPE dropout, Provilkov
@@ -146,16 +146,16 @@ class SentencePiece:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
+        """Return text of ids; PAD, BOS and EOS are left out wherever they stand."""
         return str(self._processor.decode(real_ids(ids)))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """What each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
+        """Return what each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
         found: list[str] = self._processor.id_to_piece([int(i) for i in ids])
         return found
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes `name.model` and `name.json`."""
+        """Write `name.model` and `name.json`."""
         content: dict[str, Any] = {"kind": self.kind, "normalization": self.normalization}
         if self.lowercase:
             content["lowercase"] = True
@@ -185,7 +185,7 @@ class _Words:
         self._odd = set[str]()
 
     def flat(self, texts: list[str], plain: Callable[[list[str]], list[list[int]]]) -> Flat:
-        """As `SentencePiece.flat`; `plain` encodes the texts that cannot be looked up."""
+        """Return `SentencePiece.flat`; `plain` encodes the texts that cannot be looked up."""
         # Each row begins with "", as its text with a space: looked up, that is EOS.
         rows = [text.split(_SPACE) for text in self._processor.normalize(texts)]
         words = set(itertools.chain.from_iterable(rows))
@@ -207,7 +207,7 @@ class _Words:
         return _put(flat, np.array(odd), flattened(spare)) if odd else flat
 
     def _not_words(self, texts: list[str], rows: list[list[str]], words: set[str]) -> list[int]:
-        """Texts that cannot be looked up word by word; mostly none."""
+        """Return texts that cannot be looked up word by word; mostly none."""
         has_signs = _SPACE in "".join(texts)
         has_odd = not self._odd.isdisjoint(words)
         if not (has_signs or has_odd) and sum(row.count("") for row in rows) == len(rows):
@@ -238,7 +238,7 @@ class _Words:
 
 
 def _put(flat: Flat, rows: NDArray[np.int64], other: Flat) -> Flat:
-    """The given rows of a block replaced by others."""
+    """Return the given rows of a block replaced by others."""
     lengths = flat.lengths.copy()
     starts = np.cumsum(lengths) - lengths
     starts[rows] = len(flat.values) + np.cumsum(other.lengths) - other.lengths
@@ -258,7 +258,7 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
 
 
 def train_pieces(config: Tokenizer, texts: Iterable[str]) -> SentencePiece:
-    """Learns a BPE or unigram vocabulary.
+    """Learn a BPE or unigram vocabulary.
 
     Raises:
         DataError: too little or too much text for `vocab_size`; names the limit.
@@ -306,7 +306,7 @@ def _train(config: Tokenizer, stream: Iterable[str]) -> bytes:
 
 
 def _explain(config: Tokenizer, raw: str) -> str:
-    """SentencePiece names source lines of its own; a user can act on these words."""
+    """Turn an error of SentencePiece, which names its own source, into one with a fix."""
     wanted = f"{config.kind} with vocab_size {config.vocab_size}"
     if limit := re.search(r"too high .*value <= (\d+)", raw):
         return (

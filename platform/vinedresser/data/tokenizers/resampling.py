@@ -24,7 +24,7 @@ class Resampler:
     def __init__(
         self, kind: str, pieces: Sequence[str], scores: Sequence[float], is_plain: Sequence[bool]
     ) -> None:
-        """Of a trained model.
+        """Describe a trained model.
 
         Args:
             kind: bpe or unigram.
@@ -42,7 +42,7 @@ class Resampler:
     def __call__(
         self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
     ) -> list[list[int]]:
-        """The same texts in other pieces, see `SentencePiece.resample`."""
+        """Return the same texts in other pieces, see `SentencePiece.resample`."""
         draw = random.Random(seed).random  # noqa: S311 - repeatable, that is the point
         if self._kind == "unigram" and alpha != self._ways_of:
             self._ways, self._ways_of = {}, alpha
@@ -74,7 +74,7 @@ class Resampler:
         return ways.drawn(draw)
 
     def _merged(self, word: str, alpha: float, draw: Draw) -> list[int]:
-        """BPE dropout (Provilkov et al. 2020) as SentencePiece has it.
+        """Merge with BPE dropout (Provilkov et al. 2020), as SentencePiece does.
 
         The best merge in turn, and with probability alpha none of these two neighbours from then
         on, until one of them changes.
@@ -124,11 +124,11 @@ class _Ways:
     """All segmentations of a word; forward filtering is done, `drawn` samples backward."""
 
     def __init__(self, steps: list[list[tuple[float, int, int]]]) -> None:
-        """Args: for each end, (cumulative weight, start, id) of the pieces that end there."""
+        """Keep, for each end, (cumulative weight, start, id) of the pieces that end there."""
         self._steps = steps
 
     def drawn(self, draw: Draw) -> list[int]:
-        """Ids of one of them, with a probability proportional to its own, to the power of alpha."""
+        """Draw the ids of one, with a probability proportional to its own to the power alpha."""
         end, found = len(self._steps) - 1, list[int]()
         while end:
             steps = self._steps[end]

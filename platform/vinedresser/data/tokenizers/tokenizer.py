@@ -55,11 +55,11 @@ class SourceEncoder(Protocol):
         ...
 
     def flat(self, items: Sequence[Any]) -> Flat:
-        """The sequences of some rows: texts, or recordings as tuples of paths."""
+        """Return the sequences of some rows: texts, or recordings as tuples of paths."""
         ...
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes `name.json`, and `name.model` for SentencePiece."""
+        """Write `name.json`, and `name.model` for SentencePiece."""
         ...
 
 
@@ -72,25 +72,25 @@ class TextTokenizer(SourceEncoder, Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids without BOS and EOS; what is unknown becomes UNK."""
+        """Return ids without BOS and EOS; what is unknown becomes UNK."""
         ...
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
+        """Return `encode` of each text."""
         ...
 
     def resample(
         self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
     ) -> list[list[int]]:
-        """The same texts segmented at random; see `SentencePiece.resample`."""
+        """Return the same texts segmented at random; see `SentencePiece.resample`."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
+        """Return text of ids; PAD, BOS and EOS are left out wherever they stand."""
         ...
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """What each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
+        """Return what each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
         ...
 
 
@@ -129,38 +129,38 @@ class Symbols:
         return {**content, "lowercase": True} if self.lowercase else content
 
     def encode(self, text: str) -> list[int]:
-        """Ids without BOS and EOS; what is unknown becomes UNK."""
+        """Return ids without BOS and EOS; what is unknown becomes UNK."""
         known = self._ids
         parts = _parts(self.kind, text, lowercase=self.lowercase)
         return [known.get(symbol, UNK) for symbol in parts]
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
+        """Return `encode` of each text."""
         return [self.encode(text) for text in texts]
 
     def flat(self, items: Sequence[str]) -> Flat:
-        """The ids of `encode_many`, EOS after each text."""
+        """Return the ids of `encode_many`, EOS after each text."""
         return flattened(self.encode_many(items))
 
     def resample(
         self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
     ) -> list[list[int]]:
-        """The same ids: symbols have one segmentation."""
+        """Return the same ids: symbols have one segmentation."""
         del alpha, seed
         return [list(row) for row in rows]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; PAD, BOS and EOS are left out wherever they stand."""
+        """Return text of ids; PAD, BOS and EOS are left out wherever they stand."""
         names = [self._names[i] for i in real_ids(ids)]
         return ("" if self.kind == "characters" else " ").join(names)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """What each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
+        """Return what each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
         named = {PAD: "<pad>", BOS: "<s>", EOS: "</s>"}
         return [named.get(i) or self._names[i] for i in map(int, ids)]
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes `name.json`."""
+        """Write `name.json`."""
         content = json.dumps(self._content(), ensure_ascii=False, indent=0)
         write_file(folder / f"{name}.json", content + "\n")
 
@@ -171,7 +171,7 @@ def _parts(kind: str, text: str, *, lowercase: bool) -> Sequence[str]:
 
 
 def train_tokenizer(config: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
-    """Learns a vocabulary. The same texts in the same order give the same bytes.
+    """Learn a vocabulary. The same texts in the same order give the same bytes.
 
     Args:
         config: the kind; `vocab_size`, `normalization`, `byte_fallback` and `shrink` matter to
@@ -198,7 +198,7 @@ def train_tokenizer(config: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
 
 
 def train_source(config: Tokenizer | Frames, texts: Iterable[str]) -> SourceEncoder:
-    """`train_tokenizer`, or a filterbank, which learns nothing and asks for no text.
+    """Learn a tokenizer, or make a filterbank, which needs no text.
 
     Raises:
         DataError: see `train_tokenizer`.
@@ -207,7 +207,7 @@ def train_source(config: Tokenizer | Frames, texts: Iterable[str]) -> SourceEnco
 
 
 def load_source(folder: Path, name: str) -> SourceEncoder:
-    """Reads what `save` wrote.
+    """Read the files that `save` wrote.
 
     Raises:
         DataError: a file is absent or not what it should be.
@@ -230,7 +230,7 @@ def load_source(folder: Path, name: str) -> SourceEncoder:
 
 
 def load_tokenizer(folder: Path, name: str) -> TextTokenizer:
-    """`load_source` of a side that is text, as every target is.
+    """Read a text tokenizer, which every target has.
 
     Raises:
         DataError: see `load_source`; or the side is frames.

@@ -107,7 +107,11 @@ def check_lengths(shards: ShardSet, experiment: Experiment, dev: Split) -> Check
     share = dropped / max(1, account["rows_in"])
     cells = histogram_of(shards, "train")
     longest = int(cells.longest[cells.counts > 0].max())
-    real = plan_cells(cells, tokens=tokens, order=experiment.batch.order).padding(cells).both
+    real = (
+        plan_cells(cells, tokens=tokens, order=experiment.batch.order)
+        .padding_efficiency(cells)
+        .both
+    )
     cap = experiment.task.max_target_length
     limits = length_limits(torch.from_numpy(dev.source_lengths), cap).numpy()
     beyond = float(np.mean(dev.target_lengths > limits))

@@ -79,7 +79,7 @@ class DigitsBlock(Block):
     digest: str
 
     def rows(self, account: RowCounts) -> Iterator[Row]:
-        """Its strings; `line` counts them from 1."""
+        """Yield its strings; `line` counts them from 1."""
         every = _dealt(self.corpus, self.lexicon, self.split, self.digest)
         for string in every[self.first : self.first + self.count]:
             account.rows_in += 1
@@ -88,7 +88,7 @@ class DigitsBlock(Block):
 
 @functools.lru_cache(maxsize=3)
 def _dealt(corpus: DigitsCorpus, lexicon: str, split: str, digest: str) -> list[Row]:
-    """All strings of a split: a pure function of settings, names of recordings and dictionary."""
+    """Return a split's strings: a pure function of settings, recordings' names and dictionary."""
     assert digest
     phones = _phones_of_digits(lexicon, keep_stress=corpus.keep_stress)
     total = {"train": corpus.train_strings, "dev": corpus.dev_strings, "test": corpus.test_strings}
@@ -108,7 +108,7 @@ def _dealt(corpus: DigitsCorpus, lexicon: str, split: str, digest: str) -> list[
 def _strings(
     corpus: DigitsCorpus, split: str, speaker: str, names: Sequence[str]
 ) -> Iterator[list[str]]:
-    """A speaker's strings, without end: a deck of all recordings is dealt, shuffled, dealt, ..."""
+    """Yield a speaker's strings without end: all recordings in random order, again and again."""
 
     def rank(*key: object) -> bytes:
         parts = (corpus.seed, split, speaker, *key)
@@ -126,7 +126,7 @@ def _strings(
 
 
 def _recordings_of(corpus: DigitsCorpus) -> dict[str, dict[str, list[str]]]:
-    """Split -> speaker -> names of recordings.
+    """Map each split to its speakers, and these to the names of their recordings.
 
     Raises:
         DataError: no folder or no recording, or a speaker without one in some split.
@@ -158,7 +158,7 @@ def _recordings_of(corpus: DigitsCorpus) -> dict[str, dict[str, list[str]]]:
 
 
 def _phones_of_digits(lexicon: str, *, keep_stress: bool) -> list[str]:
-    """Phones of zero to nine, the first pronunciation of each.
+    """Return phones of zero to nine, the first pronunciation of each.
 
     Raises:
         DataError: a digit's name is not in the dictionary.
@@ -200,12 +200,12 @@ class Digits:
         self.notes = [note for facts in self._facts.values() for note in facts.notes]
 
     def content(self) -> Any:
-        """The settings, with recordings and dictionary by their digests."""
+        """Return the settings, with recordings and dictionary by their digests."""
         named = {key: self.digests[getattr(self._corpus, key)] for key in ("path", "lexicon")}
         return {**self._corpus.to_json(), **named}
 
     def blocks(self, split: str) -> Iterator[DigitsBlock]:
-        """The strings in the order they are dealt."""
+        """Yield the strings in the order they are dealt."""
         digest = digest_of(self.digests)
         # A worker stands in another folder.
         corpus = self._corpus.override({"path": str(Path(self._corpus.path).absolute())})
@@ -214,13 +214,13 @@ class Digits:
             yield DigitsBlock(split, number, count, first, corpus, self._lexicon, digest)
 
     def unpack(self, folder: Path) -> None:
-        """Nothing: recordings are read whole."""
+        """Do nothing: recordings are read whole."""
 
     def refuse_changed(self) -> None:
-        """DataError where a recording or the dictionary was touched since it was inspected."""
+        """Refuse files that were touched since they were inspected."""
         refuse_changed(self._facts.values())
         self._recordings.refuse_changed()
 
     def place(self, split: str, line: int) -> str:  # noqa: ARG002 - strings stand in no file
-        """The string's number."""
+        """Return the string's number."""
         return f"string {line}"

@@ -53,7 +53,7 @@ class LexiconCorpus(CorpusConfig):
 
 
 def _named(path: str) -> str:
-    """What a dictionary or a list is opened by: object storage as it is, else `locate`."""
+    """Return the name by which a dictionary or list is opened: a URI itself, else `locate`."""
     return path if is_remote(path) else str(locate(path))
 
 
@@ -171,7 +171,7 @@ class LexiconBlock(Block):
     digest: str
 
     def rows(self, account: RowCounts) -> Iterator[Row]:
-        """The entries that are kept."""
+        """Yield the entries that are kept."""
         members = _parsed(self.dictionary, self.digest).members[self.split]
         for entry, reason in members[self.first : self.first + self.count]:
             account.rows_in += 1
@@ -220,7 +220,7 @@ class Lexicon:
         self.splits = ("train", "dev", *(["test"] if corpus.test_words else []))
 
     def content(self) -> Any:
-        """The settings, and the digests of the files that are there."""
+        """Return the settings, and the digests of the files that are there."""
         plain = self._corpus.to_json()
         plain["path"] = self.digests[self._corpus.path]
         # An absent list is as good as none.
@@ -230,7 +230,7 @@ class Lexicon:
         return plain
 
     def blocks(self, split: str) -> Iterator[LexiconBlock]:
-        """The entries of a split, in the dictionary's order. Dropped ones count against train."""
+        """Yield the entries of a split in the dictionary's order; dropped ones belong to train."""
         digest = "".join(facts.digest for facts in self._facts.values())
         total = len(_parsed(self._parts, digest).members[split])
         for number, first in enumerate(range(0, total, row.BLOCK_ROWS)):
@@ -238,12 +238,12 @@ class Lexicon:
             yield LexiconBlock(split, number, count, first, self._parts, digest)
 
     def unpack(self, folder: Path) -> None:
-        """Nothing: a dictionary is read whole."""
+        """Do nothing: a dictionary is read whole."""
 
     def refuse_changed(self) -> None:
-        """DataError where a file was touched since it was inspected."""
+        """Refuse files that were touched since they were inspected."""
         refuse_changed(self._facts.values())
 
     def place(self, split: str, line: int) -> str:  # noqa: ARG002 - the one dictionary
-        """The dictionary's line."""
+        """Return the dictionary's line."""
         return str(line)

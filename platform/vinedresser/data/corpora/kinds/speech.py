@@ -60,7 +60,7 @@ class UtteranceBlock(Block):
     leaked: frozenset[int]
 
     def rows(self, account: RowCounts) -> Iterator[Row]:
-        """Its utterances, the recordings of each as absolute paths."""
+        """Yield its utterances, the recordings of each as absolute paths."""
         every = _parsed(self.manifest, self.keys, self.digest)
         for utterance in every[self.first : self.first + self.count]:
             account.rows_in += 1
@@ -110,7 +110,7 @@ class Speech:
         return _parsed(path, self._keys, self._facts[path].digest)
 
     def _look_for_leaks(self, leakage: str) -> frozenset[int]:
-        """Train lines to drop: those with a recording, by content, that dev or test holds."""
+        """Return train lines to drop: those with a recording that dev or test holds too."""
         train, leaked = self._manifests["train"], set[int]()
         for split in self.splits[1:]:
             held = {
@@ -138,7 +138,7 @@ class Speech:
         return frozenset(leaked if leakage == "drop" else ())
 
     def content(self) -> Any:
-        """Names of the columns, and the digests of manifests and recordings."""
+        """Return names of the columns, and the digests of manifests and recordings."""
         keys = {"audio": self._corpus.audio, "transcript": self._corpus.transcript}
         digests = {
             split: [self.digests[path], self.digests[f"{path}: recordings"]]
@@ -147,7 +147,7 @@ class Speech:
         return {"kind": "speech", **keys, **digests}
 
     def blocks(self, split: str) -> Iterator[UtteranceBlock]:
-        """The manifest's rows in their order."""
+        """Yield the manifest's rows in their order."""
         path, utterances = self._manifests[split], self._utterances(split)
         digest = self._facts[path].digest
         path = str(Path(path).absolute())  # a worker stands in another folder
@@ -157,13 +157,13 @@ class Speech:
             yield UtteranceBlock(split, number, count, first, path, self._keys, digest, leaked)
 
     def unpack(self, folder: Path) -> None:
-        """Nothing: recordings are read whole."""
+        """Do nothing: recordings are read whole."""
 
     def refuse_changed(self) -> None:
-        """DataError where a manifest or a recording was touched since it was inspected."""
+        """Refuse files that were touched since they were inspected."""
         refuse_changed(self._facts.values())
         self._recordings.refuse_changed()
 
     def place(self, split: str, line: int) -> str:
-        """The manifest's line."""
+        """Return the manifest's line."""
         return f"{self._manifests[split]}:{line}"

@@ -105,7 +105,7 @@ class TableBlock(Block):
     parts: tuple[Part, ...]
 
     def rows(self, account: RowCounts) -> Iterator[Row]:
-        """All its rows; a cell without a value counts as empty."""
+        """Yield all its rows; a cell without a value counts as empty."""
         account.rows_in += self.count
         line = self.first
         for part in self.parts:
@@ -179,7 +179,7 @@ class Table:
             raise DataError(f"{name}: a header and no row")
 
     def content(self) -> Any:
-        """The columns, and the digests of every split's files."""
+        """Return the columns, and the digests of every split's files."""
         plain = self._corpus.to_json()
         for split in ("train", "dev", "test"):
             plain[split] = [self.digests[name] for name in self._files.get(split, [])]
@@ -196,7 +196,7 @@ class Table:
             yield Part(Span(facts.copy, name, group, group + 1, count), form, 0)
 
     def blocks(self, split: str) -> Iterator[TableBlock]:
-        """Blocks over all files of a split; of Parquet files once they are unpacked."""
+        """Yield blocks over all files of a split; of Parquet files once they are unpacked."""
         parts = [part for name in self._files[split] for part in self._parts(name)]
         counts = [part.count for part in parts]
         first = 0
@@ -206,7 +206,7 @@ class Table:
             first += count
 
     def unpack(self, folder: Path) -> None:
-        """Unpacks archives, and cuts Parquet into row groups of one block each."""
+        """Unpack archives, and cut Parquet into row groups of one block each."""
         for name, facts in self._facts.items():
             if self._forms[name].kind == "parquet":
                 columns = self._forms[name].columns
@@ -215,11 +215,11 @@ class Table:
                 self._facts[name] = unpacked(facts, folder)
 
     def refuse_changed(self) -> None:
-        """DataError where a file was touched since it was inspected."""
+        """Refuse files that were touched since they were inspected."""
         refuse_changed(self._facts.values())
 
     def place(self, split: str, line: int) -> str:
-        """The row, with its file where there are several."""
+        """Return the row, with its file where there are several."""
         return self._places[split].of(line)
 
 
@@ -233,7 +233,7 @@ def _kind_of(name: str) -> str:
 
 
 def _form_of_tsv(name: str, corpus: TableCorpus) -> Form:
-    """The columns of a TSV: numbers as they are, names out of its first line."""
+    """Return the columns of a TSV: numbers as they are, names out of its first line."""
     try:
         first = next(lines_of(name), "")
     except DataError:
@@ -291,7 +291,7 @@ def _check_jsonl(form: Form) -> Check:
 
 
 def _problem_of_json(raw: bytes, form: Form) -> str:
-    """`column: what is wrong` with a line of JSON; empty where nothing is."""
+    """Return `column: what is wrong` with a line of JSON; empty where nothing is."""
     wanted = f"expected an object with the keys {form.columns[0]!r} and {form.columns[1]!r}"
     try:
         found = json.loads(raw)

@@ -55,7 +55,7 @@ class TextBlock(Block):
     target: tuple[Span, ...]
 
     def load(self, account: RowCounts) -> Pairs:
-        """All its rows, also those with an empty side."""
+        """Return all its rows, also those with an empty side."""
         sides = [
             spans[0].lines() if len(spans) == 1 else [x for span in spans for x in span.lines()]
             for spans in (self.source, self.target)
@@ -65,7 +65,7 @@ class TextBlock(Block):
         return Pairs(sides[0], sides[1], lines)
 
     def rows(self, account: RowCounts) -> Iterator[Row]:
-        """All its rows, also those with an empty side."""
+        """Return all its rows, also those with an empty side."""
         pairs = self.load(account)
         return map(Row, pairs.source, pairs.target, pairs.lines.tolist())
 
@@ -118,7 +118,7 @@ class ParallelText:
             raise DataError("\n".join(problems))
 
     def content(self) -> Any:
-        """The digests of every split's files."""
+        """Return the digests of every split's files."""
         return {
             "kind": "text",
             **{
@@ -128,7 +128,7 @@ class ParallelText:
         }
 
     def blocks(self, split: str) -> Iterator[TextBlock]:
-        """Blocks over all files of a split."""
+        """Yield blocks over all files of a split."""
         source, target = (
             [span for name in side for span in self._facts[name].spans()]
             for side in self._files[split]
@@ -142,13 +142,13 @@ class ParallelText:
             first += count
 
     def unpack(self, folder: Path) -> None:
-        """Writes the content of compressed files beside the shards to be."""
+        """Write the content of compressed files beside the shards to be."""
         self._facts = {name: unpacked(facts, folder) for name, facts in self._facts.items()}
 
     def refuse_changed(self) -> None:
-        """DataError where a file was touched since it was inspected."""
+        """Refuse files that were touched since they were inspected."""
         refuse_changed(self._facts.values())
 
     def place(self, split: str, line: int) -> str:
-        """The line, with its source file where there are several."""
+        """Return the line, with its source file where there are several."""
         return self._places[split].of(line)
