@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from types import FrameType
 
 from vinedresser.errors import ConfigError, MachineError
 from vinedresser.tracking.store import DEFAULTS, Store, initialise
@@ -34,17 +33,13 @@ def _check_port(port: int) -> None:
             ) from None
 
 
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 @contextlib.contextmanager
 def _stop_on_term() -> Iterator[None]:
     """Let SIGTERM end the block as Ctrl-C does, so that no server is left behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -75,14 +75,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove the staging folders that killed writers of this target left behind."""
-    prefix = f".{target.name}.tmp-"
-    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-        if not is_alive(left.name.removeprefix(prefix).rsplit("~", 1)[0]):
-            shutil.rmtree(left, ignore_errors=True)
-
-
 def _seal(staging: Staging) -> None:
     files = {}
     (staging.path / MANIFEST).unlink(missing_ok=True)  # of a committed folder that was copied in
@@ -107,8 +99,11 @@ def staging(target: Path) -> Iterator[Path]:
     """
     with disk_errors(target):
         make_folder(target.parent)
-        _remove_abandoned(target)
-        path = target.parent / f".{target.name}.tmp-{this_process()}~{uuid.uuid4().hex[:8]}"
+        prefix = f".{target.name}.tmp-"
+        for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+            if not is_alive(left.name.removeprefix(prefix).rsplit("~", 1)[0]):
+                shutil.rmtree(left, ignore_errors=True)
+        path = target.parent / f"{prefix}{this_process()}~{uuid.uuid4().hex[:8]}"
         path.mkdir()
         try:
             yield path
