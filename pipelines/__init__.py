@@ -1,1 +1,1 @@
-"""What people launch and schedule."""
+"""Pipelines to launch and to schedule."""

@@ -12,8 +12,8 @@ from vinedresser.pruning.search import Pruning
 PIPELINE = Pipeline(
     name="demo",
     study=STUDY,
-    # On from the best trial's weights, for longer, judged on all dev words. A second thread gains
-    # nothing at this width, and loses a lot where another process wants the core.
+    # From the best trial's weights, for longer, evaluated on all dev words. A second thread gains
+    # nothing at this width, and loses much where another process uses the core.
     finalist={
         "steps": 2000,
         "optim.warmup_steps": 50,

@@ -1,1 +1,1 @@
-"""What a sweep varies: one file per study, plain data."""
+"""Search spaces of sweeps: one file per study, plain data."""

@@ -1,7 +1,7 @@
-"""Which architecture: one study across the zoo, on the demo's task, judged by the decoded PER.
+"""Choice of an architecture: one study across the zoo on the demo's task, by the decoded PER.
 
-Every trial gets the same updates of the same tokens; dropout and learning rate vary with the model,
-for each architecture has its own. A key below `model` is checked under every model named here.
+Every trial has the same updates of the same tokens; dropout and learning rate vary with the model,
+because each architecture has its own optimum. A key below `model` is checked under every model.
 """
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution

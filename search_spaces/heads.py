@@ -1,4 +1,4 @@
-"""How a finished Transformer is pruned when nothing else is said."""
+"""Default pruning of a finished Transformer."""
 
 from optuna.distributions import FloatDistribution
 

@@ -440,12 +440,14 @@ def test_where_all_trials_fail_the_search_fails_with_the_reasons(
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_three_objectives_give_a_front_and_a_leaderboard(search: Any, tmp_path: Path) -> None:
-    objectives = {"per": "min", "dev/heads": "min", "dev/teacher_forced_error": "min"}
+def test_several_objectives_give_a_front_and_a_leaderboard(search: Any, tmp_path: Path) -> None:
+    objectives = dict.fromkeys(
+        ("per", "dev/heads", "dev/teacher_forced_error", "dev/parameters"), "min"
+    )
     changes = {
         "base.model.concrete_heads": ["enc_self"], "base.objective.l0": 1.0, "base.steps": 20,
         "space": {"optim.lr": {"type": "categorical", "choices": [1e-3, 8e-3]}},
-        "objectives": ["inferred", "dev/heads", ["dev/teacher_forced_error", "min"]],
+        "objectives": ["inferred", *list(objectives)[1:-1], ["dev/parameters", "min"]],
         "stopping": None, "num_trials": 3,
     }  # fmt: skip
     outcome, said = search(**changes)
@@ -460,12 +462,13 @@ def test_three_objectives_give_a_front_and_a_leaderboard(search: Any, tmp_path: 
         assert trial.values["per"] == scores["per"]
         assert trial.values["dev/teacher_forced_error"] == scores["teacher_forced_error"]
         assert trial.values["dev/heads"] in (0, 1, 2, 3, 4)
+        assert trial.values["dev/parameters"] > 1000
     front = outcome.pareto()
     assert outcome.best.values["per"] in [trial.values["per"] for trial in front]
     assert any("dev/heads 4" in line and "dev/teacher_forced_error" in line for line in said)
     journal = JournalStorage(JournalFileBackend(str(Path(outcome.folder) / "journal.log")))
     kept = optuna.load_study(storage=journal, study_name="tiny-lr")
-    assert len(kept.directions) == 3
+    assert len(kept.directions) == 4
     assert {trial.number for trial in kept.best_trials} == {trial.number for trial in front}
     (parent,) = [row for row in board(tracking.store_for(tmp_path, "reversal")) if
                  row.kind == "sweep"]  # fmt: skip

@@ -74,7 +74,7 @@ INFERRED = "inferred"
 
 
 class StudyObjective(Section):
-    """One metric that a study optimises. In a file its name alone stands for it: `dev/heads`."""
+    """One metric that a study optimises; `dev/heads` and `[dev/heads, min]` are short forms."""
 
     # `inferred`, or the key of any number that trials report, such as dev/heads.
     metric: Annotated[str, Field(min_length=1)]

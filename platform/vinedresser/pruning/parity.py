@@ -23,7 +23,7 @@ class Parity:
         max_abs: largest absolute difference of teacher-forced log-probabilities on real
             positions, of the stored weights computed in fp64. Only this one is bounded: fp32
             arithmetic alone is further from the exact value than the tolerance (2.5e-5 at
-            log-probabilities of -40), so that it cannot tell rounding from a wrong weight.
+            log-probabilities of -40), so that fp32 cannot separate rounding from a wrong weight.
         max_abs_fp32: the same computed in fp32, which also contains the rounding of both models.
         is_same_output: whether greedy outputs in fp32 are identical.
         sentences: number of sentences compared.
@@ -38,7 +38,7 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        """Whether the smaller model may replace the larger one (methods.md 85)."""
+        """True if the smaller model may replace the larger one (methods.md 85)."""
         return self.max_abs < PARITY_TOLERANCE and self.is_same_output
 
     def to_json(self) -> dict[str, Any]:

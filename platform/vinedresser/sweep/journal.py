@@ -37,7 +37,7 @@ def repair_journal(path: Path) -> int:
 def open_study(path: Path, study: Study, objectives: Mapping[str, Direction]) -> optuna.Study:
     """Open the journal's study; trials that a killed driver left open are proposed again first.
 
-    The caller holds the sweep's folder: nobody else writes the journal.
+    The caller holds the lease of the sweep's folder: one process writes the journal.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if cut := repair_journal(path):

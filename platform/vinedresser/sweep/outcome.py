@@ -11,7 +11,7 @@ from vinedresser.metrics import is_lower_better
 
 Direction = Literal["min", "max"]
 
-# Directions of numbers that trials report beside the task's metric.
+# Directions of the numbers that trials report in addition to the task's metric.
 _REPORTED: Mapping[str, Direction] = {
     "dev/heads": "min",
     "dev/parameters": "min",

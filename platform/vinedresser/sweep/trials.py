@@ -34,9 +34,9 @@ GRACE_SECONDS = 20.0
 
 
 class Halving(ASHAScheduler):
-    """Successive halving that leaves a trial alone which has reported its end.
+    """Successive halving that does not stop a trial after its last report.
 
-    The stock class stops it at that report, while it closes its files and its tracking run.
+    The stock class stops it there, while it closes its files and its tracking run.
     """
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:

@@ -124,6 +124,7 @@ class Evaluator:
             **self._conditioning(),
             **self._attention(step),
             **heads,
+            "dev/parameters": float(sum(p.numel() for p in self.model.parameters())),
         }
 
     def _keep(
