@@ -269,7 +269,7 @@ def copies(seed: int, rows: int) -> Split:
 
 @pytest.fixture(scope="module")
 def learnt(one_thread: None) -> tuple[dict[str, float], dict[str, float], MemoryTracker]:
-    """What the watch says before and after a model has learnt to copy."""
+    """Diagonality before and after a model has learnt to copy."""
     train, dev, tracker = copies(0, 32 * 150), copies(1, 40), MemoryTracker()
     watch = AttentionWatch(dev, (SYMBOLS, SYMBOLS))
     model = build("rnn-small", width=48, encoder_units=24, dropout=0.0)

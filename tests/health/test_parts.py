@@ -94,7 +94,7 @@ def test_what_happens_once_is_no_slope(readings, wanted):
 
 
 class _Uniform(Transformer):
-    """Knows nothing, but how sure it is of ids that nobody says."""
+    """A model with uniform logits except for PAD, whose logit is `sure`."""
 
     def __init__(self, config, vocabulary):
         super().__init__(config, vocabulary)

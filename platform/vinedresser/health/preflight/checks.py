@@ -6,6 +6,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vinedresser.bundle import load_bundle, refuse_other_pieces, vocabulary_of, warm_start
 from vinedresser.config import Experiment, ModelConfig
 from vinedresser.data.batching.reader import in_order, load_split, stream
@@ -31,7 +33,6 @@ from vinedresser.health.preflight.resources import (
     speed,
 )
 from vinedresser.health.preflight.sentences import (
-    Sentence,
     collated,
     distinct,
     sentences_of,
@@ -93,20 +94,16 @@ class _Subject:
         self.vocabulary = vocabulary_of(*self.encoders, joint=shards.task.has_joint_vocabulary)
         self.dev = load_split(shards, "dev")
         self.cap = experiment.task.max_target_length
-        self.sample = self._sample()
+        with closing(stream(shards, experiment.batch, seed=experiment.seed)) as batches:
+            self.sample = [s for b in islice(batches, _SAMPLED) for s in sentences_of(b)]
         self.dry: Seq2Seq | None = None
 
-    def _sample(self) -> list[Sentence]:
-        batching = self.experiment.batch
-        with closing(stream(self.shards, batching, seed=self.experiment.seed)) as batches:
-            return [s for b in islice(batches, _SAMPLED) for s in sentences_of(b)]
-
-    def build(self, config: ModelConfig, *, is_warm: bool) -> Seq2Seq:
+    def build(self, config: ModelConfig) -> Seq2Seq:
         """Build the model as a run has it before its first update, in training mode."""
         experiment = self.experiment
         seed_step(experiment.seed, 0, 0)
         model = config.instantiate(self.vocabulary)
-        if is_warm and experiment.init is not None:
+        if experiment.init is not None:
             bundle = load_bundle(Path(experiment.init))
             refuse_other_pieces(bundle, *self.encoders)
             warm_start(model, bundle, config, partial=experiment.init_partial)
@@ -139,7 +136,7 @@ def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[CheckResult]:
     """Run the checks without dropout: first loss, gradients, stepwise equality, overfitting."""
     is_fresh = subject.experiment.init is None
     begin("first loss")
-    model = subject.build(dry(subject.experiment.model), is_warm=True)
+    model = subject.build(dry(subject.experiment.model))
     some = collated(spread(subject.sample, _COMPARED))
     size = subject.vocabulary.target
     yield check_first_loss(model, some, vocabulary=size, is_fresh=is_fresh)
@@ -147,7 +144,10 @@ def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[CheckResult]:
     yield check_stepwise_equality(model, spread(subject.sample, _DECODED))
     begin("overfitting one batch")
     # Of the shorter half: short sentences show as much as long ones.
-    able = [s for s in distinct(subject.sample) if _is_in_reach(s, subject.cap)]
+    # Decoding must be able to become as long as the target.
+    unique = distinct(subject.sample)
+    limits_B = length_limits(torch.tensor([len(s.source_S) for s in unique]), subject.cap)
+    able = [s for s, limit in zip(unique, limits_B, strict=True) if len(s.target_T) <= int(limit)]
     able.sort(key=lambda s: s.longest)
     subject.dry = model
     if not able:
@@ -162,16 +162,10 @@ def _of_a_dry_model(subject: _Subject, begin: Begin) -> Iterator[CheckResult]:
     )  # fmt: skip
 
 
-def _is_in_reach(sentence: Sentence, cap: int) -> bool:
-    """Return true if decoding may become as long as the target."""
-    limit = length_limits(collated([sentence]).source_lengths_B, cap)
-    return len(sentence.target_T) <= int(limit)
-
-
 def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[CheckResult]:
     """Run the checks with dropout, precision, objective and optimizer as configured."""
     experiment, shards, device = subject.experiment, subject.shards, subject.device
-    model = subject.build(experiment.model, is_warm=True)
+    model = subject.build(experiment.model)
     freeze(model, experiment.optim.freeze)
     begin("a short training")
     brief = short(experiment, tokens=subject.short_tokens)

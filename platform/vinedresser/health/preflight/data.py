@@ -1,5 +1,6 @@
 """Checks of the data by counts: unknown tokens, copies, repeats, leakage, lengths."""
 
+import statistics
 from collections.abc import Sequence
 from typing import cast
 
@@ -45,7 +46,13 @@ def check_content(
     """
     known = coverage(shards)["train"]
     unknown, side = max((1 - share / 100, side) for side, share in known.items())
-    copies = _identical(sentences, encoders)
+    copies = 0.0
+    if not encoders[0].features:
+        source, target = (cast(TextTokenizer, encoder) for encoder in encoders)
+        copies = statistics.fmean(
+            source.decode(s.source_S.tolist()) == target.decode(s.target_T.tolist())
+            for s in sentences
+        )
     limit = MAX_IDENTICAL_BY_EDITS if shards.task.metric in _BY_EDITS else MAX_IDENTICAL
     overlap, rows = shards.meta["overlap"], shards.counts["train"]
     repeats = overlap.get("train_repeats", 0) / rows
@@ -87,17 +94,6 @@ def check_content(
         {"unknown_share": unknown, "identical_share": copies, "repeated_share": repeats,
          "leaked_share": leaked, "length_correlation": float(correlation)},
     )  # fmt: skip
-
-
-def _identical(sentences: Sequence[Sentence], encoders: Sequence[SourceEncoder]) -> float:
-    """Return the share of pairs with equal sides; 0 for frames."""
-    if encoders[0].features:
-        return 0.0
-    source, target = (cast(TextTokenizer, encoder) for encoder in encoders)
-    same = sum(
-        source.decode(s.source_S.tolist()) == target.decode(s.target_T.tolist()) for s in sentences
-    )
-    return same / len(sentences)
 
 
 def check_lengths(shards: ShardSet, experiment: Experiment, dev: Split) -> CheckResult:

@@ -156,7 +156,19 @@ def check_overfitting(
         if not math.isfinite(loss) or (loss < LEARNED and right == len(sentences)):
             break
     passed = loss < LEARNED and right == len(sentences)
-    pointer = "" if passed else _why_not_learned(loss, right, len(sentences))
+    pointer = ""
+    if not math.isfinite(loss):
+        pointer = "the loss is not finite even at a small rate: look for a division or a log of 0"
+    elif not passed and loss < LEARNED:
+        pointer = (
+            f"the loss is low but {len(sentences) - right} outputs are wrong: decoding step by "
+            "step differs from the teacher-forced pass; look at start(), step() and positions"
+        )
+    elif not passed:
+        pointer = (
+            "the model cannot even overfit a few sentences: look at masks, at the shift of the "
+            "decoder's inputs, and whether the decoder sees the source; then at its size"
+        )
     return CheckResult(
         "overfit one batch", passed,
         f"{loss:.3g} nats/token, {right} of {len(sentences)} decoded, {updates} updates",
@@ -185,20 +197,6 @@ def _overfitting(model: Seq2Seq, batch: Batch, device: Device) -> Iterator[int]:
         # Rarely: reading the loss waits for the device.
         if update == OVERFIT_UPDATES or (update % 10 == 0 and float(losses[-1]) < LEARNED):
             yield update
-
-
-def _why_not_learned(loss: float, right: int, count: int) -> str:
-    if not math.isfinite(loss):
-        return "the loss is not finite even at a small rate: look for a division or a log of 0"
-    if loss < LEARNED:
-        return (
-            f"the loss is low but {count - right} outputs are wrong: decoding step by step "
-            "differs from the teacher-forced pass; look at start(), step() and positions"
-        )
-    return (
-        "the model cannot even overfit a few sentences: look at masks, at the shift of the "
-        "decoder's inputs, and whether the decoder sees the source; then at its size"
-    )
 
 
 def check_conditioning(

@@ -181,7 +181,7 @@ def check_cost(
     epochs = experiment.steps * experiment.batches_an_update / per_epoch
     share = judging / total
     found = (
-        f"{_written(total)} = {experiment.steps:,} updates ({epochs:.2g} epochs) x "
+        f"{timedelta(seconds=round(total))} = {experiment.steps:,} updates ({epochs:.2g} epochs) x "
         f"{_unit(speed.seconds_per_update)} + {experiment.evaluation.times} evaluations x "
         f"{_unit(evaluation)}; {speed.tokens_per_second * workers:,.0f} tokens/s"
     )
@@ -200,10 +200,6 @@ def check_cost(
          "tokens_per_update": speed.tokens_per_update * workers,
          **({"price": money} if price else {})},
     )  # fmt: skip
-
-
-def _written(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _unit(seconds: float) -> str:
