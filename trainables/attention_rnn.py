@@ -174,6 +174,7 @@ class Step:
 class AttentionRnn(Seq2Seq):
     """A recurrent encoder, perhaps pyramidal, and a recurrent decoder that attends to it."""
 
+    encoder_parts = ("source_embedding", "encoder")
     is_recurrent = True
 
     def __init__(self, config: AttentionRnnConfig, vocabulary: Vocabulary) -> None:

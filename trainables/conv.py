@@ -214,6 +214,8 @@ class ConvSeq2Seq(Seq2Seq):
     A memory's states are keys z and values (z + e) sqrt(1/2) side by side: (B, S, 2 D).
     """
 
+    encoder_parts = ("source_embedding", "source_positions", "front_end", "encoder")
+
     def __init__(self, config: ConvConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         self.config = config

@@ -81,6 +81,7 @@ class RnnState:
 class Rnn(Seq2Seq):
     """Two stacks of recurrent layers, joined by one vector."""
 
+    encoder_parts = ("source_embedding", "encoder")
     is_recurrent = True
 
     def __init__(self, config: RnnConfig, vocabulary: Vocabulary) -> None:

@@ -325,6 +325,11 @@ def _hidden(memory: Memory) -> Tensor:
 class Transformer(Seq2Seq):
     """Encoder and decoder stacks over embedded tokens, or over frames, with positions."""
 
+    encoder_parts = (
+        "source_embedding", "source_bias", "source_positions", "front_end", "encoder",
+        "encoder_norm",
+    )  # fmt: skip
+
     def __init__(self, config: TransformerConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
         if config.tie == "all" and not vocabulary.joint:

@@ -72,16 +72,16 @@ class Seq2Seq(nn.Module):
     Teacher-forced states equal the stepwise ones to rounding, and nothing that is returned for a
     sentence depends on its batch mates or on padding.
 
-    What only `encode` uses is held in attributes named `source_...`, `encoder...` or `front_end`,
-    so that `to_devices` can tell it from the rest.
-
     Attributes:
+        encoder_parts: names of the attributes, modules or parameters, that only `encode` uses. A
+            model names all of them, also those that some of its forms lack.
         output: the distribution of the next token given a decoder state.
         devices: encoder's and decoder's, where `to_devices` parted them.
         is_recurrent: whether a step of the decoder costs the same at any position. Scheduled
             sampling then feeds it step by step, else in two passes (objectives/sampling.py).
     """
 
+    encoder_parts: tuple[str, ...] = ()
     output: Output
     devices: tuple[torch.device, torch.device] | None = None
     is_recurrent: bool = False
@@ -131,19 +131,23 @@ class Seq2Seq(nn.Module):
         is_apart = encoder != decoder
         sides: dict[bool, set[int]] = {True: set(), False: set()}
         for name, parameter in self.named_parameters(remove_duplicate=False):
-            sides[is_of_encoder(name)].add(id(parameter))
+            sides[self.is_of_encoder(name)].add(id(parameter))
         if is_apart and sides[True] & sides[False]:
             raise ConfigError(
                 "compute.devices parts encoder and decoder, but they share the embedding; "
                 "Fix: set model.tie=output"
             )
         for name, child in self.named_children():
-            child.to(encoder if is_of_encoder(name) else decoder)
+            child.to(encoder if self.is_of_encoder(name) else decoder)
         own = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
         for name, tensor in own:
-            tensor.data = tensor.data.to(encoder if is_of_encoder(name) else decoder)
+            tensor.data = tensor.data.to(encoder if self.is_of_encoder(name) else decoder)
         self.devices = (encoder, decoder) if is_apart else None
         return self
+
+    def is_of_encoder(self, name: str) -> bool:
+        """Return whether a parameter or module, by its name in the model, is of the encoder."""
+        return name.split(".")[0] in self.encoder_parts
 
     @property
     def device(self) -> torch.device:
@@ -175,9 +179,3 @@ class Seq2Seq(nn.Module):
         for module, weights_BHTS in found:
             steps.setdefault(names[module], []).append(weights_BHTS)
         return {name: torch.cat(weights, 2) for name, weights in steps.items()}
-
-
-def is_of_encoder(name: str) -> bool:
-    """By the first part of a parameter's or module's name."""
-    first = name.split(".")[0]
-    return first.startswith(("source_", "encoder")) or first == "front_end"

@@ -15,7 +15,8 @@ from trainables.conv import ConvConfig
 from trainables.rnn import RnnConfig
 from trainables.transformer import TransformerConfig
 from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
-from vinedresser.config import ModelConfig, Objective, ScheduledSampling
+from vinedresser.config import Experiment, ModelConfig, Objective, ScheduledSampling
+from vinedresser.decode import greedy
 from vinedresser.errors import ConfigError
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.norms import BatchNorm, PowerNorm
@@ -150,6 +151,15 @@ def gold(rows: int, length: int) -> Batch:
     return Batch(*padded, *padded, torch.arange(rows))
 
 
+TASK = {
+    "name": "t",
+    "corpus": {
+        "train": {"source": "a", "target": "b"}, "dev": {"source": "c", "target": "d"}
+    },
+    "tokenizer": {"kind": "symbols"},
+    "metric": "per",
+}  # fmt: skip
+
 NOWHERE = Memory(torch.zeros(0), torch.zeros(0))
 
 
@@ -162,6 +172,54 @@ def test_a_recurrence_says_what_follows_from_its_own_tokens():
     """1, then 1, 2, 4, ...: each is the sum of all before it, and 5 nowhere."""
     found = mixed_inputs(Adding(), NOWHERE, gold(50, 9), epsilon=0.0)
     assert (found == torch.tensor([1, 1, 2, 4, 8, 16, 32, 64, 128])).all()
+
+
+class AddingWhole(Adding):
+    """The same function of its prefix, over all positions at once."""
+
+    is_recurrent = False
+
+    def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
+        return F.one_hot(inputs_BT.cumsum(1) % self.vocabulary, self.vocabulary).float()
+
+
+def test_two_passes_follow_gold_and_exact_feedback_follows_its_own_tokens():
+    batch = gold(50, 9)
+    twice = mixed_inputs(AddingWhole(), NOWHERE, batch, epsilon=0.0)
+    assert (twice == torch.tensor([1, 1, 6, 11, 16, 21, 26, 31, 36])).all()
+    found = mixed_inputs(AddingWhole(), NOWHERE, batch, epsilon=0.0, exact=True)
+    assert (found == torch.tensor([1, 1, 2, 4, 8, 16, 32, 64, 128])).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["transformer", "conv"])
+def test_exact_feedback_is_what_the_model_decodes(name):
+    """Through training: the second pass is fed the greedy output."""
+    differs = False
+    for seed in range(6):
+        model, batch = real(MODELS[name], seed)
+        trainee = Trainee(
+            model.eval(), Objective(sampling=ScheduledSampling(probability=1, exact=True))
+        )
+        trainee.training = True  # without dropout
+        with pytest.MonkeyPatch.context() as patch:
+            spy = Spy(model, patch)
+            trainee(batch, 0.0, batch.tokens)
+        (fed_BT,) = spy.inputs
+        free = greedy(model, batch.source_BS, batch.source_lengths_B, cap=9).ids
+        for row, ids, length in zip(fed_BT.tolist(), free, batch.target_lengths_B, strict=True):
+            count = min(len(ids), int(length) - 1)
+            assert row[1 : 1 + count] == ids[:count]
+        memory = model.encode(batch.source_BS, batch.source_lengths_B)
+        differs |= not torch.equal(fed_BT, mixed_inputs(model, memory, batch, epsilon=0.0))
+    assert differs
+
+
+def test_exact_feedback_refuses_norms_over_positions():
+    plain = {"task": TASK, "model": {"kind": "transformer", "norm_kind": "batch"}}
+    assert Experiment.from_json(plain)
+    with pytest.raises(ConfigError, match=r"norm_kind batch takes statistics"):
+        Experiment.from_json({**plain, "objective": {"sampling": {"exact": True}}})
 
 
 def test_a_recurrence_with_some_gold():
@@ -246,8 +304,8 @@ MODELS = {
 }
 
 
-def real(config: ModelConfig = MODELS["transformer"]) -> tuple[Seq2Seq, Batch]:
-    torch.manual_seed(0)
+def real(config: ModelConfig = MODELS["transformer"], seed: int = 0) -> tuple[Seq2Seq, Batch]:
+    torch.manual_seed(seed)
     source = pad_ids([[4, 5, 6, EOS], [7, EOS]])
     target = pad_ids([[8, 9, EOS], [4, 5, 6, 7, EOS]])
     return config.build(Vocabulary(10, 10)), Batch(*source, *target, torch.arange(2))

@@ -86,6 +86,10 @@ class ScheduledSampling(Section):
     probability: Probability = 0.0
     # What the model said: its most probable token, or one drawn from its probabilities.
     feedback: Feedback = "argmax"
+    # Predict each token after the mixed prefix, step by step, on models that are not recurrent too;
+    # recurrent ones always do. False: two passes over all positions, predictions follow the gold
+    # prefix. The default is the cheaper one (costs: objectives/sampling.py).
+    exact: bool = False
     # How epsilon falls from 1: at once, linearly, k**i, or k / (k + exp(i / k)).
     decay: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "linear"
     # linear: updates until `probability` is reached; exponential: updates until epsilon is 1/e;
@@ -255,6 +259,13 @@ class Experiment(Section):
             )
         if self.evaluation.times > self.steps:
             raise ValueError(f"evaluation.times is more than steps {self.steps}")
+        norm_kind = getattr(self.model, "norm_kind", "layer")
+        if self.objective.sampling.exact and norm_kind != "layer":
+            raise ValueError(
+                "objective.sampling.exact feeds one position at a time, model.norm_kind "
+                f"{norm_kind} takes statistics over all of them; set one of: sampling.exact=false, "
+                "norm_kind=layer"
+            )
         gated = bool(getattr(self.model, "concrete_heads", ()))
         if self.objective.l0 > 0 and not gated:
             raise ValueError(

@@ -23,7 +23,7 @@ from vinedresser.data.tokenizers.tokenizer import BOS, SourceEncoder, TextTokeni
 from vinedresser.decode import greedy
 from vinedresser.errors import DataError
 from vinedresser.figures.attention import attention_figure
-from vinedresser.model import Seq2Seq, is_of_encoder
+from vinedresser.model import Seq2Seq
 from vinedresser.nn.subsampling import SubsamplingConfig
 from vinedresser.tracking import Tracker
 
@@ -192,7 +192,7 @@ def attention_maps(model: Seq2Seq, batch: Batch, tokenizers: Tokenizers) -> list
     """Return the maps of a batch of one sentence pair, under teacher forcing without dropout.
 
     The kind follows from a module's `is_cross` where it has one, else it is `cross`; modules of
-    the encoder, by their name (`is_of_encoder`), are `source`.
+    the encoder (`Seq2Seq.is_of_encoder`) are `source`.
 
     Raises:
         ValueError: more than one sentence, or rows of weights that do not sum to 1.
@@ -216,7 +216,7 @@ def attention_maps(model: Seq2Seq, batch: Batch, tokenizers: Tokenizers) -> list
 
 def kind_of(model: Seq2Seq, name: str) -> Kind:
     """Return the kind of attention of a module, by its name."""
-    if is_of_encoder(name):
+    if model.is_of_encoder(name):
         return "source"
     module: nn.Module = model.get_submodule(name)
     return "cross" if getattr(module, "is_cross", True) else "output"

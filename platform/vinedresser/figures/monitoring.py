@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vinedresser.model import is_of_encoder
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -33,12 +31,14 @@ class Reading:
         functions: activation functions by place, `encoder.0.feed_forward relu` -> `dead` and
             `units` for a ReLU; `saturated` (a share) for tanh, sigmoid, the gates of a GLU, and
             those of a recurrent layer, `decoder.0.rnn gates`.
+        encoder_layers: how many of `layers`, the first ones, are of the encoder.
     """
 
     step: int
     overall: Mapping[str, float]
     layers: Mapping[str, Mapping[str, float]]
     functions: Mapping[str, Mapping[str, float]]
+    encoder_layers: int = 0
 
 
 def gradients_by_layer(history: Sequence[Reading]) -> "Figure":
@@ -135,9 +135,8 @@ def _by_layer(axes: "Axes", history: Sequence[Reading], name: str, title: str) -
     """Draw a line per layer: the encoder blue, the decoder orange, darker towards the output."""
     from matplotlib import colormaps
 
-    layers = list(history[0].layers)
-    for is_source, shades in ((True, "Blues"), (False, "Oranges")):
-        side = [layer for layer in layers if is_of_encoder(layer) == is_source]
+    layers, middle = list(history[0].layers), history[0].encoder_layers
+    for side, shades in ((layers[:middle], "Blues"), (layers[middle:], "Oranges")):
         for i, layer in enumerate(side, 1):
             points = [(r.step, r.layers[layer][name]) for r in history if name in r.layers[layer]]
             axes.plot(

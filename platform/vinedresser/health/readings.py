@@ -19,7 +19,7 @@ from torch import Tensor
 from vinedresser.batch import Batch
 from vinedresser.figures.monitoring import Reading
 from vinedresser.health.activations import Activations, observed
-from vinedresser.model import Seq2Seq, is_of_encoder
+from vinedresser.model import Seq2Seq
 from vinedresser.nn.norms import PowerNorm
 
 # Sentences and target positions of a batch that the first loss is measured on: 38 MB of logits for
@@ -71,7 +71,9 @@ class Readings:
         self._parameters = [p for _, p in trained]
         owners = [layer_of(name) for name, _ in trained]
         # The models' own order puts both embeddings first.
-        self.layers = sorted(dict.fromkeys(owners), key=lambda layer: not is_of_encoder(layer))
+        self.layers = sorted(
+            dict.fromkeys(owners), key=lambda layer: not model.is_of_encoder(layer)
+        )
         self._device = self._parameters[-1].device if trained else torch.device("cpu")
         positions = {layer: i for i, layer in enumerate(self.layers)}
         self._layer_of_P = torch.tensor([positions[o] for o in owners], device=self._device)
@@ -80,7 +82,7 @@ class Readings:
         sides: dict[bool, set[int]] = {True: set(), False: set()}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter.requires_grad:
-                sides[is_of_encoder(name)].add(id(parameter))
+                sides[model.is_of_encoder(name)].add(id(parameter))
         of_source = sides[True] - sides[False]
         self._is_source_P = torch.tensor([id(p) in of_source for p in self._parameters])
         self._is_source_P = self._is_source_P.to(self._device)
@@ -226,7 +228,9 @@ class Readings:
             )
             if last > 0:
                 overall["gradient_decay"] = first / last
-        return Reading(step, overall, layers, functions)
+        return Reading(
+            step, overall, layers, functions, sum(map(self._model.is_of_encoder, layers))
+        )
 
 
 def layer_of(name: str) -> str:

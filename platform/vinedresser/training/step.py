@@ -62,8 +62,15 @@ class Trainee(nn.Module):
         memory = self.model.encode(batch.source_BS, batch.source_lengths_B)
         inputs_BT = batch.inputs_BT
         if self.training and epsilon < 1:
-            feedback = self.objective.sampling.feedback
-            inputs_BT = mixed_inputs(self.model, memory, batch, epsilon=epsilon, feedback=feedback)
+            sampling = self.objective.sampling
+            inputs_BT = mixed_inputs(
+                self.model,
+                memory,
+                batch,
+                epsilon=epsilon,
+                feedback=sampling.feedback,
+                exact=sampling.exact,
+            )
         states_BTD = self.model.decode(memory, inputs_BT, batch.is_real_BT)
         smoothing = self.objective.label_smoothing
         loss = likelihood(self.model, states_BTD, batch, label_smoothing=smoothing)
