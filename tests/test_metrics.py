@@ -3,11 +3,18 @@ import pytest
 import sacrebleu
 
 from vinedresser.errors import DataError
-from vinedresser.metrics import exact_error_rate, is_better, is_lower_better, measure, worst
+from vinedresser.metrics import (
+    METRICS,
+    is_better,
+    is_lower_better,
+    measure,
+    sentence_scores,
+    worst,
+)
 
 HYPOTHESES = ["the cat sat on a mat", "hello there world", "one two three four five"]
 REFERENCES = ["the cat sat on the mat", "hello world", "one two three four five"]
-ALL = ("bleu", "chrf", "ter", "per", "wer", "cer")
+ALL = tuple(METRICS)
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf", "ter"])
@@ -82,10 +89,35 @@ def test_lengths_must_match_and_be_something(name, hypotheses, references):
         measure(name, hypotheses, references)
 
 
-def test_exact_error_is_a_share_of_sentences_in_percent():
-    assert exact_error_rate(HYPOTHESES, REFERENCES) == pytest.approx(200 / 3)
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        exact_error_rate(["a"], ["a", "b"])
+def test_the_sequence_error_rate_counts_sentences_in_percent():
+    found = measure("ser", HYPOTHESES, REFERENCES)
+    assert found.value == pytest.approx(200 / 3)
+    assert found.signature == "ser|nrefs:1|unit:sentences"
+
+
+def test_wer_of_symbols_counts_them_as_words():
+    """Two words, one of whose four phones is wrong: the field's WER of pronunciations is `ser`."""
+    said, meant = ["AH B", "K AE"], ["AH B", "K AH"]
+    assert measure("wer", said, meant).value == measure("per", said, meant).value == 25
+    assert measure("ser", said, meant).value == 50
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sentence_scores(name):
+    scores = sentence_scores(name, HYPOTHESES, REFERENCES)
+    perfect = sentence_scores(name, REFERENCES, REFERENCES)
+    assert perfect == pytest.approx([0 if is_lower_better(name) else 100] * 3)
+    assert is_better(name, scores[2], scores[0])
+    assert scores[2] == pytest.approx(perfect[2])
+
+
+def test_sentence_scores_by_hand():
+    assert sentence_scores("wer", HYPOTHESES, REFERENCES) == pytest.approx([100 / 6, 50, 0])
+    assert sentence_scores("ser", HYPOTHESES, REFERENCES) == [100, 100, 0]
+    wanted = sacrebleu.sentence_bleu(HYPOTHESES[0], [REFERENCES[0]]).score
+    assert sentence_scores("bleu", HYPOTHESES, REFERENCES)[0] == pytest.approx(wanted)
+    folded = sentence_scores("ser", ["a"], ["A"], folds_case=True)
+    assert (folded, sentence_scores("ser", ["a"], ["A"])) == ([0], [100])
 
 
 @pytest.mark.parametrize("metric", ALL)
@@ -100,6 +132,6 @@ def test_folded_case_is_in_the_signature_and_in_the_score(metric):
         assert is_better(metric, folded.value, plain.value)
 
 
-def test_exact_errors_without_case():
-    assert exact_error_rate(["a b"], ["A b"]) == 100
-    assert exact_error_rate(["a b", "c"], ["A b", "D"], folds_case=True) == 50
+def test_sequence_errors_without_case():
+    assert measure("ser", ["a b"], ["A b"]).value == 100
+    assert measure("ser", ["a b", "c"], ["A b", "D"], folds_case=True).value == 50

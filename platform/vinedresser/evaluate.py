@@ -7,14 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vinedresser.config import Evaluation, MetricName
+from vinedresser.batch import EOS
+from vinedresser.config import Evaluation
 from vinedresser.data.batching.reader import Split, in_order
 from vinedresser.data.batching.side import Side
 from vinedresser.data.corpora.row import Source
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
 from vinedresser.decode import Decoded, beam_search, greedy
 from vinedresser.errors import InterruptedRunError
-from vinedresser.metrics import exact_error_rate, measure
+from vinedresser.metrics import measure
 from vinedresser.model import Seq2Seq
 
 
@@ -28,7 +29,7 @@ class Scores:
         signature: how it was computed.
         teacher_forced_nats: cross-entropy per real target token, without label smoothing.
         teacher_forced_error: wrong argmax tokens among real ones, given gold prefixes, percent.
-        exact_error: sentences not exactly right, percent (WER of pronunciations).
+        exact_error: the metric `ser`, sentences not exactly right in percent.
         sentences: how many were scored.
     """
 
@@ -71,13 +72,26 @@ def tokenized(
     return Split("texts", *sides, names, references)
 
 
+def exposure_gap(evaluated: Evaluated, tokenizer: TextTokenizer) -> float:
+    """Return the decoded minus the teacher-forced error, in percent points (methods.md 4).
+
+    Both are errors per reference token of the target side, EOS included, whatever the metric is:
+    edits of decoded tokens, and wrong tokens given the reference's own prefix.
+    """
+    hypotheses, references = (
+        [" ".join(map(str, [*ids, EOS])) for ids in tokenizer.encode_many(texts)]
+        for texts in (evaluated.hypotheses, evaluated.references)
+    )
+    return measure("wer", hypotheses, references).value - evaluated.scores.teacher_forced_error
+
+
 @torch.no_grad()
 def evaluate(  # noqa: PLR0913 - what, of what, how
     model: Seq2Seq,
     split: Split,
     tokenizer: TextTokenizer,
     *,
-    metric: MetricName,
+    metric: str,
     config: Evaluation,
     cap: int,
     should_stop: Callable[[], bool] | None = None,
@@ -129,7 +143,7 @@ def evaluate(  # noqa: PLR0913 - what, of what, how
         signature=measured.signature,
         teacher_forced_nats=nats / tokens,
         teacher_forced_error=100 * wrong / tokens,
-        exact_error=exact_error_rate(hypotheses, references, folds_case=folds),
+        exact_error=measure("ser", hypotheses, references, folds_case=folds).value,
         sentences=len(references),
     )
     return Evaluated(scores, [split.sources[row] for row in order], hypotheses, references)

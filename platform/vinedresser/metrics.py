@@ -1,62 +1,149 @@
-"""Corpus metrics: unit, range, direction and signature of each. sacreBLEU and jiwer compute them.
+"""Metrics of decoded text: one table of unit, direction, corpus score and sentence score.
 
 Every metric is a percentage or points, so that the same thresholds mean the same everywhere.
+sacreBLEU and jiwer compute them. A new metric is one line of METRICS.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
 
-from vinedresser.config import MetricName
 from vinedresser.errors import DataError
 
 # Largest absolute difference between the log-probabilities of a model and of what replaces it.
 PARITY_TOLERANCE = 1e-5
 
-LOWER_IS_BETTER = frozenset({"per", "wer", "cer", "ter"})
+# (hypotheses, references, folds_case) -> value and how it was computed, without the metric's name.
+Corpus = Callable[[Sequence[str], Sequence[str], bool], tuple[float, str]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A metric's value and how it was computed, in the scorer's own words."""
+    """The value of a metric and its signature: how it was computed."""
 
     value: float
     signature: str
 
 
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        unit: what a value counts, in words.
+        is_lower_better: direction.
+        corpus: score of a whole corpus.
+        sentence: score of one pair, by the same interface with one hypothesis and one reference.
+    """
+
+    unit: str
+    is_lower_better: bool
+    corpus: Corpus
+    sentence: Corpus
+
+
+def _points(unit: str, name: str, *, is_lower_better: bool = False) -> Metric:
+    """Return a metric of sacreBLEU; `name` is its class."""
+
+    def scored(
+        hypotheses: Sequence[str], references: Sequence[str], folds_case: bool, is_sentence: bool
+    ) -> tuple[float, str]:
+        scorer_class = getattr(import_module(f"sacrebleu.metrics.{name.lower()}"), name)
+        # TER never looks at case.
+        options = {} if name == "TER" else {"lowercase": folds_case}
+        # Without it a sentence of fewer than 4 words has no 4-grams and scores 0 (sacreBLEU's own
+        # advice for single sentences).
+        options |= {"effective_order": True} if name == "BLEU" and is_sentence else {}
+        scorer = scorer_class(**options)
+        score = scorer.corpus_score(list(hypotheses), [list(references)]).score
+        return float(score), str(scorer.get_signature())
+
+    return Metric(
+        unit,
+        is_lower_better,
+        lambda hyps, refs, folds: scored(hyps, refs, folds, False),
+        lambda hyps, refs, folds: scored(hyps, refs, folds, True),
+    )
+
+
+def _errors(unit: str, per: str) -> Metric:
+    """Return an error rate in percent per reference phone, word, character or sentence."""
+
+    def scored(
+        hypotheses: Sequence[str], references: Sequence[str], folds_case: bool
+    ) -> tuple[float, str]:
+        if folds_case:
+            hypotheses, references = (
+                [text.lower() for text in side] for side in (hypotheses, references)
+            )
+        signature = f"nrefs:1{'|case:lc' * folds_case}|unit:{per}"
+        if per == "sentences":
+            wrong = sum(h != r for h, r in zip(hypotheses, references, strict=True))
+            return 100 * wrong / len(references), signature
+        import jiwer
+
+        rate = jiwer.cer if per == "characters" else jiwer.wer
+        value = 100 * float(rate(list(references), list(hypotheses)))
+        return value, f"{signature}|jiwer:{version('jiwer')}"
+
+    return Metric(unit, True, scored, scored)
+
+
+METRICS: Mapping[str, Metric] = {
+    "bleu": _points("points of BLEU, 0 to 100", "BLEU"),
+    "chrf": _points("points of chrF, 0 to 100", "CHRF"),
+    "ter": _points("edits and shifts per 100 reference words", "TER", is_lower_better=True),
+    "per": _errors("edits per 100 reference phones, which spaces separate", "phones"),
+    # On targets of symbols the words are the symbols: `wer` of pronunciations counts phones.
+    "wer": _errors("edits per 100 reference words; a symbol counts as a word", "words"),
+    "cer": _errors("edits per 100 reference characters", "characters"),
+    # What papers on grapheme-to-phoneme conversion call word error rate.
+    "ser": _errors("percent of sentences with any error; the WER of pronunciations", "sentences"),
+}
+
+
+def metric_name(name: str) -> str:
+    """Return the name of a metric.
+
+    Raises:
+        ValueError: no such metric; says what each of them counts.
+    """
+    if name not in METRICS:
+        known = "; ".join(f"{key}: {metric.unit}" for key, metric in METRICS.items())
+        raise ValueError(f"there is no metric {name}; expected one of {known}")
+    return name
+
+
 def is_lower_better(metric: str) -> bool:
-    """Direction of a metric."""
-    return metric in LOWER_IS_BETTER
+    """Return the direction of a metric; a name outside the table grows with quality."""
+    return metric in METRICS and METRICS[metric].is_lower_better
 
 
 def is_better(metric: str, challenger: float, champion: float) -> bool:
-    """Whether the challenger is strictly better; NaN is never better."""
+    """Return true if the challenger is strictly better; NaN is never better."""
     return challenger < champion if is_lower_better(metric) else challenger > champion
 
 
 def worst(metric: str) -> float:
-    """A value that every finite one beats."""
+    """Return a value that every finite one beats."""
     return float("inf") if is_lower_better(metric) else float("-inf")
 
 
 def measure(
-    metric: MetricName,
+    metric: str,
     hypotheses: Sequence[str],
     references: Sequence[str],
     *,
     folds_case: bool = False,
 ) -> Measured:
-    """One corpus score; the signature says whether case was looked at.
-
-    bleu, chrf: points in [0, 100], higher is better. ter: edits per 100 reference words, in
-    [0, inf), lower is better. per, wer, cer: edits per 100 reference phones (separated by
-    spaces), words or characters, in [0, inf), lower is better, one reference each.
+    """Return one corpus score with its signature, in the unit of METRICS.
 
     Args:
-        metric: which score.
+        metric: a name of METRICS.
         hypotheses: decoded text.
         references: text of the corpus, in the same order.
-        folds_case: capitals and small letters count as equal: what a tokenizer without capitals
-            asks for.
+        folds_case: capitals and small letters count as equal, for tokenizers without capitals.
 
     Raises:
         DataError: no sentences, or not as many hypotheses as references; sacreBLEU alone scores
@@ -65,48 +152,26 @@ def measure(
     if len(hypotheses) != len(references) or not references:
         raise DataError(
             f"{len(hypotheses)} hypotheses for {len(references)} references; "
-            "score one hypothesis a reference, and at least one"
+            "score one hypothesis per reference, and at least one"
         )
-    if metric in {"per", "wer", "cer"}:
-        return _edits(metric, hypotheses, references, folds_case=folds_case)
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-    from sacrebleu.metrics.ter import TER
-
-    scorer = (
-        BLEU(lowercase=folds_case) if metric == "bleu"
-        else CHRF(lowercase=folds_case) if metric == "chrf"
-        else TER()  # never looks at case
-    )  # fmt: skip
-    value = scorer.corpus_score(list(hypotheses), [list(references)]).score
-    return Measured(float(value), f"{metric}|{scorer.get_signature()}")
+    value, signature = METRICS[metric].corpus(hypotheses, references, folds_case)
+    return Measured(value, f"{metric}|{signature}")
 
 
-def _edits(
-    metric: str, hypotheses: Sequence[str], references: Sequence[str], *, folds_case: bool
-) -> Measured:
-    import jiwer
+def sentence_scores(
+    metric: str,
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    *,
+    folds_case: bool = False,
+) -> list[float]:
+    """Return the score of each sentence, for objectives that reward whole outputs.
 
-    if folds_case:
-        hypotheses, references = ([t.lower() for t in side] for side in (hypotheses, references))
-    rate = jiwer.cer if metric == "cer" else jiwer.wer
-    value = 100 * float(rate(list(references), list(hypotheses)))
-    unit = {"per": "phones", "wer": "words", "cer": "characters"}[metric]
-    case = "|case:lc" * folds_case
-    return Measured(value, f"{metric}|nrefs:1{case}|unit:{unit}|jiwer:{_version('jiwer')}")
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
-def exact_error_rate(
-    hypotheses: Sequence[str], references: Sequence[str], *, folds_case: bool = False
-) -> float:
-    """Sentences that are not exactly right, in percent (word error rate of pronunciations)."""
-    if folds_case:
-        hypotheses, references = ([t.lower() for t in side] for side in (hypotheses, references))
-    wrong = sum(h != r for h, r in zip(hypotheses, references, strict=True))
-    return 100 * wrong / len(references)
+    The direction is that of `is_lower_better`. BLEU leaves out the orders that a sentence is too
+    short for.
+    """
+    score = METRICS[metric].sentence
+    return [
+        score([hypothesis], [reference], folds_case)[0]
+        for hypothesis, reference in zip(hypotheses, references, strict=True)
+    ]

@@ -25,7 +25,7 @@ def saved(folder: Path, shards: ShardSet, per: float) -> Path:
     joint = shards.task.has_joint_vocabulary
     model = experiment.model.build(vocabulary_of(*both, joint=joint))
     scores = {
-        "metric": "per", "lower_is_better": True, "reference_digest": "r", "test": {"per": per},
+        "metric": "per", "reference_digest": "r", "test": {"per": per},
     }  # fmt: skip
     return save_bundle(
         folder, experiment=experiment, weights=model.state_dict(), tokenizers=both, scores=scores

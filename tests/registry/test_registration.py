@@ -55,7 +55,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def scores(per: float, **more: Any) -> dict[str, Any]:
-    base = {"metric": "per", "lower_is_better": True, "reference_digest": "r1"}
+    base = {"metric": "per", "reference_digest": "r1"}
     return {**base, "dev": {"per": per}, "test": {"per": per}, **more}
 
 
@@ -92,7 +92,7 @@ def test_the_gate(challenger, champion, promoted, word) -> None:
 
 
 def test_the_gate_knows_direction_split_and_tolerance() -> None:
-    bleu = {"metric": "bleu", "lower_is_better": False, "reference_digest": "r"}
+    bleu = {"metric": "bleu", "reference_digest": "r"}
     old, new = {**bleu, "dev": {"bleu": 30.0}}, {**bleu, "dev": {"bleu": 29.5}}
     assert not decide(new, old, Gate(split="dev")).promoted
     assert decide(new, old, Gate(split="dev", max_regression=0.5)).promoted

@@ -1,6 +1,7 @@
 """What ships where the numbers went bad."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,14 @@ import pytest
 import torch
 
 from tests.short_run import a_run, experiment
+from vinedresser.batch import EOS
 from vinedresser.bundle import load_bundle
-from vinedresser.data.shards import ShardSet
+from vinedresser.data.batching.reader import load_split
+from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import DivergedError, TrainingError
+from vinedresser.evaluate import Evaluated, Scores, evaluate, exposure_gap
+from vinedresser.nn.gates import head_gates
+from vinedresser.training import evaluator
 from vinedresser.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,3 +90,76 @@ def test_t01_a_run_without_a_finite_evaluation_fails(reversal: ShardSet, tmp_pat
     # Nor does it when it goes on from its last checkpoint.
     with pytest.raises(TrainingError, match="no model to ship"):
         a_run(experiment(reversal), reversal, tmp_path).execute()
+
+
+def scripted(run: Run, values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the evaluations of a run find these values, one after the other."""
+    found, evaluate = iter(values), evaluator.evaluate
+
+    def evaluated(*arguments: Any, **settings: Any) -> Any:
+        one = evaluate(*arguments, **settings)
+        return replace(one, scores=replace(one.scores, value=next(found)))
+
+    monkeypatch.setattr(evaluator, "evaluate", evaluated)
+
+
+def test_gated_runs_report_the_best_and_ship_the_last(reversal, tmp_path, monkeypatch):
+    """A sampler reads `best/`, which never gets worse; the objectives of pruning read the last."""
+    told: list[dict[str, float]] = []
+    config = experiment(reversal, **{"model.concrete_heads": ["enc_self"]})
+    run = a_run(config, reversal, tmp_path, report=lambda v: told.append(dict(v)))
+    scripted(run, [50.0, 20.0, 30.0], monkeypatch)
+    outcome = run.execute()
+    assert outcome is not None
+    reports = [*told, outcome.last_report]
+    assert [values["best/per"] for values in reports] == [50.0, 20.0, 20.0]
+    assert [values["dev/per"] for values in reports] == [50.0, 20.0, 30.0]
+    assert (outcome.best_step, outcome.value) == (24, 30.0)
+    shipped = load_bundle(Path(outcome.bundle)).model
+    assert all(
+        torch.equal(tensor, run.averaged.tensors[name])
+        for name, tensor in shipped.state_dict().items()
+    )
+    open_heads = sum(int((gate.deterministic() > 0).sum()) for gate in head_gates(shipped))
+    assert outcome.last_report["dev/heads"] == open_heads
+
+
+def texts(hypotheses: list[str], references: list[str], **scores: Any) -> Evaluated:
+    found = Scores("cer", 12.5, "", 0.0, scores["error"], 0.0, len(references))
+    return Evaluated(found, references, hypotheses, references)
+
+
+def test_the_exposure_gap_counts_tokens_on_both_sides(reversal):
+    """Whatever the metric: 1 edit in 3 + 2 tokens and their 2 ends is 100 / 7 percent."""
+    target = tokenizers(reversal)[1]
+    decoded = texts(["a b c", "d f"], ["a b c", "d e"], error=10.0)
+    assert exposure_gap(decoded, target) == pytest.approx(100 / 7 - 10)
+    solved = texts(["a b c"], ["a b c"], error=0.0)
+    assert exposure_gap(solved, target) == 0
+
+
+@pytest.mark.parametrize("metric", ["per", "wer", "cer", "ter", "bleu", "ser"])
+def test_the_gap_of_a_run_does_not_depend_on_its_metric(metric, reversal, tmp_path):
+    """It was a rate of words or characters minus one of tokens for cer, wer and ter."""
+    run = a_run(experiment(reversal), reversal, tmp_path)
+    split, target = load_split(reversal, "dev"), tokenizers(reversal)[1]
+    found = evaluate(
+        run.evaluator.model, split, target, metric=metric, config=run.experiment.evaluation, cap=20
+    )
+    said, meant = (
+        [[*target.encode(text), EOS] for text in side]
+        for side in (found.hypotheses, found.references)
+    )
+    edits = sum(distance(a, b) for a, b in zip(said, meant, strict=True))
+    wanted = 100 * edits / sum(map(len, meant)) - found.scores.teacher_forced_error
+    assert exposure_gap(found, target) == pytest.approx(wanted)
+
+
+def distance(a: list[int], b: list[int]) -> int:
+    """Edits between two sequences, by the textbook's table."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1]

@@ -1,9 +1,10 @@
 """Task: which corpus, which tokenizers, which metric. Everything that defines a shard set."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from vinedresser.config.cleaning import Cleaning
 from vinedresser.config.corpus import AnyCorpus
@@ -13,7 +14,15 @@ from vinedresser.config.section import Section
 # characters (faults X05, S17).
 SafeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
-MetricName = Literal["bleu", "chrf", "ter", "per", "wer", "cer"]
+
+def _known_metric(name: str) -> str:
+    # By name: the table of metrics stands above config in the order of imports.
+    checked: str = importlib.import_module("vinedresser.metrics").metric_name(name)
+    return checked
+
+
+# A name of METRICS in metrics.py, the one place that lists them.
+MetricName = Annotated[str, AfterValidator(_known_metric)]
 
 
 class Tokenizer(Section):

@@ -137,7 +137,6 @@ class Pruner:
         compacted = replace(gated, model=small)
         scores = {
             "metric": self.metric,
-            "lower_is_better": is_lower_better(self.metric),
             "dev": self._score(compacted, "dev"),
             split: self._score(compacted, split),
             "finalist": self._score(whole, split),

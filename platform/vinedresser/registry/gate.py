@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat
 
 from vinedresser.config import Section
-from vinedresser.metrics import PARITY_TOLERANCE
+from vinedresser.metrics import PARITY_TOLERANCE, is_lower_better
 
 Scores = Mapping[str, Any]
 
@@ -60,7 +60,7 @@ def decide(challenger: Scores, champion: Scores | None, gate: Gate) -> Decision:
         return Decision(False, "no reference_digest: unknown on what it was scored; score it again")
     if champion is None:
         return Decision(True, f"first champion, {gate.split} {metric} {new:g}")
-    for key in ("metric", "lower_is_better", "reference_digest"):
+    for key in ("metric", "reference_digest"):
         if challenger.get(key) != champion.get(key):
             found, wanted = challenger.get(key), champion.get(key)
             return Decision(
@@ -69,7 +69,7 @@ def decide(challenger: Scores, champion: Scores | None, gate: Gate) -> Decision:
     old = _number(champion, gate)
     if old is None:
         return Decision(False, f"the champion has no finite {gate.split} {metric}; score it again")
-    worse = new - old if challenger["lower_is_better"] else old - new
+    worse = new - old if is_lower_better(str(metric)) else old - new
     numbers = f"{gate.split} {metric} {new:g} against the champion's {old:g}"
     if worse > gate.max_regression:
         return Decision(False, f"{numbers}, worse by more than {gate.max_regression:g}")

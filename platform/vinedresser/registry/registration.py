@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vinedresser.config import SafeName
 from vinedresser.errors import BusyError, ConfigError, DamagedError, DataError, MachineError
+from vinedresser.metrics import METRICS
 from vinedresser.registry.gate import Decision, Gate, Scores, decide
 from vinedresser.tracking.store import (
     ABSENT,
@@ -77,7 +78,7 @@ def read_scores(bundle: Path) -> dict[str, Any]:
     """Return a bundle's `scores.json`.
 
     Raises:
-        DataError: absent, not JSON, or without `metric` and `lower_is_better`.
+        DataError: absent, not JSON, or without a `metric` that is known.
     """
     path = BundleFolder(bundle).scores
     if not path.is_file():
@@ -85,9 +86,8 @@ def read_scores(bundle: Path) -> dict[str, Any]:
     scores = read_json(path)
     if scores is None:
         raise DataError(f"{path}: not JSON; export the model again")
-    is_named = isinstance(scores, dict) and isinstance(scores.get("metric"), str)
-    if not is_named or not isinstance(scores.get("lower_is_better"), bool):
-        raise DataError(f"{path}: expected `metric` and `lower_is_better`; score the model again")
+    if not isinstance(scores, dict) or scores.get("metric") not in METRICS:
+        raise DataError(f"{path}: expected `metric`, one of {', '.join(METRICS)}; score it again")
     return dict(scores)
 
 

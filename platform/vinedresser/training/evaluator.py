@@ -7,16 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from vinedresser.batch import EOS
 from vinedresser.bundle import vocabulary_of
 from vinedresser.conditioning import conditioning_gap
 from vinedresser.config import Experiment
 from vinedresser.data.batching.reader import in_order, load_split
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import TrainingError
-from vinedresser.evaluate import Evaluated, evaluate
+from vinedresser.evaluate import Evaluated, evaluate, exposure_gap
 from vinedresser.figures.attention_maps import AttentionWatch, Tokenizers
-from vinedresser.metrics import is_better, is_lower_better, measure, worst
+from vinedresser.metrics import is_better, worst
 from vinedresser.nn.gates import head_gates
 from vinedresser.tracking import NullTracker, Tracker
 from vinedresser.training.device import Device
@@ -84,6 +83,22 @@ class Evaluator:
         return int(self.history[-1]["step"]) if self.history else 0
 
     @property
+    def best_value(self) -> float:
+        """The best inferred metric of any evaluation with a finite loss; NaN before the first.
+
+        Samplers and early stopping read it, so it never gets worse. In runs with gates the last
+        weights ship, and their value is `best_scores`: with gates open a model is better and has
+        not yet paid for its heads (methods.md 13).
+        """
+        best = math.nan
+        for entry in self.history:
+            if math.isfinite(entry["teacher_forced_nats"]) and (
+                math.isnan(best) or is_better(self._experiment.task.metric, entry["value"], best)
+            ):
+                best = entry["value"]
+        return best
+
+    @property
     def standing(self) -> Best | None:
         """The best so far, for whoever shows progress."""
         metric = self._experiment.task.metric
@@ -117,10 +132,10 @@ class Evaluator:
         scores = evaluated.scores
         return {
             f"dev/{task.metric}": scores.value,
-            f"best/{task.metric}": float(self.best_scores.get(task.metric, math.nan)),
+            f"best/{task.metric}": self.best_value,
             "dev/teacher_forced_nats": scores.teacher_forced_nats,
             "dev/teacher_forced_error": scores.teacher_forced_error,
-            "dev/exposure_gap": self._gap(evaluated),
+            "dev/exposure_gap": exposure_gap(evaluated, self._tokenizers[1]),
             **self._conditioning(),
             **self._attention(step),
             **heads,
@@ -172,19 +187,3 @@ class Evaluator:
             found = conditioning_gap(self.model, batches)
             return {"dev/conditioning_gap": found.gap, "dev/conditioning_error": found.error}
         return {}
-
-    def _gap(self, evaluated: Evaluated) -> float:
-        """Decoded minus teacher-forced error in percent points (methods.md 4).
-
-        Where the metric is no error, the decoded one is edits per 100 reference tokens, EOS
-        included: of the tokens that the teacher-forced error counts.
-        """
-        scores, tokenizer = evaluated.scores, self._tokenizers[1]
-        error = scores.value
-        if not is_lower_better(scores.metric):
-            said, meant = (
-                [" ".join(map(str, [*ids, EOS])) for ids in tokenizer.encode_many(texts)]
-                for texts in (evaluated.hypotheses, evaluated.references)
-            )
-            error = measure("wer", said, meant).value
-        return error - scores.teacher_forced_error

@@ -16,6 +16,7 @@ from typing import Any
 
 from vinedresser.config import Experiment
 from vinedresser.data.shards import ShardSet
+from vinedresser.metrics import is_lower_better
 from vinedresser.workspace.commit import digest_of, is_committed, verify
 from vinedresser.workspace.storage import write_file
 
@@ -60,10 +61,15 @@ class Outcome:
 
     @property
     def selection_regret(self) -> float:
-        """What selecting on the teacher-forced loss would have lost, metric units, >= 0."""
-        judged = [entry for entry in self.history if math.isfinite(entry["teacher_forced_nats"])]
-        by_loss = min(judged, key=lambda entry: entry["teacher_forced_nats"])
-        return abs(by_loss["value"] - self.value)
+        """Units of the metric by which selecting on the teacher-forced loss would have been worse.
+
+        Negative where it would have been better, which happens to runs with gates only: their last
+        weights ship, not their best.
+        """
+        finite = [entry for entry in self.history if math.isfinite(entry["teacher_forced_nats"])]
+        by_loss = min(finite, key=lambda entry: entry["teacher_forced_nats"])
+        regret = by_loss["value"] - self.value
+        return regret if is_lower_better(self.scores["metric"]) else -regret
 
 
 def run_key(experiment: Experiment, shards: ShardSet) -> str:

@@ -29,7 +29,6 @@ from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
 from vinedresser.health.monitor import RunMonitor
 from vinedresser.health.rules import RunFacts
-from vinedresser.metrics import is_lower_better
 from vinedresser.tracking import Tracker
 from vinedresser.training.checkpoint import (
     Checkpoint,
@@ -352,7 +351,6 @@ class Run:
         metric = self.experiment.task.metric
         scores = {
             "metric": metric,
-            "lower_is_better": is_lower_better(metric),
             "dev": self.evaluator.best_scores,
             "step": self.evaluator.best_step,
         }
