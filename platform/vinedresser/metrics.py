@@ -110,8 +110,8 @@ def metric_name(name: str) -> str:
         ValueError: no such metric; says what each of them counts.
     """
     if name not in METRICS:
-        known = "; ".join(f"{key}: {metric.unit}" for key, metric in METRICS.items())
-        raise ValueError(f"there is no metric {name}; expected one of {known}")
+        known = ", ".join(f"{key} ({metric.unit})" for key, metric in METRICS.items())
+        raise ValueError(f"expected one of {known}")
     return name
 
 
