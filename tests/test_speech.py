@@ -175,7 +175,8 @@ def test_translate_reads_paths(task, bundle, monkeypatch, capsys):
     assert bundle.translate(lines[::-1]) == texts[::-1]
     assert bundle.translate([lines[0]]) == texts[:1]
     assert bundle.translate([]) == []
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*lines, "", lines[0]]) + "\n"))
+    given = "\n".join([*lines, "", lines[0]]) + "\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
     assert main(["translate", str(bundle.folder)]) == 0
     assert capsys.readouterr().out.splitlines() == [*texts, "", texts[0]]
 

@@ -143,6 +143,39 @@ def test_an_integer_of_five_thousand_digits_is_refused(experiment, write):
     assert parse_overrides(["steps=" + "1" * 5000]) == {"steps": float("inf")}
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (f"steps: {2**63}\n", 1),
+        ("a: 1\nb: [1, {c: -9223372036854775809}]\n", 2),
+        ('a: 1\nname: "x\\0y"\n', 2),
+        ('a: 1\n"x\\0y": 3\n', 2),
+        ('a: "x\\ny"\n', 1),
+    ],
+)
+def test_values_that_no_setting_can_have(write, text, line):
+    file = write(text)
+    assert refusal(file).startswith(f"error[E-CONFIG] {file}:{line}: ")
+    assert len(refusal(file).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        f"a={2**63}", "a=[[1e3, 1267650600228229401496703205376]]", 'a="x\\u0000"',
+        'a={"\\u0000": 1}', "a\nb=1", "a=\udcff",
+    ],
+)  # fmt: skip
+def test_override_values_that_no_setting_can_have(word):
+    with pytest.raises(ConfigError, match=r"beyond 64 bits|is not accepted"):
+        parse_overrides([word])
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "not a regular file" in refusal(tmp_path / "pipe.yaml")
+
+
 # C03, C07, C11: files that are no configuration.
 
 

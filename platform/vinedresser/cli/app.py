@@ -37,7 +37,6 @@ _NO_MEMORY = (
 
 app = typer.Typer(
     help="Train and prune sequence-to-sequence models, selected on decoded quality.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in words or bool(os.environ.get("VINEDRESSER_DEBUG"))
-    words = [word for word in words if word != "--debug"]
+    words = [word for word in words if word != "--debug"] or ["--help"]
     _open_streams()
     stopper = _Stopper()
     signal.signal(signal.SIGTERM, stopper)
@@ -135,9 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last line of defence against a traceback
         if is_debug:
             raise
-        if (show := getattr(error, "show", None)) is not None:  # of the command line's words
-            show()
-            return 2
         known = _as_known(error)
         if known is not None:
             sys.stderr.write(f"{known}\n")
@@ -158,19 +154,25 @@ def _refuse_control_characters(words: Sequence[str]) -> None:
     Raises:
         ConfigError: the first such word.
     """
+    if all(word.isprintable() for word in words):
+        return
+    from vinedresser.config.files import refused
+
     for word in words:
         is_json = word.partition("=")[2][:1] in ("{", "[")
-        allowed = "\t\n\r" if is_json else "\t"
-        for at, char in enumerate(word, 1):
-            if (ord(char) < 32 and char not in allowed) or "\ud800" <= char <= "\udfff":
-                what = "a control character" if ord(char) < 32 else "not UTF-8"
-                raise ConfigError(f"{ascii(word)[:80]}: character {at} is {what}; remove it")
+        if problem := refused(word.replace("\n", " ").replace("\r", " ") if is_json else word):
+            raise ConfigError(f"{ascii(word)[:80]}: {problem}")
 
 
 def _as_known(error: Exception) -> VinedresserError | None:
     """Return what the user can act on in an error; None where it is a fault of ours."""
     if isinstance(error, VinedresserError):
         return error
+    if (message := getattr(error, "format_message", None)) is not None:  # of the command line
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "vinedresser"
+        text = " ".join(message().split()).rstrip(".")
+        return ConfigError(f"{text}; see `{command} --help`")
     line = " ".join(str(error).split())[:300]
     if isinstance(error, MemoryError) or any(part in line.lower() for part in _NO_MEMORY):
         reason = line or "out of memory"

@@ -1,11 +1,14 @@
-"""From a name on the command line to a value: an import path, or a YAML/JSON file.
+"""Values behind names on the command line: an import path, or a YAML/JSON file.
 
-YAML is read by the scalar rules of YAML 1.2: `no` and `on` are strings, `012` and `1e-3` are
-numbers in decimal, `12:30` is a string. Duplicate keys, tags, anchors and aliases are refused.
+YAML is parsed by PyYAML, and scalars are read by the core schema of YAML 1.2: `no` and `on` are
+strings, `012` and `1e-3` are numbers in decimal, `12:30` is a string. Duplicate keys, tags, anchors
+and aliases are refused. ruamel.yaml would not replace this reader: it makes 1000 of `1_000` and a
+date of `2026-01-31`, accepts tags and aliases, and takes 19 s for a file of open brackets.
 """
 
 import json
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from vinedresser.config.kinds import allowed_packages, load_module
-from vinedresser.config.section import Section
+from vinedresser.config.section import Section, shortened
 from vinedresser.errors import ConfigError
 
 MAX_BYTES = 1 << 20
@@ -40,6 +43,24 @@ def scalar(text: str) -> Any:
     return text
 
 
+def refused(value: Any) -> str:
+    """Return why no setting can have a plain value; empty where one can.
+
+    An integer beyond 64 bits and a NUL character would otherwise fail somewhere inside a library.
+    """
+    if isinstance(value, Mapping):
+        return next(filter(None, map(refused, [*value, *value.values()])), "")
+    if isinstance(value, list):
+        return next(filter(None, map(refused, value)), "")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "an integer beyond 64 bits; give a smaller one"
+    if isinstance(value, str):
+        for char in value:
+            if (ord(char) < 32 and char != "\t") or "\ud800" <= char <= "\udfff":
+                return f"the character {char!a} is not accepted; remove it"
+    return ""
+
+
 def _joined(text: str) -> str:
     r"""JSON's pairs of escapes such as \ud83d\ude00 as the one character that they mean."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -54,7 +75,10 @@ class _Reader:
 
     def value(self, node: yaml.Node, path: Path_ = ()) -> Any:
         if isinstance(node, yaml.ScalarNode):
-            return _joined(node.value) if node.style else scalar(node.value)
+            found = _joined(node.value) if node.style else scalar(node.value)
+            if problem := refused(found):
+                raise ConfigError(f"{self.name}:{node.start_mark.line + 1}: {problem}")
+            return found
         if isinstance(node, yaml.SequenceNode):
             return [self.value(child, (*path, i)) for i, child in enumerate(node.value)]
         result: dict[str, Any] = {}
@@ -63,6 +87,8 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ConfigError(f"{self.name}:{line}: a key is one word, not a list or mapping")
             key = _joined(key_node.value)
+            if problem := refused(key):
+                raise ConfigError(f"{self.name}:{line}: {problem}")
             if key in result:
                 first = self.places[(*path, key)]
                 raise ConfigError(f"{self.name}:{line}: key {key} again, first in line {first}")
@@ -99,6 +125,9 @@ def read_file(path: Path) -> tuple[Any, dict[Path_, int]]:
         ConfigError: no such file, too large, not UTF-8, or not YAML; with file and line.
     """
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe may never end
+            raise ConfigError(f"{path}: not a regular file; name a .yaml or .json file")
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except OSError as error:
@@ -126,16 +155,20 @@ def read_file(path: Path) -> tuple[Any, dict[Path_, int]]:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["optim.clip_norm=1.0", ...]` -> values: JSON where it parses, else a YAML 1.2 scalar."""
+    """Read `["optim.clip_norm=1.0", ...]`: JSON where it parses, else a scalar of YAML 1.2."""
     changes = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f"{word}: not an override; write key=value, as optim.clip_norm=1.0")
+            raise ConfigError(
+                f"{shortened(word)}: not an override; write key=value, as optim.clip_norm=1.0"
+            )
         try:
             changes[key] = json.loads(text)
         except (ValueError, RecursionError):
             changes[key] = scalar(text)
+        if problem := refused(key) or refused(changes[key]):
+            raise ConfigError(f"{shortened(key)}: {problem}")
     return changes
 
 

@@ -11,7 +11,7 @@ import pkgutil
 import traceback
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 from pydantic import BeforeValidator, SerializeAsAny, model_serializer, model_validator
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ZOO = "trainables"
 # Characters of a foreign error that a message repeats.
 _MAX_REASON = 300
+_MAX_LAYERS = 1000
 
 S = TypeVar("S", bound=Section)
 
@@ -55,7 +56,9 @@ def load_module(name: str) -> ModuleType | None:
         if f"{name}.".startswith(f"{error.name or name}."):
             return None
         raise ValueError(f"{name} needs {error.name}, which is not installed") from None
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a user's module may raise or exit
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = error if isinstance(error, SyntaxError) else last
         reason = " ".join(str(error).split())[:_MAX_REASON]
@@ -123,6 +126,14 @@ class ModelConfig(Section):
             return self.build(vocabulary)
         except ValueError as error:
             raise ConfigError(f"model: {error}") from error
+
+    @model_validator(mode="after")
+    def _has_few_layers(self) -> Self:
+        # 1,000 layers are ten times the deepest models that train; a typo of 10^9 never ends.
+        for name in type(self).model_fields:
+            if name.endswith("layers") and getattr(self, name) > _MAX_LAYERS:
+                raise ValueError(f"{name} is {getattr(self, name)}; at most {_MAX_LAYERS}")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -197,14 +197,15 @@ def _line(cls: type[Section], problem: Any, value: object, where: str, places: P
         message = problem["msg"].removeprefix("Value error, ")
         text = message[0].lower() + message[1:]
         if isinstance(problem["input"], str | int | float | bool | None):
-            text += f"; found {_short(json.dumps(problem['input'], ensure_ascii=False))}"
+            text += f"; found {shortened(json.dumps(problem['input'], ensure_ascii=False))}"
     at = _place(path, places)
     prefix = f"{where}:{at}: " if where and at else f"{where}: " if where else ""
-    key = _short(".".join(str(part) for part in path))
+    key = shortened(".".join(str(part) for part in path))
     return " ".join(f"{prefix}{key + ': ' if key else ''}{text}".split())
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
+    """Return a text as a message shows it, without the end of a long one."""
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 

@@ -35,7 +35,7 @@ def _read_distribution(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     kind = value.get("type")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"type is {kind!r}; expected one of {', '.join(_KINDS)}")
     arguments = {key: item for key, item in value.items() if key != "type"}
     try:

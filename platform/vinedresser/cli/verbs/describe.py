@@ -49,6 +49,7 @@ def describe(
         model, task = _configuration(what, changes)
         vocabulary, note = _vocabulary(sizes, task, workspace)
         try:
+            _refuse_without_memory(model, vocabulary)
             built = model.instantiate(vocabulary)
         except ConfigError as error:
             raise ConfigError(
@@ -72,6 +73,32 @@ def describe(
 
     view = ShardView().override(parse_overrides(words))
     return _print_shards(open_shards(folder), view, as_json=as_json)
+
+
+def _refuse_without_memory(config: "ModelConfig", vocabulary: "Vocabulary") -> None:
+    """Refuse weights that are larger than the memory, by building the model without storage.
+
+    The system may end a process that fills the memory before any allocation fails.
+
+    Raises:
+        ConfigError: the size that is needed, and the one that is there.
+    """
+    import psutil
+    import torch
+
+    from vinedresser.errors import ConfigError
+
+    try:
+        with torch.device("meta"):
+            needed = 4 * sum(p.numel() for p in config.instantiate(vocabulary).parameters())
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split())[:300]) from None
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise ConfigError(
+            f"the weights take {needed / 1e9:,.0f} GB, this machine has {there / 1e9:,.0f} GB; "
+            "choose smaller sizes"
+        )
 
 
 def _configuration(what: str, changes: Mapping[str, Any]) -> "tuple[ModelConfig, Task | None]":

@@ -18,12 +18,17 @@ def evaluate(
     """Score a model on a task; `split=dev`, `beam=4` and `length_alpha=0.6` are its own keys."""
     from vinedresser import evaluate as scoring
     from vinedresser.cli.options import Scoring, split_words
-    from vinedresser.config import Evaluation, Task, resolve
+    from vinedresser.config import Evaluation, Frames, Task, resolve
     from vinedresser.data.corpora.corpus import read
+    from vinedresser.errors import ConfigError
 
     options, rest = split_words(Scoring(), overrides or [])
     value = resolve(task, [Task]).override(rest)
     bundle = open_model(model, workspace)
+    is_of_frames = isinstance(value.source_tokenizer, Frames)
+    if is_of_frames != bool(bundle.source_tokenizer.features):
+        kinds = ("recordings", "text") if is_of_frames else ("text", "recordings")
+        raise ConfigError(f"{task}: its source is {kinds[0]}, the model {model} reads {kinds[1]}")
     rows = [(row.source, row.target) for row in read(value, options.split)]
     evaluated = scoring.evaluate(
         bundle.model,
