@@ -452,7 +452,7 @@ def test_bf16_is_finite_and_near_fp32(model, batch):
 
 def test_overfits_one_batch_and_decodes_it(config, batch):
     model = build(config)
-    rate = 3e-3 if model_width(model) < 100 else 3e-4
+    rate = 1e-2 if model_width(model) < 100 else 3e-4
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
     for _ in range(30):
         model.train()
