@@ -33,7 +33,7 @@ from benchmarks.corpora.multi30k import multi30k
 from benchmarks.measuring.figures import figures_of, half_width
 from benchmarks.train import JOEY, JOEY_MODELS, ROOT, environment, write_pieces
 from search_spaces.translation import EXPERIMENT
-from vinedresser.config import Evaluation, Experiment
+from vinedresser.config import Decoding, Experiment
 from vinedresser.data.batching.reader import load_split, stream
 from vinedresser.data.shards import open_shards, prepare, tokenizers
 from vinedresser.evaluate import evaluate
@@ -95,7 +95,7 @@ def experiment_of(job: Job) -> Experiment:
     return Experiment.from_json(plain).override(
         {
             "steps": steps,
-            "evaluation.times": 1,
+            "evaluation.num_evaluations": 1,
             "optim.warmup_steps": warm_up(steps),
             "compute.threads": 1,
             "compute.precision": precision,
@@ -135,7 +135,7 @@ def train_ours(job: Job) -> dict[str, Any]:
         model.load_state_dict(averaged.tensors)
         test = load_split(shards, "dev")
         evaluated = evaluate(
-            model.eval(), test, tokenizers(shards)[1], metric="bleu", config=Evaluation(), cap=_CAP
+            model.eval(), test, tokenizers(shards)[1], metric="bleu", decoding=Decoding(), cap=_CAP
         )
         Path(job.out).write_text("\n".join(evaluated.hypotheses) + "\n")
     parameters = sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.corpora.multi30k import multi30k
 from search_spaces.translation import EXPERIMENT
 from vinedresser.bundle import load_bundle
-from vinedresser.config import Evaluation
+from vinedresser.config import Decoding
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import prepare
 from vinedresser.distributed import Site, train
@@ -38,7 +38,7 @@ def main() -> None:
                 load_split(shards, "test"),
                 bundle.target_tokenizer,
                 metric="bleu",
-                config=Evaluation(beam=beam),
+                decoding=Decoding(beam=beam),
                 cap=task.max_target_length,
             ).scores
             for beam in (1, 4)

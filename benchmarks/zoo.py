@@ -98,7 +98,7 @@ def base_of(task: str, data: Path) -> Experiment:
     """What all entrants of a task share: corpus, batches, dropout, evaluation."""
     shared = {
         "compute.threads": 1,
-        "evaluation": Evaluation(times=4, sentences=500).to_json(),
+        "evaluation": Evaluation(num_evaluations=4, sentences=500).to_json(),
         "checkpoint_every": 1_000_000,
         "optim.warmup_steps": 0,
         "objective.sampling.probability": 0.0,
@@ -106,7 +106,7 @@ def base_of(task: str, data: Path) -> Experiment:
     if task == "cmudict":
         return demo.EXPERIMENT.override({"name": task, **shared})
     if task == "fsdd":
-        shared |= {"evaluation.tokens": 8192, "evaluation.times": 2}
+        shared |= {"decoding.max_padded_tokens": 8192, "evaluation.num_evaluations": 2}
         corpus = {"task.corpus.path": str(data / "fsdd/recordings")}
         return digits.EXPERIMENT.override({"name": task, **shared, **corpus})
     corpus = {
@@ -175,7 +175,7 @@ def run(job: Job) -> dict[str, Any]:
     epoch = Batches(shards, experiment.batch, seed=experiment.seed).per_epoch
     seconds_a_step = probe(experiment, shards, where, _PROBE * job.seconds)
     steps = int(min(job.seconds / seconds_a_step, job.epochs * epoch))
-    steps = max(steps, experiment.evaluation.times)
+    steps = max(steps, experiment.evaluation.num_evaluations)
     change = {"steps": steps, "optim.warmup_steps": min(max(steps // 10, 1), 150)}
     with tempfile.TemporaryDirectory(dir=job.workspace) as folder:
         clock = Clock()
@@ -211,7 +211,7 @@ def test_scores(bundle: Bundle, shards: ShardSet, experiment: Experiment) -> Sco
         load_split(shards, "test"),
         bundle.target_tokenizer,
         metric=experiment.task.metric,
-        config=Evaluation(tokens=experiment.evaluation.tokens),
+        decoding=experiment.decoding,
         cap=experiment.task.max_target_length,
     ).scores
 

@@ -26,7 +26,7 @@ PIPELINE = Pipeline(
             "steps": 700,
             "optim.warmup_steps": 20,
             "optim.lr": 1e-3,
-            "evaluation.times": 2,
+            "evaluation.num_evaluations": 2,
         },
         # At 0.1 a few of this model's 24 heads close, at 1 more than half of them.
         space={"objective.l0": FloatDistribution(0.1, 1.0, log=True)},

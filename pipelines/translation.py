@@ -23,7 +23,7 @@ PIPELINE = Pipeline(
             "optim.warmup_steps": 20,
             "optim.lr": 8e-4,
             "compute.threads": 1,
-            "evaluation.times": 2,
+            "evaluation.num_evaluations": 2,
         },
         space={"objective.l0": FloatDistribution(0.1, 1.0, log=True)},
         num_trials=4,

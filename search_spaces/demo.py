@@ -56,7 +56,7 @@ EXPERIMENT = Experiment(
     optim=Optim(lr=2e-3, warmup_steps=100),
     batch=Batching(max_padded_tokens=512),
     # A quarter of the dev words ranks trials; the finalist is evaluated on all of them.
-    evaluation=Evaluation(times=4, sentences=500),
+    evaluation=Evaluation(num_evaluations=4, sentences=500),
     steps=800,
     checkpoint_every=200,
 )

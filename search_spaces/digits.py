@@ -11,6 +11,7 @@ from trainables.attention_rnn import AttentionRnnConfig
 from vinedresser.config import (
     Batching,
     Compute,
+    Decoding,
     Evaluation,
     Experiment,
     Frames,
@@ -50,7 +51,8 @@ EXPERIMENT = Experiment(
     optim=Optim(lr=2e-3, warmup_steps=100),
     # Frames: about 36 strings.
     batch=Batching(max_padded_tokens=8192),
-    evaluation=Evaluation(times=4, sentences=0, tokens=8192),
+    evaluation=Evaluation(num_evaluations=4, sentences=0),
+    decoding=Decoding(max_padded_tokens=8192),
     # Five passes over 6,000 strings: PER 2.0 on dev, 1.3 on test; 300 updates reach 2.5 on dev in
     # 100 s of one core.
     steps=800,

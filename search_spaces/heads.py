@@ -5,7 +5,7 @@ from optuna.distributions import FloatDistribution
 from vinedresser.pruning.search import Pruning
 
 HEADS = Pruning(
-    overrides={"optim.warmup_steps": 20, "optim.lr": 1e-3, "evaluation.times": 2},
+    overrides={"optim.warmup_steps": 20, "optim.lr": 1e-3, "evaluation.num_evaluations": 2},
     # Nats per token for closing every head, in the normalised convention.
     space={"objective.l0": FloatDistribution(0.05, 2.0, log=True)},
     num_trials=6,

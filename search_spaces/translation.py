@@ -39,7 +39,7 @@ EXPERIMENT = Experiment(
     optim=Optim(lr=1.5e-3, warmup_steps=300, anneal=0.5),
     # So early, many small updates do more than few large ones, though a token costs a quarter more.
     batch=Batching(max_padded_tokens=1024),
-    evaluation=Evaluation(times=4, sentences=500),
+    evaluation=Evaluation(num_evaluations=4, sentences=500),
     # Of 29,000 sentence pairs (Multi30k De-En) six epochs in 498 s on two cores: BLEU
     # 38.4 greedy and 39.8 with beam 4 on test_2016_flickr (seed 1; on one thread 38.8 and 39.8).
     steps=2900,

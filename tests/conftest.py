@@ -225,7 +225,7 @@ def tiny_study(reversal: "ShardSet") -> dict[str, Any]:
     base = {
         "name": "tiny", "task": reversal.task.to_json(), "model": model,
         "optim": {"lr": 5e-3, "warmup_steps": 10}, "batch": {"max_padded_tokens": 256},
-        "evaluation": {"times": 3}, "compute": {"device": "cpu", "precision": "fp32"},
+        "evaluation": {"num_evaluations": 3}, "compute": {"device": "cpu", "precision": "fp32"},
         "steps": 60, "checkpoint_every": 20,
     }  # fmt: skip
     space = {"optim.lr": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}}

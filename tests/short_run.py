@@ -39,7 +39,7 @@ def experiment(shards: ShardSet, **changes: Any) -> Experiment:
         "checkpoint_every": 5,
         "batch.max_padded_tokens": 160,
         "optim.warmup_steps": 4,
-        "evaluation.times": 3,
+        "evaluation.num_evaluations": 3,
         "evaluation.sentences": 10,
         "evaluation.attention_every": 0,
         "compute.device": "cpu",

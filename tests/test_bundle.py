@@ -119,8 +119,8 @@ class TestTranslate:
     @pytest.mark.parametrize("beam", [1, 3])
     def test_equals_the_search_one_sentence_at_a_time(self, bundle, beam):
         cap = bundle.experiment.task.max_target_length
-        alpha = bundle.experiment.evaluation.length_alpha
-        wanted = []
+        alpha = bundle.experiment.decoding.length_alpha
+        decoding, wanted = bundle.experiment.decoding.override({"beam": beam}), []
         for text in SENTENCES:
             source = pad_ids([[*bundle.source_tokenizer.encode(text), EOS]])
             decoded = (
@@ -129,8 +129,8 @@ class TestTranslate:
                 else beam_search(bundle.model, *source, beam=beam, alpha=alpha, cap=cap)
             )
             wanted.append(bundle.target_tokenizer.decode(decoded.ids[0]))
-        assert bundle.translate(SENTENCES, beam=beam) == wanted
-        assert bundle.translate(SENTENCES[::-1], beam=beam) == wanted[::-1]
+        assert bundle.translate(SENTENCES, decoding) == wanted
+        assert bundle.translate(SENTENCES[::-1], decoding) == wanted[::-1]
 
     def test_more_sentences_than_a_batch_keep_their_order(self, bundle):
         one = dict(zip(SENTENCES, bundle.translate(SENTENCES), strict=True))

@@ -57,7 +57,7 @@ def pipeline_of(study: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[str
         "study": {**study, "base": base, "num_trials": 2, "stopping": None},
         "finalist": {"steps": 400, "optim.lr": 5e-3},
         "pruning": {
-            "overrides": {"steps": 80, "evaluation.times": 2, "optim.lr": 2e-3},
+            "overrides": {"steps": 80, "evaluation.num_evaluations": 2, "optim.lr": 2e-3},
             "space": {"objective.l0": {"type": "float", "low": 0.3, "high": 1.5, "log": True}},
             "num_trials": 2,
             "max_regression": 30.0,

@@ -135,7 +135,7 @@ def bundle(task, shards, one_thread, tmp_path_factory: pytest.TempPathFactory) -
             },
             "optim": {"lr": 1e-2, "warmup_steps": 20},
             "batch": {"max_padded_tokens": 800},
-            "evaluation": {"times": 1},
+            "evaluation": {"num_evaluations": 1},
             "compute": {"device": "cpu", "precision": "fp32"},
             "steps": 200,
         }
@@ -160,7 +160,7 @@ def test_it_learns_and_is_scored_the_same_from_files(task, shards, bundle):
         split,
         bundle.target_tokenizer,
         metric="per",
-        config=bundle.experiment.evaluation,
+        decoding=bundle.experiment.decoding,
         cap=task.max_target_length,
     )
     assert again.scores.value == bundle.scores["dev"]["per"]

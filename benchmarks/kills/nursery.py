@@ -133,7 +133,7 @@ def watch(points: Points, trace: Path) -> None:
     """Puts the points into this process, which is thrown away afterwards."""
     sys.addaudithook(points.audit)
     now = trace_steps(lambda _: trace, points)
-    evaluate, decode = judging.evaluate, evaluation._decode
+    evaluate, decode = judging.evaluate, evaluation.decode
 
     def evaluated(*words: Any, **more: Any) -> Any:
         points("evaluate")
@@ -146,7 +146,7 @@ def watch(points: Points, trace: Path) -> None:
         points(f"decode@{points.counts['evaluate']}")
         return decode(*words, **more)
 
-    judging.evaluate, evaluation._decode = evaluated, decoded
+    judging.evaluate, evaluation.decode = evaluated, decoded
     register_optimizer_step_pre_hook(lambda *_: points(f"gradient@{now['step'] + 1}"))
     register_optimizer_step_post_hook(lambda *_: points(f"updated@{now['step'] + 1}"))
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vinedresser.config import Experiment, ModelConfig
+from vinedresser.config import Decoding, Experiment, ModelConfig
 from vinedresser.data.batching.side import Side, join
 from vinedresser.data.tokenizers.tokenizer import (
     SourceEncoder,
@@ -23,7 +23,7 @@ from vinedresser.data.tokenizers.tokenizer import (
     load_source,
     load_tokenizer,
 )
-from vinedresser.decode import beam_search, greedy
+from vinedresser.decode import decode
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.workspace.commit import Manifest, commit, verify
@@ -60,26 +60,35 @@ class Bundle:
         """SHA-256 over all its files."""
         return self.manifest.digest
 
-    def translate(self, sentences: Sequence[str], *, beam: int = 1) -> list[str]:
+    def translate(self, sentences: Sequence[str], decoding: Decoding | None = None) -> list[str]:
         """Decode sentences, in their order; longer ones than trained on are refused.
 
         Args:
             sentences: plain text; for a model of recordings the path of one, or of several that
                 follow each other, separated by tabs.
-            beam: hypotheses kept; 1 is greedy.
+            decoding: search and batch size; the experiment's own by default.
 
         Raises:
             DataError: a sentence is empty or over the task's max_source_length, or a recording is
                 not what the model was trained on.
         """
-        source = self.read(sentences)
+        decoding = decoding or self.experiment.decoding
+        source, cap = self.read(sentences), self.experiment.task.max_target_length
         order = np.argsort(source.lengths, kind="stable")
-        result = [""] * len(order)
-        for first in range(0, len(order), 64):
-            group = order[first : first + 64]
-            texts = self._decode(*source.padded(group), beam)
-            for i, text in zip(group.tolist(), texts, strict=True):
-                result[i] = text
+        result, first = [""] * len(order), 0
+        while first < len(order):
+            # Sorted by length: the last sentence of a batch is its longest.
+            last = first + 1
+            while (
+                last < len(order)
+                and (last + 1 - first) * source.lengths[order[last]] <= decoding.max_padded_tokens
+            ):
+                last += 1
+            group = order[first:last]
+            found = decode(self.model, *source.padded(group), decoding, cap=cap)
+            for i, ids in zip(group.tolist(), found.ids, strict=True):
+                result[i] = self.target_tokenizer.decode(ids)
+            first = last
         return result
 
     def read(self, sentences: Sequence[str]) -> Side:
@@ -108,15 +117,6 @@ class Bundle:
             except DataError as error:
                 raise DataError(f"line {number}: {error.args[0]}") from None
         return join(frames) if frames else Side.of([], self.source_tokenizer)
-
-    def _decode(self, source_BS: Tensor, lengths_B: Tensor, beam: int) -> list[str]:
-        cap = self.experiment.task.max_target_length
-        if beam == 1:
-            decoded = greedy(self.model, source_BS, lengths_B, cap=cap)
-        else:
-            alpha = self.experiment.evaluation.length_alpha
-            decoded = beam_search(self.model, source_BS, lengths_B, beam=beam, alpha=alpha, cap=cap)
-        return [self.target_tokenizer.decode(row) for row in decoded.ids]
 
 
 def vocabulary_of(source: SourceEncoder, target: TextTokenizer, *, joint: bool) -> Vocabulary:

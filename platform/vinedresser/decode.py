@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vinedresser.batch import BOS, EOS
+from vinedresser.config import Decoding
 from vinedresser.model import Seq2Seq
 
 # Rows that are done are dropped once they are this share of the batch: copying caches costs too.
@@ -28,6 +29,16 @@ class Decoded:
 
     ids: list[list[int]]
     nats: list[float]
+
+
+def decode(
+    model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, decoding: Decoding, *, cap: int
+) -> Decoded:
+    """Decode a batch as configured: greedy search for a beam of 1."""
+    if decoding.beam == 1:
+        return greedy(model, source_BS, lengths_B, cap=cap)
+    beam, alpha = decoding.beam, decoding.length_alpha
+    return beam_search(model, source_BS, lengths_B, beam=beam, alpha=alpha, cap=cap)
 
 
 def length_limits(source_lengths_B: Tensor, cap: int) -> Tensor:

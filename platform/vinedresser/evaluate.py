@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from vinedresser.batch import EOS
-from vinedresser.config import Evaluation
+from vinedresser.config import Decoding
 from vinedresser.data.batching.reader import Split, in_order
 from vinedresser.data.batching.side import Side
 from vinedresser.data.corpora.row import Source
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
-from vinedresser.decode import Decoded, beam_search, greedy
+from vinedresser.decode import decode
 from vinedresser.errors import InterruptedRunError
 from vinedresser.metrics import measure
 from vinedresser.model import Seq2Seq
@@ -92,8 +92,9 @@ def evaluate(  # noqa: PLR0913 - what, of what, how
     tokenizer: TextTokenizer,
     *,
     metric: str,
-    config: Evaluation,
+    decoding: Decoding,
     cap: int,
+    sentences: int = 0,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluated:
     """Decodes a split in fp32 and scores it; leaves the model in the mode it was in.
@@ -103,8 +104,9 @@ def evaluate(  # noqa: PLR0913 - what, of what, how
         split: with reference texts.
         tokenizer: of the target side.
         metric: which score.
-        config: beam, sentences, batch size.
+        decoding: search and batch size.
         cap: no output is longer, in tokens.
+        sentences: how many are scored; 0 for all.
         should_stop: asked before each batch.
 
     Raises:
@@ -116,7 +118,7 @@ def evaluate(  # noqa: PLR0913 - what, of what, how
     rows: list[int] = []
     texts: list[str] = []
     nats = wrong = tokens = 0.0
-    for host_batch in in_order(split, tokens=config.tokens, sentences=config.sentences):
+    for host_batch in in_order(split, tokens=decoding.max_padded_tokens, sentences=sentences):
         if should_stop is not None and should_stop():
             model.train(was_training)
             raise InterruptedRunError("told to stop while evaluating; the same command goes on")
@@ -127,7 +129,7 @@ def evaluate(  # noqa: PLR0913 - what, of what, how
         nats += float(F.nll_loss(log_p_NV, gold_N, reduction="sum"))
         wrong += float((log_p_NV.argmax(-1) != gold_N).sum())
         tokens += len(gold_N)
-        decoded = _decode(model, batch.source_BS, batch.source_lengths_B, config, cap)
+        decoded = decode(model, batch.source_BS, batch.source_lengths_B, decoding, cap=cap)
         rows += host_batch.rows_B.tolist()
         texts += [tokenizer.decode(ids) for ids in decoded.ids]
     model.train(was_training)
@@ -147,13 +149,3 @@ def evaluate(  # noqa: PLR0913 - what, of what, how
         sentences=len(references),
     )
     return Evaluated(scores, [split.sources[row] for row in order], hypotheses, references)
-
-
-def _decode(
-    model: Seq2Seq, source_BS: torch.Tensor, lengths_B: torch.Tensor, config: Evaluation, cap: int
-) -> Decoded:
-    if config.beam == 1:
-        return greedy(model, source_BS, lengths_B, cap=cap)
-    return beam_search(
-        model, source_BS, lengths_B, beam=config.beam, alpha=config.length_alpha, cap=cap
-    )

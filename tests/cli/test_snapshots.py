@@ -131,7 +131,7 @@ def files(tmp_path: Path) -> dict[str, Any]:
     experiment = {
         "name": "tiny", "task": "task.json", "model": model, "batch": {"max_padded_tokens": 160},
         "optim": {"lr": 5e-3, "warmup_steps": 5},
-        "evaluation": {"times": 2, "attention_every": 0},
+        "evaluation": {"num_evaluations": 2, "attention_every": 0},
         "compute": {"device": "cpu", "precision": "fp32"}, "steps": 40, "checkpoint_every": 20,
     }  # fmt: skip
     space = {"optim.lr": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}}

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vinedresser import tracking
+from vinedresser import decode, tracking
+from vinedresser.bundle import load_bundle, save_bundle
 from vinedresser.data.shards import ShardSet
 from vinedresser.workspace.commit import read_manifest
 
@@ -377,6 +378,57 @@ def test_translate_keeps_line_separators_of_unicode_inside_a_line(cli: Cli, bund
     assert [row["source"] for row in rows] == ["a b\u2028c d\x0b\x85e", "f"]
 
 
+SEARCHES = {
+    "the bundle's own": ([], []),
+    "the bundle's alpha": (["beam=3"], [(3, 1.5)]),
+    "another alpha": (["beam=3", "length_alpha=0.25"], [(3, 0.25)]),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_evaluate_and_translate_search_alike(
+    name: str, in_process: Any, bundle: Path, files: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """`evaluate` took an alpha of 0.6, `translate` the bundle's, and ignored `length_alpha`."""
+    options, wanted = SEARCHES[name]
+    loaded = load_bundle(bundle)
+    changed = save_bundle(
+        tmp_path / "changed",
+        experiment=loaded.experiment.override({"decoding.length_alpha": 1.5}),
+        weights=loaded.model.state_dict(),
+        tokenizers=(loaded.source_tokenizer, loaded.target_tokenizer),
+        scores=loaded.scores,
+    )
+    found, search = [], decode.beam_search
+
+    def recorded(*given: Any, beam: int, alpha: float, cap: int) -> Any:
+        found.append((beam, alpha))
+        return search(*given, beam=beam, alpha=alpha, cap=cap)
+
+    monkeypatch.setattr(decode, "beam_search", recorded)
+    for words in (["evaluate", changed, files("task.json"), "split=dev"], ["translate", changed]):
+        found.clear()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b\n")))
+        code, _, err = in_process(*words, *options)
+        assert (code, err) == (0, "")
+        assert sorted(set(found)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["split=dev"], "split: unknown key"),
+        (["length_alpha=0.5"], "length_alpha: no effect on greedy search; set beam=2 or more"),
+    ],
+)
+def test_translate_refuses_options_without_effect(
+    options: list[str], message: str, in_process: Any, bundle: Path
+) -> None:
+    code, out, err = in_process("translate", bundle, *options)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
 def test_evaluate_scores_a_split(in_process: Any, bundle: Path, files: Any) -> None:
     code, out, _ = in_process("evaluate", bundle, files("task.json"), "split=dev", "--json")
     scores = json.loads(out)
@@ -570,7 +622,7 @@ def test_a_stopped_training_goes_on_with_the_same_command(
     tiny_study: dict[str, Any], with_database: Any, number: signal.Signals, code: int,
 ) -> None:  # fmt: skip
     with_database(tmp_path / "space")
-    slow = {"steps": 500, "checkpoint_every": 20, "evaluation": {"times": 1}}
+    slow = {"steps": 500, "checkpoint_every": 20, "evaluation": {"num_evaluations": 1}}
     words = ("train", files("experiment.json", {**tiny_study["base"], **slow}))
     process = subprocess.Popen(
         [*MAIN, *map(str, words)], env=environment, cwd=tmp_path, text=True,

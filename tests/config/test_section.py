@@ -86,13 +86,13 @@ def test_joint_or_separate_tokenizers(task, given):
 
 
 def test_warm_up_longer_than_the_run(experiment):
-    text = refusal({**experiment, "steps": 10, "evaluation": {"times": 1}})
+    text = refusal({**experiment, "steps": 10, "evaluation": {"num_evaluations": 1}})
     assert "optim.warmup_steps 100 is more than steps 10" in text
 
 
 def test_more_evaluations_than_steps(experiment):
     tree = {**experiment, "steps": 3, "optim": {"warmup_steps": 0}}
-    assert "evaluation.times is more than steps 3" in refusal(tree)
+    assert "evaluation.num_evaluations is more than steps 3" in refusal(tree)
 
 
 def test_pruning_without_gates(experiment):

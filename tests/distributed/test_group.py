@@ -43,7 +43,12 @@ def _no_user_store(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def experiment(tiny_study: dict[str, Any]) -> Experiment:
     """Two workers, no dropout, fp32; the last weights ship, unaveraged."""
-    changes = {"compute.workers": 2, "optim.ema_decay": 0, "steps": 6, "evaluation.times": 1}
+    changes = {
+        "compute.workers": 2,
+        "optim.ema_decay": 0,
+        "steps": 6,
+        "evaluation.num_evaluations": 1,
+    }
     return Experiment.from_json(tiny_study["base"]).override({**changes, "optim.warmup_steps": 2})
 
 
@@ -121,7 +126,7 @@ def long(experiment: Experiment) -> Experiment:
         "batch.max_padded_tokens": 512,
         "optim.lr": 1e-3,
     }
-    dropout = {"model.dropout": 0.1, "batch.per_update": 2, "evaluation.times": 2}
+    dropout = {"model.dropout": 0.1, "batch.per_update": 2, "evaluation.num_evaluations": 2}
     return experiment.override({**bigger, **dropout, "steps": 60, "checkpoint_every": 4})
 
 
@@ -456,7 +461,7 @@ def test_a_stopped_trial_gives_its_workers_back(
     rates = {"type": "categorical", "choices": [1e-9, 8e-3, 1e-8]}
     study = Study.from_json(tiny_study).override(
         {"space": {"optim.lr": rates}, "num_trials": 2, "stopping": {"factor": 2},
-         "base.compute.workers": 2, "base.steps": 1000, "base.evaluation.times": 4}
+         "base.compute.workers": 2, "base.steps": 1000, "base.evaluation.num_evaluations": 4}
     )  # fmt: skip
     site = site_of(tmp_path, reversal)
     outcome = sweep(study, site, reversal)

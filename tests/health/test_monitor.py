@@ -34,7 +34,7 @@ def run_of(shards: ShardSet, folder: Path, **changes: object) -> Run:
     base = {
         "task": shards.task.to_json(), "model": TRANSFORMER, "steps": 100,
         "optim": {"lr": 5e-3, "warmup_steps": 10}, "batch": {"max_padded_tokens": 256},
-        "evaluation": {"times": 2}, "compute": {"device": "cpu", "precision": "fp32"},
+        "evaluation": {"num_evaluations": 2}, "compute": {"device": "cpu", "precision": "fp32"},
     }  # fmt: skip
     config = Experiment.from_json({**base, **changes})
     here, tracker = Device(torch.device("cpu"), None), MemoryTracker()
@@ -186,7 +186,7 @@ class TestPlanted:
         """Under teacher forcing it gets better; of its own words it misreads more and more."""
         task = reversal.task.override({"metric": metric})
         shards = prepare(task, tmp_path / "shards", executor="in_process")
-        run = run_of(shards, tmp_path, evaluation={"times": 4}, steps=200)
+        run = run_of(shards, tmp_path, evaluation={"num_evaluations": 4}, steps=200)
         judge, advance = run.evaluator, run.evaluator.model.advance
 
         def tripping(state: object, tokens_B: Tensor) -> tuple[Tensor, object]:
@@ -263,7 +263,9 @@ def test_a_finding_is_told_once_and_survives_a_checkpoint(caplog, reversal, tmp_
 
 
 def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
-    run = run_of(reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"times": 4})
+    run = run_of(
+        reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"num_evaluations": 4}
+    )
 
     def fails(metrics: object) -> None:
         if run.step == 50:
@@ -272,7 +274,9 @@ def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
     run.report = fails
     with pytest.raises(RuntimeError, match="gone"):
         run.execute()
-    again = run_of(reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"times": 4})
+    again = run_of(
+        reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"num_evaluations": 4}
+    )
     again.execute()
     assert [r.step for r in again.monitor.readings.history] == [1, *range(8, 97, 8)]
     for key in ("train/nats_per_token", "monitor/gradient_norm", "dev/conditioning_gap"):

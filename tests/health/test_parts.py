@@ -135,7 +135,12 @@ def experiment(tiny_study) -> Experiment:
 
 def test_time_and_money_add_up(experiment, reversal):
     changed = experiment.override(
-        {"steps": 1000, "evaluation.times": 5, "compute.workers": 2, "batch.max_padded_tokens": 512}
+        {
+            "steps": 1000,
+            "evaluation.num_evaluations": 5,
+            "compute.workers": 2,
+            "batch.max_padded_tokens": 512,
+        }
     )
     found = check_cost(changed, reversal, Speed(2000.0, 3.6, 7200.0), 60.0, price=2.0)
     figures = found.figures
@@ -147,7 +152,7 @@ def test_time_and_money_add_up(experiment, reversal):
     # Judged more than trained.
     slow = check_cost(changed, reversal, Speed(2000.0, 3.6, 7200.0), 800.0, price=0.0)
     assert slow.passed is False
-    assert "evaluation.times" in slow.pointer
+    assert "evaluation.num_evaluations" in slow.pointer
     assert "price" not in slow.figures
 
 

@@ -41,7 +41,7 @@ def experiment(model: dict[str, object], **changes: object) -> Experiment:
     corpus = {"train": {"source": "a", "target": "b"}, "dev": {"source": "c", "target": "d"}}
     task = {"name": "t", "corpus": corpus, "tokenizer": {"kind": "symbols"}, "metric": "per"}
     base = Experiment.from_json({"task": task, "model": model})
-    fixed = {"steps": 4, "optim.warmup_steps": 0, "evaluation.times": 1}
+    fixed = {"steps": 4, "optim.warmup_steps": 0, "evaluation.num_evaluations": 1}
     return base.override({**fixed, **changes})
 
 

@@ -35,7 +35,11 @@ def test_every_architecture_of_it_trains_in_place(
     name: str, tiny_study: dict[str, Any], reversal: ShardSet, workspace: Path, one_thread: None
 ) -> None:
     trial = {"model": name, "model.dropout": 0.2, "optim.lr": 1e-3}
-    small = {"steps": 2, "optim.warmup_steps": 1, "evaluation": {"times": 1, "sentences": 4}}
+    small = {
+        "steps": 2,
+        "optim.warmup_steps": 1,
+        "evaluation": {"num_evaluations": 1, "sentences": 4},
+    }
     base = STUDY.base.override({"task": reversal.task.to_json(), **small})
     store = tracking.store_for(workspace, reversal.task.name)
     reports: list[dict[str, Any]] = []
@@ -55,7 +59,7 @@ def test_a_sweep_across_architectures_ranks_them_together(
 ) -> None:
     models = {"type": "categorical", "choices": ["rnn", "rnn-small", "transformer-tiny"]}
     space = {"model": models, "model.dropout": {"type": "float", "low": 0.0, "high": 0.1}}
-    base = {**tiny_study["base"], "steps": 4, "evaluation": {"times": 1, "sentences": 8},
+    base = {**tiny_study["base"], "steps": 4, "evaluation": {"num_evaluations": 1, "sentences": 8},
             "optim": {"warmup_steps": 1}}  # fmt: skip
     study = Study.from_json({**tiny_study, "base": base, "space": space, "num_trials": 4})
     site = Site(

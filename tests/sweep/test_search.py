@@ -602,7 +602,7 @@ def test_told_to_stop_trials_write_checkpoints_and_go_on_from_them(
     """Fault T09 in a sweep: without a periodic checkpoint, only that of the stop can be there."""
     study = {**tiny_study, "num_trials": 2, "concurrent": 2, "stopping": None}
     study["base"] = {**study["base"], "steps": 3000, "checkpoint_every": 3000}
-    study["base"]["evaluation"] = {"times": 10}
+    study["base"]["evaluation"] = {"num_evaluations": 10}
     driver = command(study)
 
     def lines(log: str, wanted: str) -> list[str]:

@@ -335,7 +335,7 @@ def test_a_run_learns_to_reverse(reversal, tmp_path):
             "optim.lr": 5e-3,
             "optim.warmup_steps": 50,
             "evaluation.sentences": 0,
-            "evaluation.times": 2,
+            "evaluation.num_evaluations": 2,
         },
     )
     outcome = a_run(config, reversal, tmp_path).execute()

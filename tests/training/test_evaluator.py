@@ -144,7 +144,7 @@ def test_the_gap_of_a_run_does_not_depend_on_its_metric(metric, reversal, tmp_pa
     run = a_run(experiment(reversal), reversal, tmp_path)
     split, target = load_split(reversal, "dev"), tokenizers(reversal)[1]
     found = evaluate(
-        run.evaluator.model, split, target, metric=metric, config=run.experiment.evaluation, cap=20
+        run.evaluator.model, split, target, metric=metric, decoding=run.experiment.decoding, cap=20
     )
     said, meant = (
         [[*target.encode(text), EOS] for text in side]

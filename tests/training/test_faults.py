@@ -225,8 +225,8 @@ def test_t04_a_limit_on_memory(reversal, tmp_path, room, ends):
     """An update wants over 500 MB beside 20 MB of weights; with less it goes in parts."""
     config = experiment(
         reversal, steps=1, **{"model.d_ff": 20_000, "batch.max_padded_tokens": 4096,
-            "evaluation.times": 1,
-                              "evaluation.tokens": 16, "optim.warmup_steps": 0}
+            "evaluation.num_evaluations": 1,
+                              "decoding.max_padded_tokens": 16, "optim.warmup_steps": 0}
     )  # fmt: skip
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -604,15 +604,15 @@ def test_t19_the_reader_fails(reversal, whole, tmp_path, monkeypatch):
 @pytest.mark.fault("T20")
 @pytest.mark.parametrize("beam", [1, 3])
 def test_t20_a_model_that_never_ends(reversal, beam):
-    config = experiment(reversal, **{"evaluation.beam": beam, "evaluation.sentences": 0})
+    config = experiment(reversal, **{"decoding.beam": beam, "evaluation.sentences": 0})
     run = a_run(config, reversal, Path("nowhere"))
     model, split = run.evaluator.model, load_split(reversal, "dev")
     cap = config.task.max_target_length
     target = tokenizers(reversal)[1]
-    found = evaluate(model, split, target, metric="per", config=config.evaluation, cap=cap)
+    found = evaluate(model, split, target, metric="per", decoding=config.decoding, cap=cap)
     assert min(len(text.split()) for text in found.hypotheses) < cap  # the model does end
     model.output.bias.data[[PAD, BOS, EOS, UNK]] = -1e9
-    found = evaluate(model, split, target, metric="per", config=config.evaluation, cap=cap)
+    found = evaluate(model, split, target, metric="per", decoding=config.decoding, cap=cap)
     limits = length_limits(torch.from_numpy(split.source_lengths.copy()), cap).tolist()
     assert [len(text.split()) for text in found.hypotheses] == limits
     assert max(limits) <= cap

@@ -30,11 +30,11 @@ from vinedresser.training.outcome import clear
 
 TERM = int(signal.SIGTERM)
 # Dev takes several batches, so that a kill can come in between.
-TRANSFORMER = {**GATED, "evaluation.tokens": 24}
+TRANSFORMER = {**GATED, "decoding.max_padded_tokens": 24}
 RECURRENT = {
     "model": {"kind": "attention_rnn", "width": 16, "encoder_units": 16, "input_feeding": True},
     "compute.precision": "bf16",
-    "evaluation.tokens": 24,
+    "decoding.max_padded_tokens": 24,
 }
 
 

@@ -38,7 +38,9 @@ def experiment(**changes: object) -> Experiment:
     corpus = {"train": {"source": "a", "target": "b"}, "dev": {"source": "c", "target": "d"}}
     task = {"name": "t", "corpus": corpus, "tokenizer": {"kind": "symbols"}, "metric": "per"}
     base = Experiment.from_json({"task": task, "model": {"kind": "transformer", **TINY}})
-    return base.override({"steps": 8, "optim.warmup_steps": 0, "evaluation.times": 1, **changes})
+    return base.override(
+        {"steps": 8, "optim.warmup_steps": 0, "evaluation.num_evaluations": 1, **changes}
+    )
 
 
 def built(config: Experiment, seed: int = 0) -> Seq2Seq:
@@ -270,8 +272,10 @@ class TestAverage:
 @given(steps=st.integers(1, 5000), data=st.data())
 def test_evaluations_are_spread_and_the_last_is_at_the_end(steps, data):
     times = data.draw(st.integers(1, min(steps, 200)))
-    base = experiment(steps=max(steps, 8), **{"evaluation.times": 1})
-    found = sorted(evaluation_steps(base.override({"steps": steps, "evaluation.times": times})))
+    base = experiment(steps=max(steps, 8), **{"evaluation.num_evaluations": 1})
+    found = sorted(
+        evaluation_steps(base.override({"steps": steps, "evaluation.num_evaluations": times}))
+    )
     assert len(found) == times
     assert found[0] >= 1
     assert found[-1] == steps

@@ -1,22 +1,20 @@
 """Key=value words that belong to a verb itself, beside those of a configuration."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
-from vinedresser.config import Section, parse_overrides
+from vinedresser.config import Decoding, Section, parse_overrides
+from vinedresser.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
 
 
 class Scoring(Section):
-    """Decoding by `evaluate` and `translate`."""
+    """What `evaluate` scores, beside the task and the keys of Decoding."""
 
     split: Literal["train", "dev", "test"] = "test"
-    # Memory grows with beam x vocabulary; scores stop gaining before 100.
-    beam: Annotated[PositiveInt, Field(le=1000)] = 1
-    length_alpha: NonNegativeFloat = 0.6
 
 
 class Sizes(Section):
@@ -38,6 +36,18 @@ class ShardView(Section):
     tokens: PositiveInt = 4096
     # Folder of the pictures; `pictures=` for none.
     pictures: str | None = "pictures"
+
+
+def decoding_of(default: Decoding, values: Mapping[str, Any]) -> Decoding:
+    """Return a bundle's decoding with the options of a command.
+
+    Raises:
+        ConfigError: an unknown or bad option, or one without effect.
+    """
+    decoding = default.override(values)
+    if "length_alpha" in values and decoding.beam == 1:
+        raise ConfigError("length_alpha: no effect on greedy search; set beam=2 or more")
+    return decoding
 
 
 def split_words(own: S, words: Sequence[str]) -> tuple[S, dict[str, Any]]:

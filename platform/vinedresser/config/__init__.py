@@ -2,6 +2,7 @@
 
 from vinedresser.config.cleaning import Cleaning
 from vinedresser.config.corpus import AnyCorpus, CorpusConfig, DataPath
+from vinedresser.config.decoding import Decoding
 from vinedresser.config.experiment import (
     Batching,
     BatchOrder,
@@ -26,6 +27,7 @@ __all__ = [
     "Compute",
     "CorpusConfig",
     "DataPath",
+    "Decoding",
     "Evaluation",
     "Experiment",
     "Feedback",

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from vinedresser.config.corpus import DataPath
+from vinedresser.config.decoding import Decoding
 from vinedresser.config.kinds import AnyModel
 from vinedresser.config.section import Section
 from vinedresser.config.task import SafeName, Task
@@ -139,20 +140,15 @@ class Batching(Section):
 
 
 class Evaluation(Section):
-    """How a model is judged while it trains: decoded, on the dev split."""
+    """Evaluation during training: decoded, on the dev split."""
 
     # Evaluations during the run; the last one is at its end.
-    times: PositiveInt = 4
+    num_evaluations: PositiveInt = 4
     # Dev sentences that are decoded; 0 takes all.
     sentences: NonNegativeInt = 0
-    beam: PositiveInt = 1
-    # Exponent of the length penalty ((5 + n) / 6)**alpha of beams (methods.md 92).
-    length_alpha: NonNegativeFloat = 0.6
     # Pictures of the attention to the source, of one dev sentence, and dev/diagonality of up to 32
     # at every so many evaluations: half a second each for 2 layers (methods.md 98). 0: none.
     attention_every: NonNegativeInt = 2
-    # Padded tokens of a decoding batch. 4,096 keep the scores over a vocabulary of 8,000 at 130 MB.
-    tokens: Annotated[int, Field(ge=16)] = 4096
 
 
 DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
@@ -218,6 +214,7 @@ class Experiment(Section):
     optim: Optim = Optim()
     batch: Batching = Batching()
     evaluation: Evaluation = Evaluation()
+    decoding: Decoding = Decoding()
     compute: Compute = Compute()
     # Optimizer updates of the whole run.
     steps: PositiveInt = 2000
@@ -257,8 +254,8 @@ class Experiment(Section):
                 f"batch.per_update {self.batch.per_update} is no multiple of compute.workers "
                 f"{self.compute.workers}; set it to {self.compute.workers} or a multiple"
             )
-        if self.evaluation.times > self.steps:
-            raise ValueError(f"evaluation.times is more than steps {self.steps}")
+        if self.evaluation.num_evaluations > self.steps:
+            raise ValueError(f"evaluation.num_evaluations is more than steps {self.steps}")
         norm_kind = getattr(self.model, "norm_kind", "layer")
         if self.objective.sampling.exact and norm_kind != "layer":
             raise ValueError(

@@ -122,7 +122,7 @@ class Pruner:
             joint=shards.task.has_joint_vocabulary,
         )
         config, small = compact(gated.model, gated.experiment.model, vocabulary)
-        cap, tokens = shards.task.max_target_length, gated.experiment.evaluation.tokens
+        cap, tokens = shards.task.max_target_length, gated.experiment.decoding.max_padded_tokens
         dev, split = load_split(shards, "dev"), held_out(shards)
 
         def sample() -> Iterator[Batch]:
@@ -165,7 +165,7 @@ class Pruner:
             load_split(self.shards, split),
             bundle.target_tokenizer,
             metric=self.metric,
-            config=bundle.experiment.evaluation.override({"sentences": 0}),
+            decoding=bundle.experiment.decoding,
             cap=self.shards.task.max_target_length,
         )
         return evaluated.scores.to_json()

@@ -80,7 +80,7 @@ def run_trials(
             mode=objectives[metric],
             grace_period=study.stopping.grace,
             reduction_factor=study.stopping.factor,
-            max_t=max(study.base.evaluation.times, study.stopping.grace + 1),
+            max_t=max(study.base.evaluation.num_evaluations, study.stopping.grace + 1),
         )
     watch = TrialWatch(study, objectives)
     trial = tune.with_parameters(

@@ -122,7 +122,8 @@ class Evaluator:
             self._dev,
             self._tokenizers[1],
             metric=task.metric,
-            config=self._experiment.evaluation,
+            decoding=self._experiment.decoding,
+            sentences=self._experiment.evaluation.sentences,
             cap=task.max_target_length,
             should_stop=should_stop,
         )
@@ -181,7 +182,7 @@ class Evaluator:
 
     def _conditioning(self) -> dict[str, float]:
         """What sources of other sentences cost on a slice of dev, nats a token (methods.md 2)."""
-        tokens = self._experiment.evaluation.tokens
+        tokens = self._experiment.decoding.max_padded_tokens
         with contextlib.suppress(ValueError):  # no batch of two sentences
             batches = in_order(self._dev, tokens=tokens, sentences=_EXCHANGED)
             found = conditioning_gap(self.model, batches)

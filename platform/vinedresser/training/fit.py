@@ -153,7 +153,7 @@ class Effects:
 
 def evaluation_steps(experiment: Experiment) -> frozenset[int]:
     """The steps after which a run is evaluated, evenly spread, the last one included."""
-    times, steps = experiment.evaluation.times, experiment.steps
+    times, steps = experiment.evaluation.num_evaluations, experiment.steps
     return frozenset(round(steps * (i + 1) / times) for i in range(times))
 
 

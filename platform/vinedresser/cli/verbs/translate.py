@@ -8,6 +8,7 @@ from vinedresser.cli.arguments import HERE, AsJson, Model, Overrides, Workspace,
 
 if TYPE_CHECKING:
     from vinedresser.bundle import Bundle
+    from vinedresser.config import Decoding
 
 # Lines that are read before they are translated: batches of similar lengths.
 _LINES = 512
@@ -23,12 +24,13 @@ def translate(
 
     A model of recordings reads their paths: one a line, or several of one utterance with tabs.
     """
-    from vinedresser.cli.options import Scoring
+    from vinedresser.cli.options import decoding_of
     from vinedresser.config import parse_overrides
     from vinedresser.errors import DataError
 
-    options = Scoring().override(parse_overrides(overrides or []))
+    values = parse_overrides(overrides or [])
     bundle = open_model(model, workspace)
+    decoding = decoding_of(bundle.experiment.decoding, values)
     lines: list[str] = []
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
@@ -42,15 +44,17 @@ def translate(
             column = lines[-1].index("\0") + 1
             raise DataError(f"standard input:{number}:{column}: NUL character; remove it")
         if len(lines) == _LINES or sys.stdin.isatty():
-            _print_outputs(bundle, lines, options.beam, as_json=as_json)
+            _print_outputs(bundle, lines, decoding, as_json=as_json)
             lines = []
-    _print_outputs(bundle, lines, options.beam, as_json=as_json)
+    _print_outputs(bundle, lines, decoding, as_json=as_json)
 
 
-def _print_outputs(bundle: "Bundle", lines: list[str], beam: int, *, as_json: bool) -> None:
+def _print_outputs(
+    bundle: "Bundle", lines: list[str], decoding: "Decoding", *, as_json: bool
+) -> None:
     """Print one line per line; an empty line stays empty."""
     full = [line for line in lines if line.strip()]
-    outputs = iter(bundle.translate(full, beam=beam) if full else [])
+    outputs = iter(bundle.translate(full, decoding) if full else [])
     for line in lines:
         text = next(outputs) if line.strip() else ""
         print(json.dumps({"source": line, "output": text}, ensure_ascii=False) if as_json else text)

@@ -169,7 +169,9 @@ def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Che
     freeze(model, experiment.optim.freeze)
     begin("a short training")
     brief = short(experiment, tokens=subject.short_tokens)
-    dev = list(in_order(subject.dev, tokens=experiment.evaluation.tokens, sentences=_HELD_OUT))
+    dev = list(
+        in_order(subject.dev, tokens=experiment.decoding.max_padded_tokens, sentences=_HELD_OUT)
+    )
     with closing(stream(shards, brief.batch, seed=experiment.seed)) as batches:
         yield check_conditioning(
             model, batches, dev, brief, device, vocabulary=subject.vocabulary.target

@@ -224,7 +224,7 @@ def check_conditioning(
     if not any(len(batch.rows_B) > 1 for batch in dev):
         return CheckResult(
             "conditioning", None, "dev has no two sentences for a batch", "2 or more",
-            "give dev more sentences, or raise evaluation.tokens",
+            "give dev more sentences, or raise decoding.max_padded_tokens",
         )  # fmt: skip
     optimizer = build_optimizer(
         model, experiment.optim, gate_lr_factor=experiment.objective.gate_lr_factor

@@ -147,8 +147,8 @@ def evaluation_seconds(
     Outputs are limited to the length of the references: a model that was hardly trained decodes up
     to its limit, a trained one does not.
     """
-    config, total = experiment.evaluation, len(dev)
-    rows = min(config.sentences, total) if config.sentences else total
+    sentences, total = experiment.evaluation.sentences, len(dev)
+    rows = min(sentences, total) if sentences else total
     slice_ = min(rows, _EVALUATED)
     since = time.perf_counter()
     evaluate(
@@ -156,8 +156,9 @@ def evaluation_seconds(
         dev,
         tokenizer,
         metric=experiment.task.metric,
-        config=config.model_copy(update={"sentences": slice_}),
+        decoding=experiment.decoding,
         cap=math.ceil(float(dev.target_lengths.mean())),
+        sentences=slice_,
     )
     return (time.perf_counter() - since) * rows / slice_
 
@@ -175,23 +176,24 @@ def check_cost(
         price: of an hour of one worker, in any currency; 0 if unknown.
     """
     training = experiment.steps * speed.seconds_per_update
-    judging = experiment.evaluation.times * evaluation
+    judging = experiment.evaluation.num_evaluations * evaluation
     total, workers = training + judging, experiment.compute.workers
     per_epoch = Batches(shards, experiment.batch, seed=experiment.seed).per_epoch
     epochs = experiment.steps * experiment.batches_an_update / per_epoch
     share = judging / total
     found = (
         f"{timedelta(seconds=round(total))} = {experiment.steps:,} updates ({epochs:.2g} epochs) x "
-        f"{_unit(speed.seconds_per_update)} + {experiment.evaluation.times} evaluations x "
-        f"{_unit(evaluation)}; {speed.tokens_per_second * workers:,.0f} tokens/s"
+        f"{_unit(speed.seconds_per_update)} + "
+        f"{experiment.evaluation.num_evaluations} evaluations x {_unit(evaluation)}; "
+        f"{speed.tokens_per_second * workers:,.0f} tokens/s"
     )
     money = total / 3600 * workers * price
     if price:
         found += f"; costs {money:,.2f}"
     passed = share <= MAX_EVALUATION_SHARE
     pointer = "" if passed else (
-        f"{share:.0%} of the time goes into evaluation: lower evaluation.times or "
-        "evaluation.sentences, or evaluation.beam"
+        f"{share:.0%} of the time goes into evaluation: lower evaluation.num_evaluations or "
+        "evaluation.sentences, or decoding.beam"
     )  # fmt: skip
     return CheckResult(
         "time and cost", passed, found, f"evaluation ≤ {MAX_EVALUATION_SHARE:.0%} of it", pointer,
