@@ -54,7 +54,7 @@ OVERRIDES = (
     "task.corpus=3", "task.corpus=[]", "task.corpus.kind=[1]", 'task.corpus={"kind": ["text"]}',
     'task.corpus={"kind": {"a": 1}}', "task.corpus.train=null", "task.corpus.train.source=[]",
     "task.corpus.train.source=[[1]]", 'task.tokenizer={"kind": ["bpe"]}', "task.tokenizer=[1]",
-    "task.metric=[1]", "task.metric={}", "task.max_source_length=0", "evaluation.beam=0",
+    "task.metric=[1]", "task.metric={}", "task.max_source_length=0", "decoding.beam=0",
     "compute.workers=0", "compute.devices={}", "compute.devices=[1]", "compute.device=[1]",
     "init=[]", "init=3", 'init="\\n"', "batch=[1]", "batch.order=[1]", "batch.subset=2",
     "objective=3", "objective=[]", 'objective={"x": [1]}',

@@ -24,6 +24,7 @@ def evaluate(
 
     options, rest = split_words(Scoring(), overrides or [])
     own = {key: rest.pop(key) for key in Decoding.model_fields if key in rest}
+    Decoding().override(own)  # a bad option is refused before the model is read
     value = resolve(task, [Task]).override(rest)
     bundle = open_model(model, workspace)
     is_of_frames = isinstance(value.source_tokenizer, Frames)

@@ -25,10 +25,11 @@ def translate(
     A model of recordings reads their paths: one a line, or several of one utterance with tabs.
     """
     from vinedresser.cli.options import decoding_of
-    from vinedresser.config import parse_overrides
+    from vinedresser.config import Decoding, parse_overrides
     from vinedresser.errors import DataError
 
     values = parse_overrides(overrides or [])
+    Decoding().override(values)  # a bad option is refused before the model is read
     bundle = open_model(model, workspace)
     decoding = decoding_of(bundle.experiment.decoding, values)
     lines: list[str] = []
