@@ -117,7 +117,7 @@ def trace_steps(path_of: Callable[[int], Path], points: Points | None = None) ->
 
     def training_steps(*words: Any, **more: Any) -> Iterator[Step]:
         now["step"] = more.get("start", 0)
-        stream = os.open(path_of(more["place"].rank), os.O_APPEND | os.O_CREAT | os.O_WRONLY)
+        stream = os.open(path_of(more["device"].rank), os.O_APPEND | os.O_CREAT | os.O_WRONLY)
         for step in steps(*words, **more):
             now["step"] = step.index
             os.write(stream, f"{line_of(step)}\n".encode())
