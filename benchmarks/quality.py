@@ -40,7 +40,7 @@ from vinedresser.evaluate import evaluate
 from vinedresser.metrics import measure
 from vinedresser.model import Vocabulary
 from vinedresser.training.device import resolve_device, seed_step
-from vinedresser.training.fit import AveragedWeights
+from vinedresser.training.ema import AveragedWeights
 from vinedresser.training.optimizer import build_optimizer, learning_rate
 from vinedresser.training.step import training_steps
 from vinedresser.workspace.commit import digest_of

@@ -58,23 +58,26 @@ def _experiment(workers: int = 1) -> Any:
 
 def in_group(plain: Path, workspace: Path) -> None:
     """What `vinedresser train` does for several workers, with a worker group of one."""
-    from vinedresser.cli.app import _quiet_libraries
+    from vinedresser.cli.app import _open_streams
 
-    _quiet_libraries()
+    _open_streams()
     from vinedresser.cluster import connect
     from vinedresser.config import Experiment
     from vinedresser.data.shards import prepare
-    from vinedresser.distributed import Site
+    from vinedresser.distributed.context import RunContext
     from vinedresser.distributed.group import train_in_group
     from vinedresser.tracking import store_for
+    from vinedresser.training.listener import Listener
     from vinedresser.training.outcome import run_folder
+    from vinedresser.workspace.layout import Workspace
 
     experiment = Experiment.from_json(json.loads(plain.read_text()))
     with connect():
         shards = prepare(experiment.task, workspace / "shards")
         store = store_for(workspace, experiment.task.name)
-        folder = run_folder(experiment, shards, workspace)
-        train_in_group(experiment, Site(str(shards.folder), str(workspace), store), folder)
+        context = RunContext(shards, Workspace(workspace), store)
+        folder = run_folder(experiment, shards, context.workspace)
+        train_in_group(experiment, context, folder, listener=Listener())
 
 
 class Start:

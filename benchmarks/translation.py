@@ -8,7 +8,9 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.corpora.multi30k import multi30k
 from search_spaces.translation import EXPERIMENT
@@ -16,9 +18,22 @@ from vinedresser.bundle import load_bundle
 from vinedresser.config import Decoding
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import prepare
-from vinedresser.distributed import Site, train
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.train import train
 from vinedresser.evaluate import evaluate
 from vinedresser.tracking import store_for
+from vinedresser.training.listener import Listener
+from vinedresser.workspace.layout import Workspace
+
+
+class Printed(Listener):
+    """Prints each evaluation."""
+
+    def evaluated(self, report: Mapping[str, Any]) -> None:
+        """See Listener."""
+        print(dict(report))
+
+    finished = evaluated
 
 
 def main() -> None:
@@ -27,9 +42,10 @@ def main() -> None:
     experiment = EXPERIMENT.model_copy(update={"task": task})
     with tempfile.TemporaryDirectory() as workspace:
         shards = prepare(task, Path(workspace) / "shards", executor="in_process")
-        site = Site(str(shards.folder), workspace, store_for(Path(workspace), task.name))
+        place = Workspace(Path(workspace))
+        context = RunContext(shards, place, store_for(place.path, task.name))
         load, started = os.getloadavg()[0], time.perf_counter()
-        outcome = train(experiment, site, report=lambda metrics: print(dict(metrics)))
+        outcome = train(experiment, context, listener=Printed())
         seconds = time.perf_counter() - started
         bundle = load_bundle(Path(outcome.bundle))
         scores = {

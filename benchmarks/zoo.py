@@ -42,9 +42,11 @@ from vinedresser.data.shards import ShardSet, prepare, tokenizers
 from vinedresser.evaluate import Scores, evaluate
 from vinedresser.tracking import NullTracker
 from vinedresser.training.device import Device, resolve_device
+from vinedresser.training.listener import Listener
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.run import Run
 from vinedresser.training.step import training_steps
+from vinedresser.workspace.layout import RunFolder
 
 # Share of the budget that the probe may take; it is not counted.
 _PROBE = 0.05
@@ -149,17 +151,16 @@ class Job:
         return base.override({**change, "name": f"{self.task}-{self.model}"})
 
 
-class Clock(NullTracker):
+class CpuClock(Listener):
     """CPU seconds of this process in training: from the start, or an evaluation, to a log line.
 
-    fit() writes a line just before it evaluates, and the evaluation writes its scores at its end.
+    The loop logs just before it evaluates, and an evaluation logs its scores at its end.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.seconds, self._since = 0.0, time.process_time()
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:  # noqa: ARG002 - Tracker
+    def log(self, metrics: Mapping[str, float], step: int) -> None:  # noqa: ARG002 - Listener
         """Counts what came before a line of training."""
         now = time.process_time()
         if "train/nats_per_token" in metrics:
@@ -178,10 +179,10 @@ def run(job: Job) -> dict[str, Any]:
     steps = max(steps, experiment.evaluation.num_evaluations)
     change = {"steps": steps, "optim.warmup_steps": min(max(steps // 10, 1), 150)}
     with tempfile.TemporaryDirectory(dir=job.workspace) as folder:
-        clock = Clock()
+        clock = CpuClock()
         outcome = Run(
-            experiment.override(change), shards, Path(folder) / "run", device=where, tracker=clock,
-            report=lambda _: None,
+            experiment.override(change), shards, RunFolder(Path(folder) / "run"), device=where,
+            tracker=NullTracker(), listener=clock,
         ).execute()  # fmt: skip
         assert outcome is not None
         bundle = load_bundle(Path(outcome.bundle))

@@ -12,11 +12,15 @@ from safetensors.torch import load_file
 
 from vinedresser.config import Experiment
 from vinedresser.data.shards import ShardSet
+from vinedresser.health.monitor import RunMonitor
+from vinedresser.health.rules import RunFacts
 from vinedresser.tracking import MemoryTracker
-from vinedresser.training.checkpoint import optimizer_tensors
 from vinedresser.training.device import Device
+from vinedresser.training.listener import Listener
+from vinedresser.training.optimizer import OptimizerState
 from vinedresser.training.outcome import Outcome, finished, run_folder
-from vinedresser.training.run import Run
+from vinedresser.training.run import Monitor, Run
+from vinedresser.workspace.layout import RunFolder, Workspace
 
 HERE = Device(torch.device("cpu"), None)
 TRANSFORMER = {
@@ -48,16 +52,45 @@ def experiment(shards: ShardSet, **changes: Any) -> Experiment:
     return base.override({**settled, **changes})
 
 
+class Reports(Listener):
+    """Passes the reports of a run to a function; without one, forgets them."""
+
+    def __init__(self, report: Callable[[Mapping[str, Any]], None] = lambda _: None) -> None:
+        self.evaluated = self.finished = report  # type: ignore[method-assign]
+
+
+class MonitoredRun(Run):
+    """A run with the monitor that a command gives it.
+
+    Attributes:
+        health: the monitor.
+    """
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        facts = RunFacts.of(self.experiment, vocabulary=self.tokenizers[1].size)
+        self.tracker, every = named["tracker"], self.schedule.log_every
+        self.health = RunMonitor(self.model, facts, self.tracker, every=every)
+
+    def execute(self, monitor: Monitor | None = None) -> Outcome | None:
+        return super().execute(monitor or self.health)
+
+
+def folder_of(config: Experiment, shards: ShardSet, workspace: Path) -> RunFolder:
+    return run_folder(config, shards, Workspace(workspace))
+
+
 def a_run(
     config: Experiment,
     shards: ShardSet,
     workspace: Path,
     report: Callable[[Mapping[str, Any]], None] = lambda _: None,
     **more: Any,
-) -> Run:
+) -> MonitoredRun:
     """The run that `vinedresser train` would make, in this process."""
-    folder, given = run_folder(config, shards, workspace), {"tracker": MemoryTracker(), **more}
-    return Run(config, shards, folder, device=HERE, report=report, **given)
+    folder, given = folder_of(config, shards, workspace), {"tracker": MemoryTracker(), **more}
+    listener = Reports(report)
+    return MonitoredRun(config, shards, folder, device=HERE, listener=listener, **given)
 
 
 class KilledError(Exception):
@@ -75,7 +108,7 @@ def killed_run(config: Experiment, shards: ShardSet, workspace: Path, at: float)
     with pytest.raises(KilledError):
         run.execute()
     assert finished(run.folder) is None
-    return run.folder
+    return run.folder.path
 
 
 def ending(run: Run, outcome: Outcome | None) -> dict[str, Any]:
@@ -83,8 +116,10 @@ def ending(run: Run, outcome: Outcome | None) -> dict[str, Any]:
     assert outcome is not None
     tensors = {
         **{f"model.{name}": t for name, t in run.model.state_dict().items()},
-        **{f"average.{name}": t for name, t in run.averaged.tensors.items()},
-        **{f"optimizer.{name}": t for name, t in optimizer_tensors(run.optimizer).items()},
+        **{f"average.{name}": t for name, t in run.ema.tensors.items()},
+        **{
+            f"optimizer.{name}": t for name, t in OptimizerState(run.optimizer).state_dict().items()
+        },
         **load_file(Path(outcome.bundle) / "weights.safetensors"),
     }
     said = (outcome.history, outcome.scores, outcome.best_step, outcome.last_report)
@@ -101,14 +136,21 @@ from vinedresser.workspace.lease import leased
 from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
 from vinedresser.errors import VinedresserError
+from vinedresser.training.listener import Listener
 from vinedresser.training.run import Run
 from vinedresser.training.outcome import run_folder
+from vinedresser.workspace.layout import RunFolder, Workspace
 from vinedresser.tracking import NullTracker
 from vinedresser.training.device import Device
 torch.set_num_threads(1)
 config, shards = Experiment.from_json(json.loads(sys.argv[1])), open_shards(Path(sys.argv[2]))
 def a_run(folder, device=Device(torch.device("cpu"), None), report=lambda _: None):
-    return Run(config, shards, folder, device=device, tracker=NullTracker(), report=report)
+    listener = Listener()
+    listener.evaluated = listener.finished = report
+    tracker = NullTracker()
+    return Run(config, shards, folder, device=device, tracker=tracker, listener=listener)
+def folder_of(config, shards, workspace):
+    return run_folder(config, shards, Workspace(Path(workspace)))
 """
     plain = json.dumps(config.to_json())
     return [sys.executable, "-c", begin + code, plain, str(shards.folder), *map(str, words)]

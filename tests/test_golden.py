@@ -37,12 +37,11 @@ def trained(task: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) 
         settings: dotted key of an experiment -> value; `model` is a mapping with `kind`.
         folder: of shards and run.
     """
+    from tests.short_run import MonitoredRun, folder_of
     from vinedresser.config import Experiment, Task
     from vinedresser.data.shards import prepare
     from vinedresser.tracking import MemoryTracker
     from vinedresser.training.device import Device
-    from vinedresser.training.outcome import run_folder
-    from vinedresser.training.run import Run
 
     shards = prepare(Task.from_json(task), folder / "shards", executor="in_process")
     common = {
@@ -59,13 +58,12 @@ def trained(task: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) 
     base = Experiment.from_json({"task": dict(task), "model": settings["model"]})
     experiment = base.override({**common, **changes})
     tracker = MemoryTracker()
-    run = Run(
+    run = MonitoredRun(
         experiment,
         shards,
-        run_folder(experiment, shards, folder),
+        folder_of(experiment, shards, folder),
         device=Device(torch.device("cpu"), None),
         tracker=tracker,
-        report=lambda _: None,
     )
     run.execute()
     # Every update is logged, for there are 50 log lines in a run.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.short_run import Reports
 from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cli import main
 from vinedresser.config import Batching, Experiment, Task
@@ -25,6 +26,7 @@ from vinedresser.evaluate import evaluate, tokenized
 from vinedresser.tracking import NullTracker
 from vinedresser.training.device import Device
 from vinedresser.training.run import Run
+from vinedresser.workspace.layout import RunFolder
 
 soundfile = pytest.importorskip("soundfile", reason="the extra `speech` is not installed")
 pytest.importorskip("kaldi_native_fbank", reason="the extra `speech` is not installed")
@@ -143,7 +145,12 @@ def bundle(task, shards, one_thread, tmp_path_factory: pytest.TempPathFactory) -
     workspace = tmp_path_factory.mktemp("space")
     device = Device(torch.device("cpu"), None)
     run = Run(
-        experiment, shards, workspace / "run", device=device, tracker=NullTracker(), report=print
+        experiment,
+        shards,
+        RunFolder(workspace / "run"),
+        device=device,
+        tracker=NullTracker(),
+        listener=Reports(print),
     )
     outcome = run.execute()
     assert outcome is not None

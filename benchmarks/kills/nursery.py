@@ -32,18 +32,20 @@ from torch.optim.optimizer import (
 from vinedresser import evaluate as evaluation
 from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
-from vinedresser.distributed import Site, worker
-from vinedresser.distributed import train as command
+from vinedresser.distributed import train as distributed
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.train import train as command
 from vinedresser.errors import InterruptedRunError
 from vinedresser.tracking import NullTracker, store_for
 from vinedresser.training import evaluator as judging
 from vinedresser.training import run as runner
-from vinedresser.training.checkpoint import optimizer_tensors
 from vinedresser.training.device import resolve_device
+from vinedresser.training.optimizer import OptimizerState
 from vinedresser.training.outcome import Outcome, run_folder
 from vinedresser.training.run import Run
 from vinedresser.training.step import Step
-from vinedresser.workspace import lease as attempts
+from vinedresser.workspace import stopping
+from vinedresser.workspace.layout import Workspace
 
 # A named point, and the how-manieth pass of it, where a process gets SIGKILL or another signal.
 Blow = tuple[str, int] | tuple[str, int, int]
@@ -171,8 +173,8 @@ def state(run: Run) -> str:
     """Digests of all that training changes: weights, averages, the optimizer's moments."""
     groups = {
         "model": run.model.state_dict(),
-        "average": run.averaged.tensors,
-        "optimizer": optimizer_tensors(run.optimizer),
+        "average": run.ema.tensors,
+        "optimizer": OptimizerState(run.optimizer).state_dict(),
     }
     return json.dumps({name: tensors_digest(tensors) for name, tensors in groups.items()})
 
@@ -194,18 +196,18 @@ def train(job: Job, at: Blow | None, counts: Path | None = None) -> None:
 
     execute = Run.execute
 
-    def begun(run: Run) -> Outcome | None:
+    def begun(run: Run, monitor: Any = None) -> Outcome | None:
         runs.append(run)
         points("start")
-        return execute(run)
+        return execute(run, monitor)
 
     store = store_for(job.workspace, "kills")
-    site = Site(str(job.shards), str(job.workspace), store, kind="prune")
-    attempts._LOOK_SECONDS = 0.0  # a request to stop is seen at once
+    context = RunContext(open_shards(job.shards), Workspace(job.workspace), store, kind="prune")
+    stopping._POLL_SECONDS = 0.0  # a stop request is seen at once
     Run.execute = begun
-    worker._open = lambda *_: NullTracker()
+    distributed.open_run = lambda *_, **__: NullTracker()
     config = Experiment.from_json(job.experiment)
-    outcome = command(config, site, report=lambda _: None)
+    outcome = command(config, context)
     with job.trace.open("a") as stream:
         stream.writelines(f"state {state(run)}\n" for run in runs)
         stream.write(f"end {ending(outcome)}\n")
@@ -243,10 +245,9 @@ def _be(rank: int, job: Job) -> None:
     run = Run(
         config,
         shards,
-        run_folder(config, shards, job.workspace),
+        run_folder(config, shards, Workspace(job.workspace)),
         device=resolve_device(config.compute, rank=rank),
         tracker=NullTracker(),
-        report=lambda _: None,
     )
     outcome = run.execute()
     if outcome is not None:

@@ -18,6 +18,7 @@ from vinedresser.training.device import resolve_device
 from vinedresser.training.outcome import run_folder
 from vinedresser.training.run import Run
 from vinedresser.training.step import training_steps
+from vinedresser.workspace.layout import Workspace
 
 _ROOT = Path(__file__).parents[2]
 _SAVES = 5
@@ -47,27 +48,26 @@ def _experiments() -> Iterator[tuple[str, Experiment, int]]:
 def _one(config: Experiment, folder: Path, count: int) -> dict[str, float]:
     config = config.override({"compute.threads": 1, "compute.device": "cpu"})
     shards = prepare(config.task, folder / "shards", executor="in_process")
-    where = run_folder(config, shards, folder)
+    where = run_folder(config, shards, Workspace(folder))
     run = Run(
         config,
         shards,
         where,
         device=resolve_device(config.compute),
         tracker=NullTracker(),
-        report=lambda _: None,
     )
     batches = stream(shards, config.batch, seed=config.seed)
     steps = training_steps(run.model, batches, run.optimizer, config, device=run.device)
     for _ in range(_WARM_UP):
-        run.averaged.update(next(steps).index)
+        run.ema.update(next(steps).index)
     began = time.perf_counter()
     for _ in range(count):
-        run.averaged.update(next(steps).index)
+        run.ema.update(next(steps).index)
     step_seconds = (time.perf_counter() - began) / count
     batches.close()
     run.lease.take(force=True)
     # As after an evaluation: the best weights so far are stored, too.
-    run.evaluator.best = {name: tensor.clone() for name, tensor in run.averaged.tensors.items()}
+    run.evaluator.best = {name: tensor.clone() for name, tensor in run.ema.tensors.items()}
     saves, syncs = [], []
     for number in range(1, _SAVES + 1):
         with _timed_fsync() as spent:

@@ -17,8 +17,11 @@ from kills import forms, nursery
 
 from vinedresser.cluster import connect
 from vinedresser.config import Experiment
-from vinedresser.distributed import Site, train
+from vinedresser.data.shards import open_shards
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.train import train
 from vinedresser.tracking import store_for
+from vinedresser.workspace.layout import Workspace
 
 # Of each run, who dies in turn: a worker, or the driver, which is then started again.
 PATTERNS = ("WWD", "WDW", "DWW", "W")
@@ -182,21 +185,21 @@ def _name(process: psutil.Process) -> str:
         return ""
 
 
-class _TracedSite(Site):
-    """A site whose arrival in a process makes its training loop write down every update."""
+class _TracedContext(RunContext):
+    """A context whose arrival in a process makes its training loop write down every update."""
 
-    def __init__(self, site: Site, folder: Path) -> None:
-        super().__init__(**{each.name: getattr(site, each.name) for each in fields(site)})
+    def __init__(self, context: RunContext, folder: Path) -> None:
+        super().__init__(**{each.name: getattr(context, each.name) for each in fields(context)})
         self.__dict__["folder"] = folder
 
     def __reduce__(self) -> tuple[Any, ...]:
-        plain = {each.name: getattr(self, each.name) for each in fields(Site)}
+        plain = {each.name: getattr(self, each.name) for each in fields(RunContext)}
         return _traced, (plain, self.__dict__["folder"])
 
 
-def _traced(plain: Mapping[str, Any], folder: Path) -> Site:
+def _traced(plain: Mapping[str, Any], folder: Path) -> RunContext:
     nursery.trace_steps(lambda rank: folder / f"trace-{rank}")
-    return Site(**plain)
+    return RunContext(**plain)
 
 
 def drive(plan: Path) -> None:
@@ -204,12 +207,12 @@ def drive(plan: Path) -> None:
     words = json.loads(plan.read_text())
     folder = Path(words["folder"])
     workspace = folder / "workspace"
-    site = Site(words["shards"], str(workspace), store_for(workspace, "kills"))
+    shards, store = open_shards(Path(words["shards"])), store_for(workspace, "kills")
+    context = RunContext(shards, Workspace(workspace), store)
     with connect(cpus=2):
         outcome = train(
             Experiment.from_json(words["experiment"]),
-            _TracedSite(site, folder),
-            report=lambda _: None,
+            _TracedContext(context, folder),
         )
     with (folder / "trace-0").open("a") as stream:
         stream.write(f"end {nursery.ending(outcome)}\n")

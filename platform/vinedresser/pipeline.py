@@ -19,8 +19,9 @@ from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cluster import connect
 from vinedresser.config import Experiment, SafeName, Section
 from vinedresser.config.study import Study
-from vinedresser.data.shards import ShardSet, prepare
-from vinedresser.distributed import Site, train
+from vinedresser.data.shards import prepare
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.train import train
 from vinedresser.figures.training import curves, heads_against_quality
 from vinedresser.pruning.heads import count_heads
 from vinedresser.pruning.search import HEADS, Pruner, Pruning, held_out
@@ -28,20 +29,21 @@ from vinedresser.registry.gate import Gate
 from vinedresser.registry.registration import Registered, register
 from vinedresser.sweep import SweepOutcome, TrialRow, short_params, sweep
 from vinedresser.tracking import Tracker, ending, initialise, open_run, reap, store_for
+from vinedresser.training.listener import Listener
 from vinedresser.training.outcome import Outcome, finished, run_folder
-from vinedresser.training.progress import Tell, untold
 from vinedresser.workspace.commit import digest_of
 from vinedresser.workspace.layout import Workspace
 from vinedresser.workspace.storage import write_file
 
 _log = logging.getLogger(__name__)
 
-Watch = Callable[[], AbstractContextManager[Tell]]
+Watch = Callable[[Experiment], AbstractContextManager[Listener]]
 
 
-def unwatched() -> AbstractContextManager[Tell]:
-    """Show no progress."""
-    return nullcontext(untold)
+def unwatched(experiment: Experiment) -> AbstractContextManager[Listener]:
+    """Display nothing of a training."""
+    del experiment
+    return nullcontext(Listener())
 
 
 class Pipeline(Section):
@@ -127,8 +129,7 @@ class Chain:
     """A pipeline that runs: its inputs, and the results of the steps done so far."""
 
     pipeline: Pipeline
-    shards: ShardSet
-    site: Site
+    context: RunContext
     tracker: Tracker
     watch: Watch
     trials: SweepOutcome = field(init=False)
@@ -143,7 +144,7 @@ def _sweep(chain: Chain) -> None:
     """Search the study's space."""
     study = chain.pipeline.study
     _log.info("sweep: %d trials over %s", study.num_trials, ", ".join(study.space))
-    chain.trials = sweep(study, replace(chain.site, kind="trial"), chain.shards)
+    chain.trials = sweep(study, replace(chain.context, kind="trial"))
     best, metric = chain.trials.best, chain.trials.metric
     params = short_params(best.params)
     _log.info(
@@ -155,20 +156,12 @@ def _train_finalist(chain: Chain) -> None:
     """Train the best configuration further."""
     best, metric = chain.trials.best, chain.trials.metric
     experiment = chain.pipeline.finalist_experiment(best)
-    folder = run_folder(experiment, chain.shards, Path(chain.site.workspace))
+    folder = run_folder(experiment, chain.context.shards, chain.context.workspace)
     known = " unchanged," if finished(folder) else ""
     _log.info("finalist:%s %d steps from trial %d", known, experiment.steps, best.number)
 
-    def report(metrics: Mapping[str, Any]) -> None:
-        if f"dev/{metric}" in metrics:
-            _log.info(
-                "  step %d/%d  %s %.2f  teacher-forced %.3f nats",
-                metrics["step"], experiment.steps, metric, metrics[f"dev/{metric}"],
-                metrics["dev/teacher_forced_nats"],
-            )  # fmt: skip
-
-    with chain.watch() as tell:
-        outcome = chain.finalist = train(experiment, chain.site, report=report, tell=tell)
+    with chain.watch(experiment) as listener:
+        outcome = chain.finalist = train(experiment, chain.context, listener=listener)
     _log.info(
         "finalist: dev %s %.2f at step %d; selection by the loss would have cost %.2f",
         metric, outcome.value, outcome.best_step, outcome.selection_regret,
@@ -180,9 +173,7 @@ def _train_finalist(chain: Chain) -> None:
 def _prune(chain: Chain) -> None:
     """Search for the finalist's superfluous heads and choose a trial."""
     pipeline, finalist = chain.pipeline, load_bundle(Path(chain.finalist.bundle))
-    chain.pruner = Pruner(
-        pipeline.name, pipeline.pruning, finalist, shards=chain.shards, site=chain.site
-    )
+    chain.pruner = Pruner(pipeline.name, pipeline.pruning, finalist, context=chain.context)
     trials = chain.pruner.search()
     chain.pruned = chain.pruner.choose(trials)
     total = sum(heads.total for heads in count_heads(finalist.model).values())
@@ -206,8 +197,8 @@ def _register(chain: Chain) -> None:
     registered = chain.registered = register(
         chain.small.manifest,
         name=pipeline.model_name,
-        store=chain.site.store,
-        gate=pipeline.gate.override({"split": held_out(chain.shards)}),
+        store=chain.context.store,
+        gate=pipeline.gate.override({"split": held_out(chain.context.shards)}),
         run_id=run_id,
     )
     _log.info(
@@ -269,8 +260,8 @@ def retrain(pipeline: Pipeline, workspace: Path, *, watch: Watch = unwatched) ->
             },
         )
         with ending(tracker):
-            site = Site(str(shards.folder), str(place.path), store, parent=tracker.run_id)
-            chain = Chain(pipeline, shards, site, tracker, watch)
+            context = RunContext(shards, place, store, parent=tracker.run_id)
+            chain = Chain(pipeline, context, tracker, watch)
             for step in STEPS:
                 step.run(chain)
             seconds = round(time.perf_counter() - started, 1)

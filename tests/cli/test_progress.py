@@ -1,14 +1,20 @@
 """The bar and the lines of a run, on a clock that the test turns."""
 
 import io
+import logging
 import math
 import sys
 
 import pytest
 from rich.console import Console, RenderableType
 
-from vinedresser.cli.progress import Bar, Clock, Lines, duration, quantity, sparkline, watching
-from vinedresser.training.progress import Best, Progress
+from vinedresser.cli.progress import Bar, Lines, TimeLeft, duration, quantity, sparkline, watching
+from vinedresser.config import Experiment
+from vinedresser.training.listener import Best, Progress
+
+CORPUS = {"train": {"source": "a", "target": "b"}, "dev": {"source": "c", "target": "d"}}
+TASK = {"name": "t", "corpus": CORPUS, "tokenizer": {"kind": "symbols"}, "metric": "per"}
+RUN = Experiment.from_json({"task": TASK, "model": {"kind": "transformer"}})
 
 
 class Hand:
@@ -23,57 +29,58 @@ class Hand:
 
 def test_time_left_counts_updates_and_evaluations_apart():
     hand = Hand()
-    clock = Clock(hand)
-    assert math.isnan(clock.seconds_left)
-    clock.see(Progress(0, 100, 0.0, 4))
+    clock = TimeLeft(hand)
+    assert math.isnan(clock.seconds)
+    clock.add(Progress(0, 100, 0.0, 4))
     hand.time += 60  # compilation
-    clock.see(Progress(1, 100, 0.0, 4))
-    assert math.isnan(clock.seconds_left)
+    clock.add(Progress(1, 100, 0.0, 4))
+    assert math.isnan(clock.seconds)
     for step in range(2, 26):
         hand.time += 2
-        clock.see(Progress(step, 100, 0.0, 4))
+        clock.add(Progress(step, 100, 0.0, 4))
         wanted = 2 * (100 - step) if step > 5 else math.nan
-        assert clock.seconds_left == pytest.approx(wanted, nan_ok=True)
-    clock.see(Progress(25, 100, 0.0, 4, phase="evaluating"))
+        assert clock.seconds == pytest.approx(wanted, nan_ok=True)
+    clock.add(Progress(25, 100, 0.0, 4, phase="evaluating"))
     hand.time += 10
-    clock.see(Progress(25, 100, 0.0, 3))
-    assert clock.seconds_left == pytest.approx(2 * 75 + 3 * 10)
+    clock.add(Progress(25, 100, 0.0, 3))
+    assert clock.seconds == pytest.approx(2 * 75 + 3 * 10)
     hand.time += 2
-    clock.see(Progress(26, 100, 0.0, 3))
-    assert clock.seconds_left == pytest.approx(2 * 74 + 3 * 10)
+    clock.add(Progress(26, 100, 0.0, 3))
+    assert clock.seconds == pytest.approx(2 * 74 + 3 * 10)
 
 
 def test_time_left_follows_the_last_minute():
     hand = Hand()
-    clock = Clock(hand)
-    clock.see(Progress(0, 1000, 0.0, 0))
+    clock = TimeLeft(hand)
+    clock.add(Progress(0, 1000, 0.0, 0))
     for step in range(1, 301):
         hand.time += 4 if step <= 200 else 1
-        clock.see(Progress(step, 1000, 0.0, 0))
-    assert clock.seconds_left == pytest.approx(700)
+        clock.add(Progress(step, 1000, 0.0, 0))
+    assert clock.seconds == pytest.approx(700)
 
 
 def test_a_resumed_run_is_not_faster_for_what_was_done_before():
     hand = Hand()
-    clock = Clock(hand)
-    clock.see(Progress(900, 1000, 9.0, 1))
-    assert math.isnan(clock.seconds_left)
+    clock = TimeLeft(hand)
+    clock.add(Progress(900, 1000, 9.0, 1))
+    assert math.isnan(clock.seconds)
     for step in (901, 902, 903):
         hand.time += 11
-        clock.see(Progress(step, 1000, 9.0, 1))
-    assert clock.seconds_left == pytest.approx(11 * 97)
+        clock.add(Progress(step, 1000, 9.0, 1))
+    assert clock.seconds == pytest.approx(11 * 97)
 
 
-def test_lines_at_log_lines_five_seconds_apart():
-    hand, said = Hand(), []
-    lines = Lines(said.append, now=hand)
-    lines(Progress(0, 900, 0.0, 2))
+def test_lines_at_log_lines_five_seconds_apart(caplog):
+    caplog.set_level(logging.INFO)
+    hand = Hand()
+    lines = Lines(RUN, now=hand)
+    lines.progress(Progress(0, 900, 0.0, 2))
     for step in range(1, 121):
         hand.time += 0.125
         loss = 4 - step / 100 if step % 10 == 0 else None
         best = Best("per", 12.34, 80) if step > 80 else None
-        lines(Progress(step, 900, step / 100, 1, "training", loss, 11_234.0, best))
-    assert said == [
+        lines.progress(Progress(step, 900, step / 100, 1, "training", loss, 11_234.0, best))
+    assert caplog.messages == [
         "step 10/900  epoch 0.10  loss 3.90  11.2k tok/s  ETA 1:51",
         "step 50/900  epoch 0.50  loss 3.50  11.2k tok/s  ETA 1:46",
         "step 90/900  epoch 0.90  loss 3.10  11.2k tok/s  ETA 1:41  best per 12.34 (step 80)",
@@ -89,12 +96,14 @@ def rendered(picture: RenderableType, width: int) -> list[str]:
 @pytest.mark.parametrize("width", [30, 60, 80, 200])
 def test_the_bar_keeps_its_two_lines_at_any_width(width):
     hand, pictures = Hand(), list[RenderableType]()
-    bar = Bar(pictures.append, now=hand)
-    bar(Progress(0, 900, 0.0, 2))
+    bar = Bar(RUN, pictures.append, now=hand)
+    bar.progress(Progress(0, 900, 0.0, 2))
     for step in range(1, 451):
         hand.time += 0.125
         loss = 9 - step / 100 if step % 10 == 0 else None
-        bar(Progress(step, 900, step / 100, 1, "training", loss, 11_234.0, Best("per", 12.34, 100)))
+        bar.progress(
+            Progress(step, 900, step / 100, 1, "training", loss, 11_234.0, Best("per", 12.34, 100))
+        )
     # Every second update ends a quarter of a second.
     assert len(pictures) == 1 + 225
     first, last = rendered(pictures[0], width), rendered(pictures[-1], width)
@@ -109,26 +118,26 @@ def test_the_bar_keeps_its_two_lines_at_any_width(width):
 
 def test_an_evaluation_is_shown_at_once():
     hand, pictures = Hand(), list[RenderableType]()
-    bar = Bar(pictures.append, now=hand)
-    bar(Progress(10, 90, 0.1, 2))
-    bar(Progress(10, 90, 0.1, 2, phase="evaluating"))
+    bar = Bar(RUN, pictures.append, now=hand)
+    bar.progress(Progress(10, 90, 0.1, 2))
+    bar.progress(Progress(10, 90, 0.1, 2, phase="evaluating"))
     assert "evaluating" in rendered(pictures[-1], 80)[0]
-    bar(Progress(10, 90, 0.1, 1))
+    bar.progress(Progress(10, 90, 0.1, 1))
     assert "ETA -:--" in rendered(pictures[-1], 80)[0]
     assert len(pictures) == 3
 
 
-def test_no_bar_where_there_is_no_terminal():
-    said = []
+def test_no_bar_where_there_is_no_terminal(caplog):
+    caplog.set_level(logging.INFO)
     for console in (
         Console(file=io.StringIO()),
         Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"}),
         Console(file=io.TextIOWrapper(io.BytesIO(), "latin-1"), force_terminal=True),
     ):
-        with watching(said.append, console=console) as tell:
-            assert isinstance(tell, Lines)
-            tell(Progress(3, 9, 0.5, 1, "training", 2.0, 900.0))
-    assert said == ["step 3/9  epoch 0.50  loss 2.00  900 tok/s"] * 3
+        with watching(RUN, console=console) as shown:
+            assert isinstance(shown, Lines)
+            shown.progress(Progress(3, 9, 0.5, 1, "training", 2.0, 900.0))
+    assert caplog.messages == ["step 3/9  epoch 0.50  loss 2.00  900 tok/s"] * 3
 
 
 def test_what_is_written_meanwhile_stands_above_the_bar(monkeypatch, capsys):
@@ -137,8 +146,8 @@ def test_what_is_written_meanwhile_stands_above_the_bar(monkeypatch, capsys):
     console = Console(
         file=file, force_terminal=True, width=60, _environ={"TERM": "xterm"}, color_system=None
     )
-    with watching(lambda _: None, console=console) as tell:
-        tell(Progress(3, 9, 0.5, 1, "training", 2.0, 900.0))
+    with watching(RUN, console=console) as shown:
+        shown.progress(Progress(3, 9, 0.5, 1, "training", 2.0, 900.0))
         sys.stderr.write("a warning [bold] of 3 lines\n")
         sys.stderr.flush()
         sys.stdout.write("a result\n")

@@ -340,8 +340,10 @@ def bundle(
     """A model of the tiny task."""
     from trainables.transformer import TransformerConfig
     from vinedresser.config import Experiment, Optim
-    from vinedresser.distributed import Site, train
+    from vinedresser.distributed.context import RunContext
+    from vinedresser.distributed.train import train
     from vinedresser.tracking import store_for
+    from vinedresser.workspace.layout import Workspace
 
     folder = with_database(tmp_path_factory.mktemp("bundle"))
     experiment = Experiment(
@@ -350,8 +352,8 @@ def bundle(
         optim=Optim(lr=5e-3, warmup_steps=10),
         steps=40,
     )
-    site = Site(str(reversal.folder), str(folder), store_for(folder, "reversal"))
-    return Path(train(experiment, site, report=lambda _: None).bundle)
+    site = RunContext(reversal, Workspace(folder), store_for(folder, "reversal"))
+    return Path(train(experiment, site).bundle)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
-from vinedresser.distributed.failures import OwnPolicy, cause
+from vinedresser.distributed.failures import ProgressPolicy, final_error
 from vinedresser.errors import DataError, MachineError, TrainingError
 from vinedresser.training.run import RolledBackError
+from vinedresser.workspace.layout import RunFolder
 
 AGAIN, END = FailureDecision.RETRY, FailureDecision.RAISE
 DEAD = WorkerGroupError("died", {1: RuntimeError("killed")})
@@ -26,36 +27,36 @@ def checkpoint(folder: Path, step: int) -> None:
 @pytest.mark.fault("T22")
 def test_t22_deaths_without_a_new_checkpoint_are_counted_and_outlive_the_driver(tmp_path) -> None:
     checkpoint(tmp_path, 4)
-    assert OwnPolicy(tmp_path).make_decision(DEAD) is AGAIN
-    assert OwnPolicy(tmp_path).make_decision(DEAD) is AGAIN  # another driver
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(DEAD) is AGAIN
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(DEAD) is AGAIN  # another driver
     checkpoint(tmp_path, 8)
     for _ in range(2):
-        assert OwnPolicy(tmp_path).make_decision(DEAD) is AGAIN
-    assert OwnPolicy(tmp_path).make_decision(DEAD) is END
-    error = cause(DEAD, tmp_path)
+        assert ProgressPolicy(RunFolder(tmp_path)).make_decision(DEAD) is AGAIN
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(DEAD) is END
+    error = final_error(DEAD, RunFolder(tmp_path))
     assert isinstance(error, TrainingError)
     assert "workers died 3 times without a checkpoint after step 8" in error.args[0]
     assert "Last: killed" in error.args[0]
     # Who was told may try again.
-    assert OwnPolicy(tmp_path).make_decision(DEAD) is AGAIN
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(DEAD) is AGAIN
 
 
 def test_what_the_user_must_change_is_not_tried_again(tmp_path: Path) -> None:
     wrong = DataError("a row is wrong")
     both = WorkerGroupError("x", {0: RuntimeError("connection closed by peer"), 1: wrong})
-    assert OwnPolicy(tmp_path).make_decision(both) is END
-    assert cause(both, tmp_path) is wrong
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(both) is END
+    assert final_error(both, RunFolder(tmp_path)) is wrong
     back = WorkerGroupError("x", {0: RolledBackError("diverged; rollback 1 of 2")})
-    assert OwnPolicy(tmp_path).make_decision(back) is AGAIN
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(back) is AGAIN
 
 
 def test_a_group_that_does_not_start_ends_in_the_end(tmp_path: Path) -> None:
-    policy = OwnPolicy(tmp_path)
+    policy = ProgressPolicy(RunFolder(tmp_path))
     slow = ControllerError(WorkerGroupStartupFailedError("one died"))
     assert [policy.make_decision(slow) for _ in range(3)] == [AGAIN, AGAIN, END]
     full = ControllerError(InsufficientClusterResourcesError("2 CPU wanted"))
-    assert OwnPolicy(tmp_path).make_decision(full) is END
-    error = cause(full, tmp_path)
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(full) is END
+    error = final_error(full, RunFolder(tmp_path))
     assert isinstance(error, MachineError)
     assert "no room for its workers any more" in error.args[0]
 
@@ -75,11 +76,11 @@ def test_t10_two_hangs_at_one_step_end_the_run(tmp_path: Path, waited, who: str)
 
     hang(3)
     hang(5)
-    assert OwnPolicy(tmp_path).make_decision(DEAD) is AGAIN
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(DEAD) is AGAIN
     hang(5)
-    assert OwnPolicy(tmp_path).make_decision(DEAD) is END
-    error = cause(DEAD, tmp_path)
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(DEAD) is END
+    error = final_error(DEAD, RunFolder(tmp_path))
     assert f"{who} hung at step 5, 2 times; the stacks of all ranks are in" in error.args[0]
     (kept,) = tmp_path.glob("hangs-*")
     assert str(kept) in error.args[0]
-    assert OwnPolicy(tmp_path).make_decision(DEAD) is AGAIN
+    assert ProgressPolicy(RunFolder(tmp_path)).make_decision(DEAD) is AGAIN

@@ -16,21 +16,24 @@ import psutil
 import pytest
 import torch
 
+from tests.short_run import Reports, folder_of
 from vinedresser import tracking
 from vinedresser.bundle import load_bundle, vocabulary_of
 from vinedresser.config import Compute, Experiment
 from vinedresser.config.study import Study
 from vinedresser.data.batching.reader import stream
 from vinedresser.data.shards import ShardSet, tokenizers
-from vinedresser.distributed import Site, num_groups, require, train
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.resources import num_groups, require
+from vinedresser.distributed.train import train
 from vinedresser.errors import InterruptedRunError, MachineError, TrainingError
 from vinedresser.objectives import likelihood
 from vinedresser.sweep import sweep
 from vinedresser.training.device import seed_step
+from vinedresser.training.listener import Listener, Progress
 from vinedresser.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from vinedresser.training.outcome import Outcome, finished, run_folder
-from vinedresser.training.progress import Progress
-from vinedresser.workspace.layout import RunFolder
+from vinedresser.training.outcome import Outcome, finished
+from vinedresser.workspace.layout import RunFolder, Workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -52,9 +55,19 @@ def experiment(tiny_study: dict[str, Any]) -> Experiment:
     return Experiment.from_json(tiny_study["base"]).override({**changes, "optim.warmup_steps": 2})
 
 
-def site_of(workspace: Path, shards: ShardSet) -> Site:
+class Seen(Listener):
+    """Keeps the progress of a run."""
+
+    def __init__(self) -> None:
+        self.all: list[Progress] = []
+
+    def progress(self, progress: Progress) -> None:
+        self.all.append(progress)
+
+
+def site_of(workspace: Path, shards: ShardSet) -> RunContext:
     store = tracking.store_for(workspace, "reversal")
-    return Site(str(shards.folder), str(workspace), store)
+    return RunContext(shards, Workspace(workspace), store)
 
 
 def weights(outcome: Outcome) -> Mapping[str, torch.Tensor]:
@@ -95,8 +108,9 @@ def test_two_workers_take_the_steps_of_one_that_sees_both_batches(
     experiment: Experiment, reversal: ShardSet, tmp_path: Path
 ) -> None:
     site = site_of(tmp_path, reversal)
-    stood: list[Progress] = []
-    outcome = train(experiment, site, report=lambda _: None, tell=stood.append)
+    seen = Seen()
+    outcome = train(experiment, site, listener=seen)
+    stood = seen.all
     assert outcome.best_step == 6
     assert stood
     assert [one.step for one in stood] == sorted(one.step for one in stood)
@@ -109,7 +123,7 @@ def test_two_workers_take_the_steps_of_one_that_sees_both_batches(
     assert (run.state, run.kind) == ("FINISHED", "train")
     # The same again is recognised, without workers, and reported as a whole.
     told: list[Mapping[str, Any]] = []
-    assert train(experiment, site, report=told.append) == outcome
+    assert train(experiment, site, listener=Reports(told.append)) == outcome
     assert [(one["is_last"], one["run/bundle"]) for one in told] == [(1.0, outcome.bundle)]
 
 
@@ -140,7 +154,7 @@ def whole(
     """The run that nothing happened to, trained once."""
     if "whole" not in _WHOLE:
         site = site_of(tmp_path_factory.mktemp("whole"), reversal)
-        _WHOLE["whole"] = train(long, site, report=lambda _: None)
+        _WHOLE["whole"] = train(long, site)
     return _WHOLE["whole"]
 
 
@@ -201,16 +215,16 @@ def test_t05_a_killed_worker_costs_time_and_nothing_else(
     long: Experiment, whole: Outcome, reversal: ShardSet, tmp_path: Path
 ) -> None:
     site = site_of(tmp_path, reversal)
-    folder = run_folder(long, reversal, tmp_path)
+    folder = folder_of(long, reversal, tmp_path).path
     with meanwhile(folder, lambda: os.kill(worker_pids()[-1], signal.SIGKILL)) as killed:
-        outcome = train(long, site, report=lambda _: None)
+        outcome = train(long, site)
     assert killed
     assert killed[0] < 60
     assert_same(outcome, whole)
     (run,) = tracking.leaderboard(site.store)
     assert run.state == "FINISHED"
     said = [json.loads(line) for line in (folder / "workers.log").read_text().splitlines()]
-    assert any(line["text"].startswith(f"resumed {folder.name}") for line in said)
+    assert any(line.get("text", "").startswith(f"resumed {folder.name}") for line in said)
 
 
 DRIVER = """
@@ -219,13 +233,17 @@ from pathlib import Path
 from vinedresser import tracking
 from vinedresser.cluster import connect
 from vinedresser.config import Experiment
-from vinedresser.distributed import Site, train
+from vinedresser.data.shards import open_shards
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.train import train
+from vinedresser.workspace.layout import Workspace
 import json
 
 plain, shards, workspace = sys.argv[1:]
-site = Site(shards, workspace, tracking.store_for(Path(workspace), "reversal"))
+store = tracking.store_for(Path(workspace), "reversal")
+context = RunContext(open_shards(Path(shards)), Workspace(Path(workspace)), store)
 with connect(cpus=2):
-    train(Experiment.from_json(json.loads(plain)), site, report=lambda _: None)
+    train(Experiment.from_json(json.loads(plain)), context)
 """
 
 
@@ -237,7 +255,7 @@ def test_t06_a_killed_driver_takes_its_children_along_and_the_same_command_goes_
 ) -> None:
     words = [json.dumps(long.to_json()), str(reversal.folder), str(tmp_path)]
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *words])
-    folder, end = run_folder(long, reversal, tmp_path), time.monotonic() + 200
+    folder, end = folder_of(long, reversal, tmp_path).path, time.monotonic() + 200
     while not newest_step(folder) and driver.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     names = {child: _name(child) for child in psutil.Process(driver.pid).children(recursive=True)}
@@ -246,11 +264,11 @@ def test_t06_a_killed_driver_takes_its_children_along_and_the_same_command_goes_
     assert sum("RayTrainWorker" in name for name in names.values()) == 2
     # Ray's own two agents try for a minute to report the loss to a service that is gone too.
     ours = [child for child, name in names.items() if "Agent" not in name]
-    psutil.wait_procs([child for child in ours if not _is_over(child)], timeout=200)
+    psutil.wait_procs([child for child in ours if not _is_over(child)], timeout=60)
     assert not [names[child] for child in ours if not _is_over(child)]
     reached = newest_step(folder)
     assert 0 < reached < 60
-    assert_same(train(long, site_of(tmp_path, reversal), report=lambda _: None), whole)
+    assert_same(train(long, site_of(tmp_path, reversal)), whole)
     assert f"at step {reached}" in (folder / "workers.log").read_text()
 
 
@@ -275,9 +293,11 @@ import ray
 from ray.cluster_utils import Cluster
 from vinedresser import tracking
 from vinedresser.config import Experiment
-from vinedresser.distributed import Site, train
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.train import train
 from vinedresser.training.outcome import run_folder
 from vinedresser.data.shards import open_shards
+from vinedresser.workspace.layout import Workspace
 
 plain, shards, workspace = sys.argv[1:]
 node = {"num_cpus": 1, "object_store_memory": 80_000_000}
@@ -286,7 +306,7 @@ lost = cluster.add_node(**node)
 ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 cluster.wait_for_nodes()
 experiment = Experiment.from_json(json.loads(plain))
-folder = run_folder(experiment, open_shards(Path(shards)), Path(workspace))
+folder = run_folder(experiment, open_shards(Path(shards)), Workspace(Path(workspace))).path
 
 def lose():
     while not list((folder / "checkpoints").glob("step-*")):
@@ -294,8 +314,9 @@ def lose():
     cluster.remove_node(lost, allow_graceful=False)
 
 threading.Thread(target=lose).start()
-site = Site(shards, workspace, tracking.store_for(Path(workspace), "reversal"))
-train(experiment, site, report=lambda _: None)
+store = tracking.store_for(Path(workspace), "reversal")
+context = RunContext(open_shards(Path(shards)), Workspace(Path(workspace)), store)
+train(experiment, context)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -312,7 +333,7 @@ def test_t07_a_lost_node_leaves_the_run_to_the_workers_that_there_is_room_for(
     environment = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
     command = [sys.executable, "-c", NODES, *words]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=280)
-    outcome = finished(run_folder(long, reversal, tmp_path))
+    outcome = finished(folder_of(long, reversal, tmp_path))
     assert outcome is not None
     assert_close(outcome, whole)
     said = (Path(outcome.folder) / "workers.log").read_text()
@@ -331,7 +352,7 @@ def writer_pid(folder: Path) -> int:
 def test_t08_a_frozen_worker_is_replaced_and_writes_no_more(
     long: Experiment, whole: Outcome, reversal: ShardSet, tmp_path: Path
 ) -> None:
-    folder, frozen = run_folder(long, reversal, tmp_path), []
+    folder, frozen = folder_of(long, reversal, tmp_path).path, []
 
     def freeze() -> None:
         time.sleep(0.1)  # right after a checkpoint patience is ten times as long
@@ -341,7 +362,7 @@ def test_t08_a_frozen_worker_is_replaced_and_writes_no_more(
     impatient = long.override({"compute.hang_seconds": 1.0})
     try:
         with meanwhile(folder, freeze):
-            outcome = train(impatient, site_of(tmp_path, reversal), report=lambda _: None)
+            outcome = train(impatient, site_of(tmp_path, reversal))
         ended = (folder / "outcome.json").read_bytes(), sorted(folder.rglob("*"))
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -359,17 +380,17 @@ def test_t08_a_frozen_worker_is_replaced_and_writes_no_more(
 def test_t09_sigterm_stops_all_ranks_after_one_step_with_a_checkpoint(
     long: Experiment, whole: Outcome, reversal: ShardSet, tmp_path: Path, who: str
 ) -> None:
-    site, folder = site_of(tmp_path, reversal), run_folder(long, reversal, tmp_path)
+    site, folder = site_of(tmp_path, reversal), folder_of(long, reversal, tmp_path).path
 
     def stop() -> None:
         os.kill(worker_pids()[-1] if who == "worker" else os.getpid(), signal.SIGTERM)
 
     with meanwhile(folder, stop) as stopped, pytest.raises(InterruptedRunError) as told:
-        train(long, site, report=lambda _: None)
+        train(long, site)
     assert told.value.exit_code == 75
     assert stopped[0] <= newest_step(folder) < 60
-    if who == "worker":  # going on is the same after both
-        assert_same(train(long, site, report=lambda _: None), whole)
+    if who == "worker":  # resuming is the same after both
+        assert_same(train(long, site), whole)
 
 
 def hanging(marker: Path, times: int) -> Callable[[Mapping[str, Any]], None]:
@@ -412,12 +433,12 @@ def test_t10_a_rank_that_hangs_twice_at_a_step_is_named_and_a_third_command_may_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     impatient = long.override({"compute.hang_seconds": 1.0})
-    site, folder = site_of(tmp_path, reversal), run_folder(long, reversal, tmp_path)
+    site, folder = site_of(tmp_path, reversal), folder_of(long, reversal, tmp_path).path
     work = hanging(tmp_path / "slept", 2)
     with monkeypatch.context() as patch:
         patch.setattr("vinedresser.distributed.group.work", work)
         with pytest.raises(TrainingError, match="rank 1 hung at step 3, 2 times; the stacks of"):
-            train(impatient, site, report=lambda _: None)
+            train(impatient, site)
     (kept,) = folder.glob("hangs-*")
     assert sorted(path.name for path in kept.iterdir()) == [
         "step-00000003-rank-0.txt",
@@ -427,7 +448,7 @@ def test_t10_a_rank_that_hangs_twice_at_a_step_is_named_and_a_third_command_may_
     assert guilty.count("== {") == 2
     assert "in prefetched" in guilty
     assert "in all_reduce" in (kept / "step-00000003-rank-0.txt").read_text()
-    assert_same(train(impatient, site, report=lambda _: None), whole)
+    assert_same(train(impatient, site), whole)
 
 
 @pytest.mark.fault("T14")
@@ -436,17 +457,17 @@ def test_t10_a_rank_that_hangs_twice_at_a_step_is_named_and_a_third_command_may_
 def test_t14_a_run_goes_on_with_another_number_of_workers(
     long: Experiment, whole: Outcome, reversal: ShardSet, tmp_path: Path
 ) -> None:
-    site, folder = site_of(tmp_path, reversal), run_folder(long, reversal, tmp_path)
+    site, folder = site_of(tmp_path, reversal), folder_of(long, reversal, tmp_path).path
     stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with meanwhile(folder, stop), pytest.raises(InterruptedRunError):
-        train(long, site, report=lambda _: None)
+        train(long, site)
     first = newest_step(folder)
     alone = long.override({"compute.workers": 1})
-    assert run_folder(alone, reversal, tmp_path) == folder
+    assert folder_of(alone, reversal, tmp_path).path == folder
     with meanwhile(folder, stop, after=first + 4), pytest.raises(InterruptedRunError):
-        train(alone, site, report=lambda _: None)
+        train(alone, site)
     assert first < newest_step(folder) < 60
-    assert_close(train(long, site, report=lambda _: None), whole)
+    assert_close(train(long, site), whole)
 
 
 @pytest.mark.slow
@@ -464,7 +485,7 @@ def test_a_stopped_trial_gives_its_workers_back(
          "base.compute.workers": 2, "base.steps": 1000, "base.evaluation.num_evaluations": 4}
     )  # fmt: skip
     site = site_of(tmp_path, reversal)
-    outcome = sweep(study, site, reversal)
+    outcome = sweep(study, site)
     assert [(t.number, t.state) for t in outcome.trials] == [(0, "complete"), (1, "pruned")]
     end = time.monotonic() + 60
     while ray.available_resources().get("CPU") != 2 and time.monotonic() < end:

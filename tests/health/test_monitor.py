@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.short_run import MonitoredRun
 from vinedresser.config import Experiment, Task, Tokenizer
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import ShardSet, prepare
@@ -19,7 +20,7 @@ from vinedresser.health.rules import Finding, RunFacts
 from vinedresser.model import Memory
 from vinedresser.tracking import MemoryTracker
 from vinedresser.training.device import Device
-from vinedresser.training.run import Run
+from vinedresser.workspace.layout import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,7 +31,7 @@ TRANSFORMER = {
 LSTM = {"kind": "attention_rnn", "width": 32, "encoder_units": 16}
 
 
-def run_of(shards: ShardSet, folder: Path, **changes: object) -> Run:
+def run_of(shards: ShardSet, folder: Path, **changes: object) -> MonitoredRun:
     base = {
         "task": shards.task.to_json(), "model": TRANSFORMER, "steps": 100,
         "optim": {"lr": 5e-3, "warmup_steps": 10}, "batch": {"max_padded_tokens": 256},
@@ -38,16 +39,16 @@ def run_of(shards: ShardSet, folder: Path, **changes: object) -> Run:
     }  # fmt: skip
     config = Experiment.from_json({**base, **changes})
     here, tracker = Device(torch.device("cpu"), None), MemoryTracker()
-    return Run(config, shards, folder, device=here, tracker=tracker, report=lambda _: None)
+    return MonitoredRun(config, shards, RunFolder(folder), device=here, tracker=tracker)
 
 
-def fired(run: Run) -> set[str]:
+def fired(run: MonitoredRun) -> set[str]:
     """Return the rules that fired; the tracking store and the artifact must name the same."""
-    tracker = run.monitor._tracker
+    tracker = run.health._tracker
     assert isinstance(tracker, MemoryTracker)
     rules = tracker.tags.get("vinedresser.health", "")
     found = set(rules.split(", ")) - {""}
-    assert found == set(run.monitor.findings)
+    assert found == set(run.health.findings)
     text = tracker.artifacts.get("health.md", "")
     assert all(f"**{rule}**" in text for rule in found)
     return found
@@ -87,7 +88,7 @@ class TestHealthy:
         run = run_of(reversal, tmp_path, model=MODELS[name], steps=150)
         run.execute()
         assert fired(run) == set()
-        assert run.monitor.series.of("dev/conditioning_gap")[-1][1] > 1  # methods.md 2
+        assert run.health.series.of("dev/conditioning_gap")[-1][1] > 1  # methods.md 2
 
     @pytest.mark.slow
     def test_pronunciations_and_sampling_raise_nothing(self, shared_data, tmp_path):
@@ -130,7 +131,7 @@ class TestPlanted:
         run.model.encode = detached
         run.execute()
         assert fired(run) == {"source_ignored"}
-        assert "encoder's share" in run.monitor.findings["source_ignored"].text
+        assert "encoder's share" in run.health.findings["source_ignored"].text
 
     def test_targets_that_belong_to_other_sources(self, tmp_path):
         def unpaired(draw: random.Random) -> tuple[str, str]:
@@ -140,7 +141,7 @@ class TestPlanted:
         run = run_of(corpus(tmp_path, unpaired), tmp_path / "run")
         run.execute()
         assert fired(run) == {"source_ignored"}
-        assert "shuffled sources cost" in run.monitor.findings["source_ignored"].text
+        assert "shuffled sources cost" in run.health.findings["source_ignored"].text
 
     def test_output_weights_five_times_too_large(self, reversal, tmp_path):
         """3 to 7 nats above ln 10: within the 9 nats that the rule once allowed."""
@@ -168,7 +169,7 @@ class TestPlanted:
         run.execute()
         assert fired(run) == {"dead_units"}
         assert "100% of the units of encoder.0.feed_forward" in str(
-            run.monitor.findings["dead_units"]
+            run.health.findings["dead_units"]
         )
 
     def test_a_recurrent_layer_at_its_ends(self, reversal, tmp_path):
@@ -178,7 +179,7 @@ class TestPlanted:
             layer.rnn.bias_hh_l0.fill_(50.0)
         run.execute()
         assert fired(run) == {"saturated_units"}
-        text = run.monitor.findings["saturated_units"].text
+        text = run.health.findings["saturated_units"].text
         assert "100% of the outputs of encoder.layers.1.ahead.rnn gates" in text
 
     @pytest.mark.parametrize("metric", ["per", "bleu"])
@@ -187,17 +188,17 @@ class TestPlanted:
         task = reversal.task.override({"metric": metric})
         shards = prepare(task, tmp_path / "shards", executor="in_process")
         run = run_of(shards, tmp_path, evaluation={"num_evaluations": 4}, steps=200)
-        judge, advance = run.evaluator, run.evaluator.model.advance
+        evaluator, step = run.evaluator, run.evaluator.model.step
 
         def tripping(state: object, tokens_B: Tensor) -> tuple[Tensor, object]:
-            count = len(judge.history) * len(tokens_B) // 4
-            return advance(state, torch.cat([tokens_B[:count] * 0 + 5, tokens_B[count:]]))
+            count = len(evaluator.history) * len(tokens_B) // 4
+            return step(state, torch.cat([tokens_B[:count] * 0 + 5, tokens_B[count:]]))
 
-        judge.model.advance = tripping
+        evaluator.model.step = tripping
         run.execute()
         assert fired(run) == {"exposure_gap"}
-        assert "decoded minus teacher-forced error" in run.monitor.findings["exposure_gap"].text
-        forced = [v for _, v in run.monitor.series.of("dev/teacher_forced_error")]
+        assert "decoded minus teacher-forced error" in run.health.findings["exposure_gap"].text
+        forced = [v for _, v in run.health.series.of("dev/teacher_forced_error")]
         assert forced == sorted(forced, reverse=True)
 
     @pytest.mark.parametrize("model", [TRANSFORMER, LSTM], ids=["transformer", "lstm"])
@@ -226,7 +227,7 @@ class TestPlanted:
         run.execute()
         assert len(kept) >= 200
         assert fired(run) == {"memory_growth"}
-        text = run.monitor.findings["memory_growth"].text
+        text = run.health.findings["memory_growth"].text
         a_step = float(text.split(", ")[1].split()[0])
         assert a_step == pytest.approx(0.78, rel=0.15)
 
@@ -271,16 +272,16 @@ def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
         if run.step == 50:
             raise RuntimeError("the host is gone")
 
-    run.report = fails
+    run.listener.evaluated = fails
     with pytest.raises(RuntimeError, match="gone"):
         run.execute()
     again = run_of(
         reversal, tmp_path, model=LSTM, checkpoint_every=25, evaluation={"num_evaluations": 4}
     )
     again.execute()
-    assert [r.step for r in again.monitor.readings.history] == [1, *range(8, 97, 8)]
+    assert [r.step for r in again.health.readings.history] == [1, *range(8, 97, 8)]
     for key in ("train/nats_per_token", "monitor/gradient_norm", "dev/conditioning_gap"):
-        steps = [step for step, _ in again.monitor.series.of(key)]
+        steps = [step for step, _ in again.health.series.of(key)]
         assert steps == sorted(set(steps))
         assert steps[0] < 30
         assert steps[-1] > 90
@@ -288,14 +289,14 @@ def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
 
 def test_a_run_is_pictured(reversal, tmp_path):
     run = run_of(reversal, tmp_path, steps=20, model=LSTM)
-    run.monitor.picture()
-    tracker = run.monitor._tracker
+    run.health.picture()
+    tracker = run.health._tracker
     assert not tracker.artifacts  # nothing was seen yet
     run.execute()
-    run.monitor.picture()
+    run.health.picture()
     table = tracker.artifacts["monitors/layers.json"]
     assert len({len(column) for column in table.values()}) == 1
-    assert set(table["layer"]) == set(run.monitor.readings.layers)
+    assert set(table["layer"]) == set(run.health.readings.layers)
     assert set(table["step"]) == {1, 8, 16}
     for name in ("monitors/gradients.png", "monitors/layers.png"):
         figure = tracker.artifacts[name]
@@ -303,14 +304,14 @@ def test_a_run_is_pictured(reversal, tmp_path):
         assert (tmp_path / "figure.png").stat().st_size > 10_000
     bars = tracker.artifacts["monitors/gradients.png"].axes[0]
     assert bars.get_xscale() == "log"
-    assert [t.get_text() for t in bars.get_yticklabels()] == run.monitor.readings.layers
+    assert [t.get_text() for t in bars.get_yticklabels()] == run.health.readings.layers
 
 
 def test_the_four_curves_are_logged(reversal, tmp_path):
     """methods.md 106: train and test loss, total norm, mean gradient norm."""
     run = run_of(reversal, tmp_path, steps=20, model=LSTM)
     run.execute()
-    keys = {key for key, _, _ in run.monitor._tracker.metrics}
+    keys = {key for key, _, _ in run.health._tracker.metrics}
     assert keys >= {
         "train/nats_per_token",
         "dev/teacher_forced_nats",
@@ -318,5 +319,5 @@ def test_the_four_curves_are_logged(reversal, tmp_path):
         "train/gradient_norm_mean",
         "train/first_nats_per_token",
     }
-    first = [v for k, v, _ in run.monitor._tracker.metrics if k == "train/first_nats_per_token"]
+    first = [v for k, v, _ in run.health._tracker.metrics if k == "train/first_nats_per_token"]
     assert first == pytest.approx([2.3], abs=0.3)  # ln 10

@@ -6,12 +6,15 @@ from typing import Any
 import pytest
 
 from search_spaces.architectures import STUDY
+from tests.short_run import Reports
 from vinedresser import tracking
 from vinedresser.config.kinds import named_model
 from vinedresser.config.study import Study
 from vinedresser.data.shards import ShardSet
-from vinedresser.distributed import Site, train
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.train import train
 from vinedresser.sweep import sweep
+from vinedresser.workspace.layout import Workspace
 
 
 def names() -> list[str]:
@@ -43,8 +46,8 @@ def test_every_architecture_of_it_trains_in_place(
     base = STUDY.base.override({"task": reversal.task.to_json(), **small})
     store = tracking.store_for(workspace, reversal.task.name)
     reports: list[dict[str, Any]] = []
-    site = Site(str(reversal.folder), str(workspace), store)
-    outcome = train(base.override(trial), site, report=lambda m: reports.append(dict(m)))
+    site = RunContext(reversal, Workspace(workspace), store)
+    outcome = train(base.override(trial), site, listener=Reports(lambda m: reports.append(dict(m))))
     assert Path(outcome.bundle).is_dir()
     assert 0 <= reports[-1]["best/per"] == outcome.value
     runs = tracking.leaderboard(store, experiment=reversal.task.name)
@@ -62,10 +65,10 @@ def test_a_sweep_across_architectures_ranks_them_together(
     base = {**tiny_study["base"], "steps": 4, "evaluation": {"num_evaluations": 1, "sentences": 8},
             "optim": {"warmup_steps": 1}}  # fmt: skip
     study = Study.from_json({**tiny_study, "base": base, "space": space, "num_trials": 4})
-    site = Site(
-        str(reversal.folder), str(tmp_path), tracking.store_for(tmp_path, "reversal"), kind="trial"
+    site = RunContext(
+        reversal, Workspace(tmp_path), tracking.store_for(tmp_path, "reversal"), kind="trial"
     )
-    outcome = sweep(study, site, reversal)
+    outcome = sweep(study, site)
     assert [trial.state for trial in outcome.trials] == ["complete"] * 4
     assert len({trial.params["model"] for trial in outcome.trials}) > 1
     values = [trial.values["per"] for trial in outcome.trials]

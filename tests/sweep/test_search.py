@@ -26,7 +26,7 @@ from optuna.trial import TrialState, create_trial
 from vinedresser import tracking
 from vinedresser.config.study import Study
 from vinedresser.data.shards import ShardSet
-from vinedresser.distributed import Site
+from vinedresser.distributed.context import RunContext
 from vinedresser.errors import BusyError, ConfigError, TrainingError
 from vinedresser.sweep import SweepOutcome, TrialRow, sweep
 from vinedresser.sweep.journal import ended_trials, repair_journal
@@ -34,7 +34,7 @@ from vinedresser.sweep.outcome import directions, rank
 from vinedresser.sweep.searcher import Searcher
 from vinedresser.tracking import RunRow, Store
 from vinedresser.workspace.commit import commit
-from vinedresser.workspace.layout import SweepFolder
+from vinedresser.workspace.layout import SweepFolder, Workspace
 from vinedresser.workspace.lease import leased
 
 # MLflow's and Optuna's own imports warn; none of it is ours to change.
@@ -285,9 +285,9 @@ def test_directions_come_from_the_table_or_the_study(tiny_study: dict[str, Any])
 # --- searches on Ray -----------------------------------------------------------------------------
 
 
-def site_of(workspace: Path, shards: ShardSet) -> Site:
+def site_of(workspace: Path, shards: ShardSet) -> RunContext:
     store = tracking.store_for(workspace, "reversal")
-    return Site(str(shards.folder), str(workspace), store, kind="trial")
+    return RunContext(shards, Workspace(workspace), store, kind="trial")
 
 
 def board(store: Store) -> list[RunRow]:
@@ -307,7 +307,7 @@ def search(
         study = Study.from_json(tiny_study).override(changes)
         caplog.clear()
         with caplog.at_level("INFO", logger="vinedresser.sweep"):
-            outcome = sweep(study, site_of(workspace, reversal), reversal)
+            outcome = sweep(study, site_of(workspace, reversal))
         return outcome, list(caplog.messages)
 
     return run
@@ -382,7 +382,7 @@ def test_a_study_is_named_by_the_content_that_it_starts_from(
     def folder_of(init: Path) -> str:
         study = Study.from_json(tiny_study).override({"base.init": str(init)})
         with pytest.raises(OpenedError) as caught:
-            sweep(study, site_of(tmp_path, reversal), reversal)
+            sweep(study, site_of(tmp_path, reversal))
         return str(caught.value)
 
     def opened(folder: Any, workspace: Any) -> None:

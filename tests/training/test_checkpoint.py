@@ -1,5 +1,6 @@
 """A run that was killed and started again is the run that was not."""
 
+import math
 import shutil
 import signal
 import subprocess
@@ -12,21 +13,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.short_run import GATED, a_run, ending, experiment, killed_run, script
+from tests.short_run import GATED, a_run, ending, experiment, folder_of, killed_run, script
 from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
 from vinedresser.errors import DamagedError, MachineError
 from vinedresser.evaluate import Evaluated
 from vinedresser.training import evaluator
 from vinedresser.training.checkpoint import (
-    Checkpoint,
+    load_parts,
     newest_checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
     save_checkpoint,
 )
-from vinedresser.training.outcome import finished, run_folder, run_key
-from vinedresser.workspace.commit import file_digest
+from vinedresser.training.optimizer import OptimizerState
+from vinedresser.training.outcome import finished, run_key
+from vinedresser.workspace.commit import commit, file_digest
+from vinedresser.workspace.layout import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +74,7 @@ KILL = """
 def report(values):
     if values["step"] == 16:
         os.kill(os.getpid(), signal.SIGKILL)
-a_run(run_folder(config, shards, Path(sys.argv[3])), report=report).execute()
+a_run(folder_of(config, shards, Path(sys.argv[3])), report=report).execute()
 """
 
 
@@ -82,13 +83,13 @@ def test_a_killed_process_is_resumed_by_another(whole, reversal, tmp_path):
     done = subprocess.run(words, check=False, timeout=200)
     assert done.returncode == -signal.SIGKILL
     run = a_run(whole[0], reversal, tmp_path)
-    assert (run.folder / "checkpoints" / "step-00000015").is_dir()
+    assert (run.folder.path / "checkpoints" / "step-00000015").is_dir()
     assert ending(run, run.execute()) == whole[1]
 
 
 RANK = """
 import torch.distributed as dist
-rank, folder = int(sys.argv[4]), Path(sys.argv[5])
+rank, folder = int(sys.argv[4]), RunFolder(Path(sys.argv[5]))
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
 try:
     a_run(folder, Device(torch.device("cpu"), None, rank, 2)).execute()
@@ -125,12 +126,12 @@ def test_a_finished_run_is_recognised(whole, reversal, tmp_path):
     assert finished(run.folder) is None
     outcome = run.execute()
     assert finished(run.folder) == outcome
-    text = (run.folder / "outcome.json").read_text()
+    text = (run.folder.path / "outcome.json").read_text()
     for damaged in (text[:-20], "{}", "[1]", ""):
-        (run.folder / "outcome.json").write_text(damaged)
+        (run.folder.path / "outcome.json").write_text(damaged)
         assert finished(run.folder) is None
-    (run.folder / "outcome.json").write_text(text)
-    (run.folder / "bundle" / "manifest.json").unlink()
+    (run.folder.path / "outcome.json").write_text(text)
+    (run.folder.path / "bundle" / "manifest.json").unlink()
     assert finished(run.folder) is None
 
 
@@ -138,12 +139,12 @@ def test_a_finished_run_is_recognised_where_it_was_moved_or_copied_to(whole, rev
     outcome = a_run(whole[0], reversal, tmp_path / "old").execute()
     for renamed, name in ((shutil.copytree, "copied"), (shutil.move, "moved")):
         renamed(tmp_path / "old", tmp_path / name)
-        folder = run_folder(whole[0], reversal, tmp_path / name)
-        bundle = folder / "bundle"
+        folder = folder_of(whole[0], reversal, tmp_path / name)
+        bundle = folder.bundle
         found = finished(folder)
-        assert found == replace(outcome, folder=str(folder), bundle=str(bundle))
+        assert found == replace(outcome, folder=str(folder.path), bundle=str(bundle))
         assert found.final_report["run/bundle"] == str(bundle)
-    assert finished(Path(outcome.folder)) is None
+    assert finished(RunFolder(Path(outcome.folder))) is None
 
 
 def test_the_best_by_the_inferred_metric_ships(reversal, tmp_path, monkeypatch):
@@ -155,7 +156,7 @@ def test_the_best_by_the_inferred_metric_ships(reversal, tmp_path, monkeypatch):
 
     def evaluated_so(*arguments: Any, **settings: Any) -> Evaluated:
         evaluated = evaluate(*arguments, **settings)
-        kept[len(kept)] = {name: t.clone() for name, t in run.averaged.tensors.items()}
+        kept[len(kept)] = {name: t.clone() for name, t in run.ema.tensors.items()}
         return replace(evaluated, scores=replace(evaluated.scores, value=next(values)))
 
     monkeypatch.setattr(evaluator, "evaluate", evaluated_so)
@@ -195,39 +196,79 @@ def fail_to_read(checkpoint: Path) -> None:
     (checkpoint / "manifest.json").symlink_to("/proc/self/mem")  # nothing is mapped at 0
 
 
+class Fixed:
+    """A part with a state that is handed in."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
 class TestCheckpoint:
-    def checkpoint(self, step: int) -> Checkpoint:
-        tensors = {"model": {"w": torch.full((2,), float(step))}, "best": {}}
-        return Checkpoint(step, tensors, {"best_step": step})
+    def save(self, folder: Path, step: int, **settings: Any) -> Path:
+        model = Fixed({"w": torch.full((2,), float(step))})
+        parts = {"model": model, "best": Fixed({"step": step, "loss": math.inf, "path": [1, "a"]})}
+        return save_checkpoint(RunFolder(folder), step, parts, **settings)
 
     def test_round_trip(self, tmp_path):
-        save_checkpoint(tmp_path, self.checkpoint(7))
-        found = newest_checkpoint(tmp_path)
+        self.save(tmp_path, 7)
+        found = newest_checkpoint(RunFolder(tmp_path))
         assert found is not None
-        assert (found.step, found.scalars) == (7, {"best_step": 7})
-        assert found.tensors["model"]["w"].tolist() == [7, 7]
-        assert found.tensors["best"] == {}
+        assert (found.step, found.states.keys()) == (7, {"model", "best"})
+        assert found.states["best"] == {"step": 7, "loss": math.inf, "path": [1, "a"]}
+        assert found.states["model"]["w"].tolist() == [7, 7]
+
+    def test_states_nest_and_keys_need_not_be_strings(self, tmp_path):
+        state = {
+            "moments": {0: {"step": torch.tensor(2)}, 1: {"step": torch.tensor(3)}},
+            "at": None,
+        }
+        save_checkpoint(RunFolder(tmp_path), 1, {"part": Fixed(state)})
+        found = newest_checkpoint(RunFolder(tmp_path))
+        assert found is not None
+        assert found.states["part"] == state
+
+    def test_every_part_gets_its_own_state_back(self, tmp_path):
+        self.save(tmp_path, 7)
+        parts = {"model": Fixed({}), "best": Fixed({}), "new": Fixed({"kept": 1})}
+        found = newest_checkpoint(RunFolder(tmp_path))
+        assert found is not None
+        load_parts(parts, found)
+        assert parts["model"].state["w"].tolist() == [7, 7]
+        assert (parts["best"].state["step"], parts["new"].state) == (7, {"kept": 1})
+
+    def test_another_versions_checkpoint_is_refused(self, tmp_path):
+        with commit(RunFolder(tmp_path).checkpoint(3)) as staging:
+            (staging.path / "state.json").write_text('{"step": 3, "scalars": {}}')
+        with pytest.raises(DamagedError, match="written by another version of vinedresser"):
+            newest_checkpoint(RunFolder(tmp_path))
 
     def test_exactly_so_many_are_kept(self, tmp_path):
         for step in (5, 10, 15, 100_000):
-            save_checkpoint(tmp_path, self.checkpoint(step))
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000015", "step-00100000"]
-        save_checkpoint(tmp_path, self.checkpoint(200_000), keep=1)
-        assert [p.name for p in tmp_path.iterdir()] == ["step-00200000"]
+            self.save(tmp_path, step)
+        kept = RunFolder(tmp_path).checkpoints
+        assert sorted(p.name for p in kept.iterdir()) == ["step-00000015", "step-00100000"]
+        self.save(tmp_path, 200_000, keep=1)
+        assert [p.name for p in kept.iterdir()] == ["step-00200000"]
 
     def test_the_same_step_again_is_left_as_it_is(self, tmp_path):
-        folder = save_checkpoint(tmp_path, self.checkpoint(5))
+        folder = self.save(tmp_path, 5)
         before = (folder / "manifest.json").stat().st_mtime_ns
-        assert save_checkpoint(tmp_path, self.checkpoint(5)) == folder
+        assert self.save(tmp_path, 5) == folder
         assert (folder / "manifest.json").stat().st_mtime_ns == before
 
     def test_none_where_there_is_none(self, tmp_path):
-        assert newest_checkpoint(tmp_path / "nowhere") is None
+        assert newest_checkpoint(RunFolder(tmp_path / "nowhere")) is None
 
     @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no_manifest"])
     def test_a_damaged_one_is_moved_aside_for_the_one_before(self, tmp_path, damage):
-        save_checkpoint(tmp_path, self.checkpoint(5))
-        newest = save_checkpoint(tmp_path, self.checkpoint(10))
+        self.save(tmp_path, 5)
+        newest = self.save(tmp_path, 10)
         weights = newest / "model.safetensors"
         content = weights.read_bytes()
         if damage == "flip":
@@ -238,48 +279,48 @@ class TestCheckpoint:
             weights.unlink()
         else:
             (newest / "manifest.json").unlink()
-        found = newest_checkpoint(tmp_path)
+        found = newest_checkpoint(RunFolder(tmp_path))
         assert found is not None
         assert found.step == 5
         assert not newest.exists()
 
     def test_all_damaged_is_refused_again_and_again(self, tmp_path):
         for step in (5, 10):
-            (save_checkpoint(tmp_path, self.checkpoint(step)) / "state.json").write_text("{}")
+            (self.save(tmp_path, step) / "state.json").write_text("{}")
         for _ in range(2):
             with pytest.raises(DamagedError, match=r"step-00000010/state.*step-00000005/state"):
-                newest_checkpoint(tmp_path)
+                newest_checkpoint(RunFolder(tmp_path))
 
     def test_one_that_the_disk_does_not_give_is_passed_over_and_stays(self, tmp_path, caplog):
-        save_checkpoint(tmp_path, self.checkpoint(5))
-        newest = save_checkpoint(tmp_path, self.checkpoint(10))
+        self.save(tmp_path, 5)
+        newest = self.save(tmp_path, 10)
         fail_to_read(newest)
         for _ in range(2):
-            found = newest_checkpoint(tmp_path)
+            found = newest_checkpoint(RunFolder(tmp_path))
             assert found is not None
             assert found.step == 5
         assert "input/output error" in caplog.text
         assert "using step 5, 5 updates earlier" in caplog.text
         # Its place is taken by the one that is written at its step.
-        assert save_checkpoint(tmp_path, self.checkpoint(10)) == newest
-        found = newest_checkpoint(tmp_path)
+        assert self.save(tmp_path, 10) == newest
+        found = newest_checkpoint(RunFolder(tmp_path))
         assert found is not None
         assert found.step == 10
 
     def test_where_the_disk_gives_none_it_is_told_of_each(self, tmp_path):
-        damaged = save_checkpoint(tmp_path, self.checkpoint(5))
+        damaged = self.save(tmp_path, 5)
         (damaged / "state.json").write_text("{}")
-        fail_to_read(save_checkpoint(tmp_path, self.checkpoint(10)))
+        fail_to_read(self.save(tmp_path, 10))
         for _ in range(2):
             with pytest.raises(MachineError, match=r"step-00000010.*input/output.*step-00000005"):
-                newest_checkpoint(tmp_path)
+                newest_checkpoint(RunFolder(tmp_path))
         assert damaged.is_dir()
 
     @pytest.mark.parametrize("is_first", [True, False])
     def test_one_that_goes_while_it_is_read_is_passed_over(self, tmp_path, monkeypatch, is_first):
         """Another rank moves it aside; or the handle is stale, which raises an OSError as well."""
-        save_checkpoint(tmp_path, self.checkpoint(5))
-        newest = save_checkpoint(tmp_path, self.checkpoint(10))
+        self.save(tmp_path, 5)
+        newest = self.save(tmp_path, 10)
 
         def digest(path: Path) -> str:
             if path.parent == newest:
@@ -287,16 +328,16 @@ class TestCheckpoint:
             return file_digest(path)
 
         monkeypatch.setattr("vinedresser.workspace.commit.file_digest", digest)
-        found = newest_checkpoint(tmp_path, is_first=is_first)
+        found = newest_checkpoint(RunFolder(tmp_path), is_first=is_first)
         assert found is not None
         assert found.step == 5
 
     def test_tied_weights_are_stored(self, tmp_path):
         weight = torch.ones(2)
-        save_checkpoint(tmp_path, Checkpoint(1, {"model": {"a": weight, "b": weight}}, {}))
-        found = newest_checkpoint(tmp_path)
+        save_checkpoint(RunFolder(tmp_path), 1, {"model": Fixed({"a": weight, "b": weight})})
+        found = newest_checkpoint(RunFolder(tmp_path))
         assert found is not None
-        assert found.tensors["model"].keys() == {"a", "b"}
+        assert found.states["model"].keys() == {"a", "b"}
 
     def test_an_optimizer_goes_on_as_if_nothing_had_been(self, tmp_path):
         def fresh() -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -312,10 +353,10 @@ class TestCheckpoint:
             advance(weight, optimizer, step)
         other, restored = fresh()
         other.data.copy_(weight.data)
-        save_checkpoint(tmp_path, Checkpoint(3, {"optimizer": optimizer_tensors(optimizer)}, {}))
-        found = newest_checkpoint(tmp_path)
+        save_checkpoint(RunFolder(tmp_path), 3, {"optimizer": OptimizerState(optimizer)})
+        found = newest_checkpoint(RunFolder(tmp_path))
         assert found is not None
-        restore_optimizer(restored, found.tensors["optimizer"])
+        load_parts({"optimizer": OptimizerState(restored)}, found)
         advance(weight, optimizer, 4)
         advance(other, restored, 4)
         assert torch.equal(weight, other)

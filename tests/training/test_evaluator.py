@@ -42,7 +42,7 @@ def test_t01_a_pass_that_is_not_a_number_is_left_out(kind, reversal: ShardSet, t
     assert run.window.skipped == 1
     assert all(math.isfinite(entry["teacher_forced_nats"]) for entry in outcome.history)
     for tensors in (
-        run.model.state_dict(), run.averaged.tensors,
+        run.model.state_dict(), run.ema.tensors,
         load_bundle(Path(outcome.bundle)).model.state_dict(),
     ):  # fmt: skip
         assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -50,7 +50,7 @@ def test_t01_a_pass_that_is_not_a_number_is_left_out(kind, reversal: ShardSet, t
 
 def spoil_average(run: Run) -> None:
     """Makes one of the averaged weights not a number; it stays so."""
-    run.averaged.tensors["output.bias"][5] = math.nan
+    run.ema.tensors["output.bias"][5] = math.nan
 
 
 @pytest.mark.fault("T01")
@@ -83,7 +83,7 @@ def test_t01_a_run_without_a_finite_evaluation_fails(reversal: ShardSet, tmp_pat
     with pytest.raises(TrainingError, match=r"step 24: no model to ship.* at none of 3 eval") as e:
         run.execute()
     assert not isinstance(e.value, DivergedError)
-    assert not (run.folder / "bundle").exists()
+    assert not (run.folder.path / "bundle").exists()
     assert len(told) == 2
     assert all(math.isnan(values["best/per"]) for values in told)
     assert run.evaluator.standing is None
@@ -117,8 +117,7 @@ def test_gated_runs_report_the_best_and_ship_the_last(reversal, tmp_path, monkey
     assert (outcome.best_step, outcome.value) == (24, 30.0)
     shipped = load_bundle(Path(outcome.bundle)).model
     assert all(
-        torch.equal(tensor, run.averaged.tensors[name])
-        for name, tensor in shipped.state_dict().items()
+        torch.equal(tensor, run.ema.tensors[name]) for name, tensor in shipped.state_dict().items()
     )
     open_heads = sum(int((gate.deterministic() > 0).sum()) for gate in head_gates(shipped))
     assert outcome.last_report["dev/heads"] == open_heads

@@ -17,36 +17,42 @@ from typing import Any
 import pytest
 import torch
 
-from tests.short_run import KilledError, a_run, experiment, killed_run, script
+import vinedresser.distributed.train
+from tests.short_run import KilledError, Reports, a_run, experiment, folder_of, killed_run, script
 from vinedresser.batch import BOS, EOS, PAD, UNK
 from vinedresser.config import Experiment, Tokenizer
 from vinedresser.data.batching.reader import Batches, load_split
 from vinedresser.data.shards import ShardSet, prepare, tokenizers
 from vinedresser.decode import length_limits
-from vinedresser.distributed import Site, execute, train
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.train import run_worker, train
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
 from vinedresser.evaluate import evaluate
 from vinedresser.tracking import NullTracker, store_for
 from vinedresser.tracking.store import initialise
 from vinedresser.training.checkpoint import newest_checkpoint
-from vinedresser.training.outcome import Outcome, finished, run_folder, tell_changes
+from vinedresser.training.outcome import Outcome, finished, log_changes
 from vinedresser.training.run import Run
-from vinedresser.training.watchdog import JUDGING, STORING, Clock
+from vinedresser.training.watchdog import Watchdog
 from vinedresser.workspace.history import RunHistory
-from vinedresser.workspace.layout import RunFolder
+from vinedresser.workspace.layout import Workspace
 from vinedresser.workspace.lease import Lease
 from vinedresser.workspace.storage import read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def untracked(*_: Any, **__: Any) -> NullTracker:
+    return NullTracker()
+
+
 def command(
     config: Experiment, shards: ShardSet, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Outcome:
     """What `vinedresser train` does, without a tracking store."""
-    monkeypatch.setattr("vinedresser.distributed.worker._open", lambda *_: NullTracker())
-    site = Site(str(shards.folder), str(workspace), store_for(workspace, "faults"), kind="prune")
-    return train(config, site, report=lambda _: None)
+    monkeypatch.setattr(vinedresser.distributed.train, "open_run", untracked)
+    site = RunContext(shards, Workspace(workspace), store_for(workspace, "faults"), kind="prune")
+    return train(config, site)
 
 
 def weights(run: Run) -> dict[str, bytes]:
@@ -77,18 +83,21 @@ def test_t01_a_gradient_that_is_not_a_number_stops_the_run(reversal, whole, tmp_
     config = experiment(reversal)
     run = a_run(config, reversal, tmp_path)
     poison(run, 7)
-    with pytest.raises(DivergedError, match=r"step 7: loss [\d.]+ nats a token, gradient norm nan"):
+    with pytest.raises(
+        DivergedError, match=r"step 7: loss [\d.]+ nats per token, gradient norm nan"
+    ):
         run.execute()
     # The rows of that update are left to be looked at.
-    rows = json.loads((run.folder / "not-finite-00000007-0.json").read_text())
+    rows = json.loads((run.folder.path / "not-finite-00000007-0.json").read_text())
     batches = Batches(reversal, config.batch, seed=config.seed)
     assert sorted(row["row"] for row in rows) == sorted(batches.rows(6).tolist())
     assert all(set(row["target"]) <= set("abcdef ") and row["source"] for row in rows)
     # Nothing that is not finite was stored, and nothing of it was judged.
-    checkpoint = newest_checkpoint(run.folder / "checkpoints")
+    checkpoint = newest_checkpoint(run.folder)
     assert checkpoint is not None
     assert checkpoint.step == 5
-    assert all(t.isfinite().all() for group in checkpoint.tensors.values() for t in group.values())
+    states = [checkpoint.states[name] for name in ("model", "ema", "optimizer")]
+    assert all(t.isfinite().all() for tensors in states for t in tensors.values())
     assert run.evaluator.history == []
     again = a_run(config, reversal, tmp_path)
     again.execute()
@@ -120,13 +129,13 @@ def test_t02_a_rate_of_a_thousand_goes_back_so_often_and_no_more(
     config = experiment(
         reversal, **{"optim.lr": 1e3, "optim.warmup_steps": 0, "optim.rollbacks": 2}
     )
-    with pytest.raises(DivergedError, match=r"step \d+: loss .* nats a token") as caught:
+    with pytest.raises(DivergedError, match=r"step \d+: loss .* nats per token") as caught:
         command(config, reversal, tmp_path, monkeypatch)
     assert caught.value.exit_code == 4
     assert caplog.text.count("rollback 1 of 2") == 1
     assert caplog.text.count("rollback 2 of 2") == 1
-    folder = run_folder(config, reversal, tmp_path)
-    assert RunHistory(RunFolder(folder).history).rollbacks == 2
+    folder = folder_of(config, reversal, tmp_path)
+    assert RunHistory(folder.history).rollbacks == 2
     assert finished(folder) is None
 
 
@@ -137,11 +146,11 @@ def test_t02_a_rollback_goes_on_at_half_the_rate(reversal, tmp_path, monkeypatch
     runs: list[Run] = []
     execute = Run.execute
 
-    def watched(run: Run) -> Outcome | None:
+    def watched(run: Run, monitor: Any = None) -> Outcome | None:
         runs.append(run)
         if len(runs) == 1:
             poison(run, 12)
-        return execute(run)
+        return execute(run, monitor)
 
     monkeypatch.setattr(Run, "execute", watched)
     rates: dict[int, list[float]] = {}
@@ -171,7 +180,7 @@ def test_t03_memory_that_runs_out_once(reversal, whole, tmp_path, caplog):
 
     def scarce(source_BS: torch.Tensor, lengths_B: torch.Tensor) -> Any:
         calls[0] += 1
-        if calls[0] == 3:
+        if calls[0] == 4:  # the first is the monitor's, of the first loss
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(source_BS, lengths_B)
 
@@ -202,7 +211,7 @@ def test_t03_memory_that_is_not_there(reversal, tmp_path):
 # The limit is what is in use before the first update, and so many MiB more.
 LIMITED = """
 import resource
-run = a_run(run_folder(config, shards, Path(sys.argv[3])))
+run = a_run(folder_of(config, shards, Path(sys.argv[3])))
 encode = run.model.encode
 def limited(*words):
     run.model.encode = encode
@@ -265,14 +274,15 @@ def test_t06_a_finished_run_is_not_begun_again(reversal, tmp_path, monkeypatch):
     """Its last worker died after the outcome was written, and its group is started again."""
     config = experiment(reversal)
     outcome, told = command(config, reversal, tmp_path, monkeypatch), list[Mapping[str, Any]]()
-    site = Site(str(reversal.folder), str(tmp_path), store_for(tmp_path, "faults"))
-    folder = run_folder(config, reversal, tmp_path)
-    before = sorted(folder.rglob("*"))
+    site = RunContext(reversal, Workspace(tmp_path), store_for(tmp_path, "faults"))
+    folder = folder_of(config, reversal, tmp_path)
+    before = sorted(folder.path.rglob("*"))
     for rank in (0, 1):
-        again = execute(config, site, folder=folder, rank=rank, report=told.append)
+        listener = Reports(told.append)
+        again = run_worker(config, site, folder, rank=rank, listener=listener)
         assert again == (outcome if rank == 0 else None)
     assert told == [outcome.final_report, {}]
-    assert sorted(folder.rglob("*")) == before
+    assert sorted(folder.path.rglob("*")) == before
 
 
 @pytest.mark.fault("T08")
@@ -282,20 +292,20 @@ def test_t08_an_overtaken_attempt_writes_no_more(reversal, tmp_path):
 
     def overtaken(values: Mapping[str, Any]) -> None:
         if values["step"] == 8:
-            Lease(RunFolder(run.folder).writer_lease).take(force=True)
+            Lease(run.folder.writer_lease).take(force=True)
 
     run = a_run(config, reversal, tmp_path, overtaken)
     with pytest.raises(BusyError, match="a later start has taken over; this one writes no more"):
         run.execute()
-    assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["step-00000005"]
-    assert not (run.folder / "bundle").exists()
+    assert [p.name for p in (run.folder.path / "checkpoints").iterdir()] == ["step-00000005"]
+    assert not (run.folder.path / "bundle").exists()
     # Nor does it count as a failure of the run.
-    assert not (read_json(RunFolder(run.folder).history) or {}).get("failures")
+    assert not (read_json(run.folder.history) or {}).get("failures")
 
 
 STOPPED = """
-folder = run_folder(config, shards, Path(sys.argv[3]))
-with leased(RunFolder(folder).command_lease, "run"):
+folder = folder_of(config, shards, Path(sys.argv[3]))
+with leased(folder.command_lease, "run"):
     os.kill(os.getpid(), signal.SIGSTOP)
     print(a_run(folder).execute().best_step)
 """
@@ -309,17 +319,19 @@ def test_t08_a_stopped_command_keeps_its_folder(reversal, whole, tmp_path, monke
     )
     try:
         os.waitpid(stopped.pid, os.WUNTRACED)
-        monkeypatch.setattr("vinedresser.distributed.worker._open", lambda *_: NullTracker())
-        site = Site(str(reversal.folder), str(tmp_path), store_for(tmp_path, "faults"))
+        monkeypatch.setattr(
+            "vinedresser.distributed.train.open_run", lambda *_, **__: NullTracker()
+        )
+        site = RunContext(reversal, Workspace(tmp_path), store_for(tmp_path, "faults"))
         with pytest.raises(BusyError, match=f"in work by process {stopped.pid} on ") as caught:
-            train(config, site, report=lambda _: None)
+            train(config, site)
         assert caught.value.exit_code == 75
         stopped.send_signal(signal.SIGCONT)
         assert stopped.communicate(timeout=120)[0] == f"{whole[1].best_step}\n"
     finally:
         stopped.kill()
     # The lock of a dead process is free.
-    assert train(config, site, report=lambda _: None).best_step == whole[1].best_step
+    assert train(config, site).best_step == whole[1].best_step
 
 
 COMMAND = "import sys; from vinedresser.cli import main; sys.exit(main())"
@@ -360,7 +372,7 @@ RANKS = """
 # Here and not in each rank, for 2 s: whatever else a run imports.
 import jiwer, pandas, torch._dynamo
 import torch.distributed as dist
-from vinedresser.workspace.lease import ask
+from vinedresser.workspace.stopping import request_stop
 from vinedresser.errors import InterruptedRunError
 from vinedresser.training import evaluator, run as runner
 real = runner.training_steps
@@ -379,18 +391,19 @@ def train(rank, workers, until, workspace, store):
                 dist.barrier() if workers > 1 else None
                 os.kill(os.getpid(), signal.SIGKILL)
     runner.training_steps = steps
-    folder = run_folder(config, shards, workspace)
+    folder = folder_of(config, shards, workspace)
     evaluate = evaluator.evaluate
     def told_to_stop(*words, **more):
-        ask(folder)
+        request_stop(folder.path)
         time.sleep(0.3)  # a run looks for that five times a second
         return evaluate(*words, **more)
-    note = runner.Run._note
-    def noted(run, metrics, step):
-        with (workspace / f"losses-{rank}").open("a") as losses:
-            print(step, metrics["train/nats_per_token"], file=losses)
-        note(run, metrics, step)
-    runner.Run._note = noted
+    emit = runner.Run._emit
+    def emitted(run, metrics, step):
+        if "train/nats_per_token" in metrics:
+            with (workspace / f"losses-{rank}").open("a") as losses:
+                print(step, metrics["train/nats_per_token"], file=losses)
+        emit(run, metrics, step)
+    runner.Run._emit = emitted
     if until == "judged":
         evaluator.evaluate = told_to_stop
     try:
@@ -398,7 +411,7 @@ def train(rank, workers, until, workspace, store):
     except InterruptedRunError as error:
         with (workspace / f"stopped-{rank}").open("a") as stopped:
             print(error.args[0], file=stopped)
-        (folder / "stop").unlink(missing_ok=True)
+        (folder.path / "stop").unlink(missing_ok=True)
         os._exit(75)
 
 whole = config
@@ -492,12 +505,13 @@ def test_t10_an_evaluation_that_is_made_up_for_has_its_time(reversal, tmp_path, 
     with pytest.raises(InterruptedRunError):
         told.execute()
     beats = []
-    monkeypatch.setattr(Clock, "beat", lambda _, step, patience=1.0: beats.append((step, patience)))
+    monkeypatch.setattr(Watchdog, "reset", lambda _, step, pause=1.0: beats.append((step, pause)))
     a_run(config, reversal, tmp_path).execute()
-    assert beats[:3] == [(8, JUDGING), (8, STORING), (9, 1.0)]
-    judged = [step for step, patience in beats if patience == JUDGING]
-    assert judged == [8, 16, 24]
-    assert [step for step, patience in beats if patience == STORING] == [8, 10, 15, 20]
+    assert beats[:3] == [(8, Watchdog.EVALUATION), (8, Watchdog.CHECKPOINT), (9, 1.0)]
+    evaluated = [step for step, pause in beats if pause == Watchdog.EVALUATION]
+    assert sorted(set(evaluated)) == [8, 16, 24]
+    stored = [step for step, pause in beats if pause == Watchdog.CHECKPOINT]
+    assert stored == [8, 10, 15, 20]
 
 
 @pytest.mark.fault("T15")
@@ -527,14 +541,14 @@ def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):
 )
 def test_t16_a_changed_key_is_another_run(reversal, tmp_path, caplog, key, value, said):
     config = experiment(reversal)
-    before = run_folder(config, reversal, tmp_path)
-    tell_changes(config, before)
+    before = folder_of(config, reversal, tmp_path)
+    log_changes(config, before)
     assert caplog.text == ""
     changed = config.override({key: value})
-    folder = run_folder(changed, reversal, tmp_path)
+    folder = folder_of(changed, reversal, tmp_path)
     assert folder != before
     with caplog.at_level(logging.INFO, "vinedresser"):
-        tell_changes(changed, folder)
+        log_changes(changed, folder)
     assert f"the unfinished {before.name} differs: {said}" in caplog.text
 
 
@@ -544,11 +558,11 @@ def test_t16_other_data_are_another_run(reversal, tmp_path):
     other = reversal.task.model_copy(update={"tokenizer": Tokenizer(kind="characters")})
     shards = prepare(other, tmp_path / "shards", executor="in_process")
     moved = config.model_copy(update={"task": other})
-    assert run_folder(moved, shards, tmp_path) != run_folder(config, reversal, tmp_path)
+    assert folder_of(moved, shards, tmp_path) != folder_of(config, reversal, tmp_path)
     # What changes nothing of what is learned is no other run: it goes on.
     for key, value in (("compute.threads", 2), ("checkpoint_every", 9), ("keep_checkpoints", 4)):
         same = config.override({key: value})
-        assert run_folder(same, reversal, tmp_path) == run_folder(config, reversal, tmp_path)
+        assert folder_of(same, reversal, tmp_path) == folder_of(config, reversal, tmp_path)
 
 
 # T18 itself cannot happen: the training thread writes the checkpoints, none in the background.
@@ -573,7 +587,7 @@ def test_t18_a_failing_disk_is_told_at_once(reversal, whole, tmp_path, monkeypat
         run.execute()
     monkeypatch.undo()
     assert run.step == 10
-    assert [p.name for p in (run.folder / "checkpoints").iterdir()] == ["step-00000005"]
+    assert [p.name for p in (run.folder.path / "checkpoints").iterdir()] == ["step-00000005"]
     again = a_run(config, reversal, tmp_path)
     assert again.execute() is not None
     assert weights(again) == weights(whole[0])

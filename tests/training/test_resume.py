@@ -185,7 +185,7 @@ def whole(
     return ending(run, run.execute())
 
 
-GROUPS = ("model", "optimizer", "average", "evaluator")
+GROUPS = ("model", "optimizer", "ema", "evaluator")
 FILES = (*(f"{group}.safetensors" for group in GROUPS), "state.json", "manifest.json")
 
 
@@ -202,8 +202,8 @@ def cut(path: Path) -> None:
 
 def swap(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "other")
-    (folder / "average.safetensors").rename(folder / "model.safetensors")
-    (folder / "other").rename(folder / "average.safetensors")
+    (folder / "ema.safetensors").rename(folder / "model.safetensors")
+    (folder / "other").rename(folder / "ema.safetensors")
 
 
 def older(folder: Path, name: str) -> None:
@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     """Fault T12: the one before is taken, it is said so, and the bits are those of a whole run."""
     shutil.copytree(killed, tmp_path / "workspace")
     run = a_run(config, reversal, tmp_path / "workspace")
-    newest = run.folder / "checkpoints" / "step-00000015"
+    newest = run.folder.path / "checkpoints" / "step-00000015"
     DAMAGES[damage](newest)
     with caplog.at_level(logging.INFO, "vinedresser"):
         outcome = run.execute()
@@ -291,7 +291,7 @@ def test_all_damaged_is_refused_with_the_reasons(config, reversal, killed, whole
     """Fault T13: starting over is for the user to say."""
     shutil.copytree(killed, tmp_path / "workspace")
     run = a_run(config, reversal, tmp_path / "workspace")
-    folders = [run.folder / "checkpoints" / f"step-{step:08d}" for step in (10, 15)]
+    folders = [run.folder.path / "checkpoints" / f"step-{step:08d}" for step in (10, 15)]
     flip(folders[0] / "model.safetensors")
     (folders[1] / "state.json").unlink()
     for _ in range(2):  # nothing is moved aside: a second look finds the same

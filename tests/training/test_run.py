@@ -1,6 +1,7 @@
-"""What a run tells while it goes: where it stands, and where its model looks."""
+"""The loop: progress, order of effects, and attention pictures."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from tests.short_run import a_run, experiment, killed_run
 from vinedresser.data.batching.reader import Batches
 from vinedresser.data.shards import ShardSet
+from vinedresser.errors import DivergedError, InterruptedRunError
 from vinedresser.tracking import MemoryTracker, NullTracker
-from vinedresser.training.progress import Best, Progress
+from vinedresser.training.listener import Best, Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_progress_from_the_first_update_to_the_last(reversal: ShardSet, tmp_path: Path):
     config = experiment(reversal, **{"batch.per_update": 2})
     tracker, told = MemoryTracker(), list[Progress]()
-    outcome = a_run(config, reversal, tmp_path, tracker=tracker, tell=told.append).execute()
+    run = a_run(config, reversal, tmp_path, tracker=tracker)
+    run.listener.progress = told.append
+    outcome = run.execute()
     assert outcome is not None
     per_epoch = Batches(reversal, config.batch, seed=1).per_epoch
     assert [p.step for p in told if p.phase == "training" and p.step % 8] == [
@@ -48,7 +52,8 @@ def test_a_resumed_run_stands_where_it_was(reversal: ShardSet, tmp_path: Path):
     config = experiment(reversal)
     killed_run(config, reversal, tmp_path, 16)
     told = list[Progress]()
-    run = a_run(config, reversal, tmp_path, tell=told.append)
+    run = a_run(config, reversal, tmp_path)
+    run.listener.progress = told.append
     assert run.execute() is not None
     first = told[0]
     assert (first.step, first.evaluations_left) == (15, 2)
@@ -80,3 +85,40 @@ def test_nothing_is_drawn_for_nobody(
     monkeypatch.setattr("vinedresser.figures.attention_maps.attention_figure", refuse)
     config = experiment(reversal, **{"evaluation.attention_every": 1})
     assert a_run(config, reversal, tmp_path, tracker=NullTracker()).execute() is not None
+
+
+def test_an_update_is_logged_then_evaluated_then_stored(reversal: ShardSet, tmp_path: Path):
+    config = experiment(
+        reversal, steps=8, **{"evaluation.num_evaluations": 2, "checkpoint_every": 4}
+    )
+    run, events = a_run(config, reversal, tmp_path), list[tuple[str, float]]()
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        events.append(("log" if "train/learning_rate" in metrics else "evaluate", step))
+
+    store = run._checkpoint
+    run.listener.log = log
+    run._checkpoint = lambda step: (events.append(("checkpoint", step)), store(step))
+    run.execute()
+    at_four = [("log", 4), ("evaluate", 4), ("checkpoint", 4)]
+    logs = [("log", 1), ("log", 2), ("log", 3)]
+    assert events[:6] == [*logs, *at_four]
+    assert events[-3:] == [("log", 8), ("evaluate", 8), ("checkpoint", 8)]
+
+
+def test_a_stop_request_stores_and_ends(reversal: ShardSet, tmp_path: Path):
+    run = a_run(experiment(reversal), reversal, tmp_path)
+    run.should_stop = lambda: run.step >= 6
+    with pytest.raises(InterruptedRunError, match="stopped on request at step 7; run the same"):
+        run.execute()
+    assert [path.name for path in run.folder.checkpoints.iterdir()][-1:] == ["step-00000007"]
+
+
+def test_a_run_that_diverges_is_neither_evaluated_nor_stored(reversal: ShardSet, tmp_path: Path):
+    config = experiment(reversal, **{"optim.lr": 1e30, "optim.clip_norm": 1e30})
+    run = a_run(config, reversal, tmp_path)
+    with pytest.raises(DivergedError, match=r"step \d: loss (nan|inf)"):
+        run.execute()
+    assert run.evaluator.history == []
+    assert not run.folder.checkpoints.exists()
+    assert all(p.isfinite().all() for p in run.model.parameters())

@@ -1,12 +1,10 @@
-"""The loop: gradients, seeds, averages, windows, order of effects."""
+"""Optimizer updates: gradients, seeds, accumulation, memory, devices."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from trainables.transformer import TransformerConfig
@@ -14,17 +12,12 @@ from vinedresser.batch import EOS, Batch, pad_ids
 from vinedresser.config import Compute, Experiment, Objective, Optim, ScheduledSampling
 from vinedresser.errors import (
     ConfigError,
-    DivergedError,
-    InterruptedRunError,
     MachineError,
-    TrainingError,
 )
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.gates import HeadGates, expected_open_share
-from vinedresser.training.checkpoint import optimizer_tensors
 from vinedresser.training.device import Device, resolve_device, seed_step
-from vinedresser.training.fit import AveragedWeights, Effects, Window, evaluation_steps, fit
-from vinedresser.training.optimizer import build_optimizer, freeze
+from vinedresser.training.optimizer import OptimizerState, build_optimizer, freeze
 from vinedresser.training.step import Step, Trainee, training_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,181 +165,6 @@ class TestSteps:
         assert [drawn(*triple) for triple in reversed(triples)] == values[::-1]
 
 
-class TestWindow:
-    def step(self, index: int, nats: float, tokens: int, norm: float) -> Step:
-        scalars = [torch.tensor(float(nats)), torch.tensor(tokens), torch.tensor(float(norm))]
-        return Step(index, *scalars, learning_rate=index / 10, epsilon=1 - index / 100)
-
-    def test_sums_travel(self):
-        window = Window(clip_norm=1.0)
-        window.add(self.step(1, 10.0, 2, 0.5))
-        window.add(self.step(2, 8.0, 16, 3.0))
-        logged = window.close()
-        assert logged.pop("train/tokens_per_second") > 0
-        assert logged.pop("train/seconds_per_step") > 0
-        assert logged == pytest.approx(
-            {
-                "train/nats_per_token": 1.0,
-                "train/learning_rate": 0.2,
-                "train/gradient_norm_max": 3.0,
-                "train/gradient_norm_mean": 1.75,
-                "train/skipped_updates": 0.0,
-                "train/clipped_share": 0.5,
-                "train/gold_share": 0.98,
-            }
-        )
-
-    def test_loss_and_speed_are_those_of_all_ranks(self):
-        alone = Window(clip_norm=1.0)
-        window = Window(clip_norm=1.0, total=lambda sums: sums + torch.tensor([30.0, 10.0]))
-        for each in (alone, window):
-            each.add(self.step(1, 6.0, 2, 0.5))
-        assert alone.close()["train/nats_per_token"] == 3
-        logged = window.close()
-        assert logged["train/nats_per_token"] == 3  # (6 + 30) / (2 + 10)
-        made = logged["train/tokens_per_second"] * logged["train/seconds_per_step"]
-        assert made == pytest.approx(12)
-
-    def test_a_closed_window_is_empty(self):
-        window = Window(clip_norm=1.0)
-        window.add(self.step(1, 100.0, 1, 1.0))
-        window.close()
-        window.add(self.step(2, 3.0, 3, 1.0))
-        assert window.close()["train/nats_per_token"] == 1.0
-
-    @pytest.mark.parametrize(("nats", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.inf)])
-    def test_what_is_not_finite_stops_the_run(self, nats, norm):
-        window = Window(clip_norm=1.0)
-        window.add(self.step(1, 1.0, 1, 1.0))
-        window.add(self.step(2, nats, 1, norm))
-        window.add(self.step(3, 1.0, 1, 1.0))
-        with pytest.raises(TrainingError, match=r"step 2: .*lower optim\.lr"):
-            window.close()
-
-
-class TestAverage:
-    def model(self, value: float) -> nn.Linear:
-        model = nn.Linear(1, 1, bias=False)
-        nn.init.constant_(model.weight, value)
-        return model
-
-    def test_no_decay_is_the_models_own_weights(self):
-        model = self.model(1.0)
-        averaged = AveragedWeights(model, 0.0)
-        for step in range(1, 4):
-            nn.init.constant_(model.weight, 0.1 * step)
-            averaged.update(step)
-            assert torch.equal(averaged.tensors["weight"], model.weight)
-
-    def test_recursion_by_hand(self):
-        model = self.model(1.0)
-        averaged = AveragedWeights(model, 0.5)
-        wanted = 1.0
-        for step in range(1, 31):
-            nn.init.constant_(model.weight, float(step))
-            averaged.update(step)
-            decay = min(0.5, step / (step + 10))
-            wanted = decay * wanted + (1 - decay) * step
-            assert averaged.tensors["weight"].item() == pytest.approx(wanted, rel=1e-5)
-
-    def test_constant_weights_stay(self):
-        model = self.model(0.3)
-        averaged = AveragedWeights(model, 0.99)
-        for step in range(1, 200):
-            averaged.update(step)
-        assert averaged.tensors["weight"].item() == pytest.approx(0.3, rel=1e-5)
-
-    def test_it_is_a_copy_and_follows_the_optimizer(self):
-        model, _ = trained(experiment())
-        averaged = AveragedWeights(model, 0.9)
-        before = {name: t.clone() for name, t in averaged.tensors.items()}
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 1
-        assert all(torch.equal(averaged.tensors[n], t) for n, t in before.items())
-        averaged.update(1000)
-        for name, tensor in before.items():
-            torch.testing.assert_close(averaged.tensors[name], tensor + 0.1)
-
-
-@given(steps=st.integers(1, 5000), data=st.data())
-def test_evaluations_are_spread_and_the_last_is_at_the_end(steps, data):
-    times = data.draw(st.integers(1, min(steps, 200)))
-    base = experiment(steps=max(steps, 8), **{"evaluation.num_evaluations": 1})
-    found = sorted(
-        evaluation_steps(base.override({"steps": steps, "evaluation.num_evaluations": times}))
-    )
-    assert len(found) == times
-    assert found[0] >= 1
-    assert found[-1] == steps
-    gaps = [b - a for a, b in zip([0, *found], found, strict=False)]
-    assert max(gaps) - min(gaps) <= 2
-
-
-def effects(notes: list[tuple[str, int]], **changes: object) -> Effects:
-    def log(metrics: Mapping[str, float], step: int) -> None:
-        notes.append(("log", step))
-
-    given = {
-        "log": log,
-        "evaluate": lambda step: notes.append(("evaluate", step)),
-        "checkpoint": lambda step: notes.append(("checkpoint", step)),
-        "tell_bad": lambda step: notes.append(("bad", step.index)),
-        "log_every": 3,
-        "evaluate_at": frozenset({4, 8}),
-        "checkpoint_every": 4,
-    }
-    return Effects(**{**given, **changes})
-
-
-def test_a_step_is_logged_then_judged_then_stored():
-    config, notes = experiment(), []
-    model = built(config)
-    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, endless(), optimizer, config, device=HERE)
-    fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), effects(notes))
-    logged = [("log", 3), ("log", 4), ("evaluate", 4), ("checkpoint", 4)]
-    assert notes == [*logged, ("log", 6), ("log", 8), ("evaluate", 8), ("checkpoint", 8)]
-
-
-def test_every_step_is_told_and_its_loss_where_it_is_logged():
-    config, notes, told = experiment(), [], []
-    model = built(config)
-    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, endless(), optimizer, config, device=HERE)
-    asked = effects(notes, tell=lambda step, logged: told.append((step, set(logged))))
-    fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), asked)
-    assert [step for step, _ in told] == list(range(1, 9))
-    assert {step for step, logged in told if logged} == {3, 4, 6, 8}
-    assert {"train/nats_per_token", "train/tokens_per_second"} <= told[2][1]
-
-
-def test_a_run_that_diverges_stops_before_it_is_judged():
-    config = experiment(**{"optim.lr": 1e30, "optim.clip_norm": 1e30})
-    notes: list[tuple[str, int]] = []
-    model = built(config)
-    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, endless(), optimizer, config, device=HERE)
-    with pytest.raises(TrainingError, match=r"step 2: loss (nan|inf)"):
-        fit(steps, AveragedWeights(model, 0.9), Window(clip_norm=1.0), effects(notes))
-    assert notes == [("bad", 2), ("bad", 3)]
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
-def test_a_run_that_explodes_with_finite_numbers_stops_too():
-    uniform, notes = math.log(10), []
-    losses = [uniform, 1.0, 5.0 * uniform]
-    steps = (
-        Step(i, torch.tensor(loss * 7), torch.tensor(7), torch.tensor(1.0), 0.1, 1.0)
-        for i, loss in enumerate(losses, 1)
-    )
-    window = Window(1.0, uniform=uniform)
-    often = effects(notes, log_every=1)
-    with pytest.raises(DivergedError, match=r"step 3: loss 11.5 nats a token, it was 1, and 2.3"):
-        fit(steps, AveragedWeights(nn.Linear(1, 1), 0.9), window, often)
-    assert notes == [("log", 1), ("log", 2)]
-
-
 class Poisoned:
     """Batches of which some make the gradient NaN, by a weight that is NaN while they pass."""
 
@@ -371,43 +189,14 @@ def test_a_gradient_that_is_not_finite_never_reaches_weights_or_moments():
     steps = training_steps(model, iter(Poisoned(model, {3})), optimizer, config, device=HERE)
     next(steps), next(steps)
     before = [p.detach().clone() for p in model.parameters()]
-    kept = {k: v.clone() for k, v in optimizer_tensors(optimizer).items()}
+    state = OptimizerState(optimizer)
+    kept = {k: v.clone() for k, v in state.state_dict().items()}
     assert not math.isfinite(float(next(steps).gradient_norm))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    after = optimizer_tensors(optimizer)
+    after = state.state_dict()
     assert all(torch.equal(kept[name], after[name]) for name in kept)
     assert math.isfinite(float(next(steps).gradient_norm))
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_skips_are_allowed_as_many_as_are_named():
-    def run(allowed: int) -> list[tuple[str, int]]:
-        config, notes = experiment(), []
-        model = built(config)
-        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-        bad = iter(Poisoned(model, {2, 5}))
-        steps = training_steps(model, bad, optimizer, config, device=HERE)
-        window = Window(1.0, max_skipped=allowed)
-        fit(steps, AveragedWeights(model, 0.9), window, effects(notes))
-        assert window.skipped == 2
-        return notes
-
-    assert [step for what, step in run(2) if what == "bad"] == [2, 5]
-    with pytest.raises(DivergedError, match="step 5"):
-        run(1)
-
-
-def test_told_to_stop_it_stores_and_ends():
-    config, notes = experiment(), []
-    model = built(config)
-    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    asked = iter([False, False, False, False, True])
-    steps = training_steps(
-        model, endless(), optimizer, config, device=HERE, should_stop=lambda: next(asked)
-    )
-    with pytest.raises(InterruptedRunError, match="checkpoint at step 5"):
-        fit(steps, AveragedWeights(model, 0.9), Window(1.0), effects(notes))
-    assert notes[-2:] == [("log", 5), ("checkpoint", 5)]
 
 
 class TestOutOfMemory:

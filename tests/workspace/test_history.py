@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.short_run import a_run, ending, experiment
+from tests.short_run import a_run, ending, experiment, folder_of
 from vinedresser.errors import DamagedError, DivergedError, MachineError, TrainingError
-from vinedresser.training.outcome import run_folder
 from vinedresser.training.run import Run
 from vinedresser.workspace.history import RunHistory
 from vinedresser.workspace.storage import read_json
@@ -47,7 +46,7 @@ def test_t22_the_same_failure_three_times(reversal, whole, tmp_path):
             failing(step, reason).execute()
     with pytest.raises(ValueError, match="no"):
         failing(8, "no").execute()
-    folder = run_folder(config, reversal, tmp_path)
+    folder = folder_of(config, reversal, tmp_path).path
     before = {path.relative_to(folder) for path in folder.rglob("*")}
     said = r"failed 3 times after step 7 with: ValueError: no\. Fix: .* the next command tries"
     with pytest.raises(TrainingError, match=said) as caught:
@@ -95,11 +94,11 @@ def test_t22_checkpoints_that_are_brought_back_are_used(reversal, whole, tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         a_run(config, reversal, tmp_path, stop).execute()
-    (path,) = run_folder(config, reversal, tmp_path).glob("checkpoints/*/model.safetensors")
+    (path,) = folder_of(config, reversal, tmp_path).path.glob("checkpoints/*/model.safetensors")
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     for _ in range(3):
-        with pytest.raises(DamagedError, match="no checkpoint is whole"):
+        with pytest.raises(DamagedError, match="no checkpoint is intact"):
             a_run(config, reversal, tmp_path).execute()
     path.write_bytes(content)
     again = a_run(config, reversal, tmp_path)

@@ -3,11 +3,9 @@
 import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from types import FrameType
 
 import typer
 
@@ -26,6 +24,7 @@ from vinedresser.cli.verbs.train import train
 from vinedresser.cli.verbs.translate import translate
 from vinedresser.cli.verbs.ui import ui
 from vinedresser.errors import ConfigError, InterruptedRunError, MachineError, VinedresserError
+from vinedresser.workspace.stopping import InterruptOnSigterm
 
 # 128 + SIGINT, as shells have it.
 _INTERRUPTED = 130
@@ -87,25 +86,14 @@ def _open_streams() -> None:
     logging.getLogger("vinedresser").setLevel(logging.INFO)
 
 
-class _Stopper:
-    """SIGTERM as a KeyboardInterrupt, the one exception that Ray lets through its waits."""
-
-    def __init__(self) -> None:
-        self.is_requested = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self.is_requested = True
-        raise KeyboardInterrupt
-
-    def exit_code(self) -> int:
-        """After an interruption: print how to go on."""
-        if self.is_requested:
-            error = InterruptedRunError("told to stop; the same command goes on from where it was")
-            sys.stderr.write(f"{error}\n")
-            return error.exit_code
-        sys.stderr.write("interrupted; the same command goes on from where it was\n")
-        return _INTERRUPTED
+def _exit_code(interrupt: InterruptOnSigterm) -> int:
+    """Print how to resume after an interruption, and return the exit code."""
+    if interrupt.is_received:
+        error = InterruptedRunError("stopped on request; run the same command to resume")
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stderr.write("interrupted; run the same command to resume\n")
+    return _INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,13 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_debug = "--debug" in words or bool(os.environ.get("VINEDRESSER_DEBUG"))
     words = [word for word in words if word != "--debug"] or ["--help"]
     _open_streams()
-    stopper = _Stopper()
-    signal.signal(signal.SIGTERM, stopper)
+    interrupt = InterruptOnSigterm()
     try:
         _refuse_control_characters(words)
         result = app(words, standalone_mode=False)
     except KeyboardInterrupt:
-        return stopper.exit_code()
+        return _exit_code(interrupt)
     except BrokenPipeError:
         sys.stdout = None
         return 0
@@ -144,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     if result == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
-        return stopper.exit_code()
+        return _exit_code(interrupt)
     return result if isinstance(result, int) else 0
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vinedresser.bundle import Bundle
     from vinedresser.config import Section
     from vinedresser.data.shards import ShardSet
-    from vinedresser.distributed import Site
+    from vinedresser.distributed.context import RunContext
     from vinedresser.tracking import Store
 
 Overrides = Annotated[
@@ -108,16 +108,17 @@ def open_model(name: str, workspace: Path) -> "Bundle":
     return load_bundle(folder.absolute())
 
 
-def site_of(shards: "ShardSet", workspace: Path, *, kind: str = "train") -> "Site":
-    """Return where the command's runs are written, with the task's tracking store.
+def context_of(shards: "ShardSet", workspace: Path, *, kind: str = "train") -> "RunContext":
+    """Return the context of the command's runs, with the task's tracking store.
 
     The store of a search or of a pruning is opened here, and runs of killed processes are closed;
     that of a training is opened while the training begins.
     """
     import logging
 
-    from vinedresser.distributed import Site
+    from vinedresser.distributed.context import RunContext
     from vinedresser.tracking import initialise, reap, store_for
+    from vinedresser.workspace import layout
 
     store = store_for(workspace, shards.task.name)
     if kind != "train":
@@ -126,7 +127,7 @@ def site_of(shards: "ShardSet", workspace: Path, *, kind: str = "train") -> "Sit
             logging.getLogger(__name__).info(
                 "tracking: run %s of a killed process closed", run_id[:8]
             )
-    return Site(str(shards.folder.absolute()), str(workspace.absolute()), store, kind=kind)
+    return RunContext(shards, layout.Workspace(workspace.absolute()), store, kind=kind)
 
 
 def print_plan(value: "Section", *, as_json: bool) -> None:

@@ -1,12 +1,14 @@
-"""How a run looks while it trains: a bar at the foot of a terminal, else a line now and then."""
+"""Display of a run that trains: a bar at the foot of a terminal, else a line every few seconds."""
 
 import contextlib
 import itertools
+import logging
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,78 +16,81 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from vinedresser.training.progress import Best, Progress, Tell
+from vinedresser.config import Experiment
+from vinedresser.training.listener import Best, Listener, Progress
+
+_log = logging.getLogger(__name__)
 
 Now = Callable[[], float]
 
-# Seconds between two pictures of the bar, and between two lines.
+# Seconds between two frames of the bar, and between two lines.
 _FRAME, _LINE = 0.25, 5.0
-# Speed is that of the last minute: so many points, a second or more apart.
+# Speed is measured over the last minute: this many points, a second or more apart.
 _POINTS = 60
-# Before so many updates, unless they take so long, nothing is said of the end: the first ones were
-# seen to take five times what the others do.
+# Updates before the time left is shown, unless they take long: the first ones took up to five
+# times as long as the others.
 _SURE_STEPS, _SURE_SECONDS = 5, 20.0
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK = 16
 
 
 @contextlib.contextmanager
-def watching(say: Callable[[str], None], *, console: Console | None = None) -> Iterator[Tell]:
-    """Shows what it is told until the block ends: a bar on a terminal, else lines through `say`.
+def watching(experiment: Experiment, *, console: Console | None = None) -> Iterator[Listener]:
+    """Display a run until the block ends: a bar on a terminal, else log lines.
 
-    Above the bar appears what is written to `sys.stderr` meanwhile, and to `sys.stdout` where that
-    is a terminal too.
+    Text that is written to `sys.stderr` meanwhile appears above the bar, and text to `sys.stdout`
+    where that is a terminal too.
     """
     console = console or Console(stderr=True)
     can_draw = console.is_terminal and not console.is_dumb_terminal
     if not (can_draw and console.encoding.startswith("utf")):
-        yield Lines(say)
+        yield Lines(experiment)
         return
-    # Without a thread of its own: there is something new to draw only when something was told.
-    first = Text("data, model and optimizer are made ready", style="dim")
-    # What goes into a pipe stays what it is.
+    # No refresh thread: the bar changes only with new progress.
+    first = Text("preparing data, model and optimizer", style="dim")
+    # Output into a pipe stays unchanged.
     both = sys.stdout.isatty()
     with Live(
         first, console=console, auto_refresh=False, transient=True, redirect_stdout=both
     ) as live:
-        yield Bar(lambda picture: live.update(picture, refresh=True))
+        yield Bar(experiment, lambda frame: live.update(frame, refresh=True))
 
 
-class Clock:
-    """How long a run will still take, from the speed of its last minute.
+class TimeLeft:
+    """Estimate of the time that a run will still take, from the speed of its last minute.
 
-    Evaluations are counted by themselves, at the mean time of those that were seen.
+    Evaluations are counted separately, at the mean time of those so far.
     """
 
     def __init__(self, now: Now = time.monotonic) -> None:
         self._now = now
         self._points: deque[tuple[float, int]] = deque(maxlen=_POINTS)
         self._first = self._last = Progress(0, 0, 0.0, 0)
-        self._judging_since: float | None = None
-        self._judged = self._at = 0.0
+        self._evaluating_since: float | None = None
+        self._evaluated = self._at = 0.0
         self._evaluations = 0
 
-    def see(self, progress: Progress) -> None:
-        """Takes in where the run is now."""
+    def add(self, progress: Progress) -> None:
+        """Add the present progress."""
         now = self._now()
-        if self._judging_since is not None and progress.phase == "training":
-            self._judged += now - self._judging_since
+        if self._evaluating_since is not None and progress.phase == "training":
+            self._evaluated += now - self._evaluating_since
             self._evaluations += 1
-            self._judging_since = None
+            self._evaluating_since = None
         elif progress.phase == "evaluating":
-            self._judging_since = now
-        self._at = now - self._judged
+            self._evaluating_since = now
+        self._at = now - self._evaluated
         if not self._last.steps:
             self._first = progress
-        # The first update allocates and compiles: the clock starts after it.
+        # The first update allocates and compiles: it does not count.
         is_due = not self._points or self._at - self._points[-1][0] >= 1
         if progress.step > self._first.step and is_due:
             self._points.append((self._at, progress.step))
         self._last = progress
 
     @property
-    def seconds_left(self) -> float:
-        """To the end of the run; nan before anything can be said."""
+    def seconds(self) -> float:
+        """Seconds to the end of the run; nan before an estimate is possible."""
         if not self._points:
             return math.nan
         start, first = self._points[0]
@@ -93,74 +98,100 @@ class Clock:
         if steps == 0 or (steps < _SURE_STEPS and seconds < _SURE_SECONDS):
             return math.nan
         a_step = seconds / steps
-        an_evaluation = self._judged / max(self._evaluations, 1)
+        an_evaluation = self._evaluated / max(self._evaluations, 1)
         left = self._last.steps - self._last.step
         return left * a_step + self._last.evaluations_left * an_evaluation
 
 
-class Lines:
-    """A plain line at log lines, five seconds apart or more."""
+class Evaluations(Listener):
+    """A log line per evaluation."""
 
-    def __init__(self, say: Callable[[str], None], *, now: Now = time.monotonic) -> None:
-        self._say, self._now, self._clock = say, now, Clock(now)
-        self._said = now() - _LINE
+    def __init__(self, experiment: Experiment) -> None:
+        """Args: the run."""
+        self._metric, self._steps = experiment.task.metric, experiment.steps
 
-    def __call__(self, progress: Progress) -> None:
-        """Takes in where the run is, and says it where it is time."""
-        self._clock.see(progress)
-        if progress.loss is None or self._now() - self._said < _LINE:
+    def evaluated(self, report: Mapping[str, Any]) -> None:
+        """Log the inferred metric, the best so far and the teacher-forced loss."""
+        if f"dev/{self._metric}" in report:
+            _log.info(
+                "step %.0f/%d  %s %.2f  best %.2f  teacher-forced %.3f nats",
+                report["step"], self._steps, self._metric, report[f"dev/{self._metric}"],
+                report[f"best/{self._metric}"], report["dev/teacher_forced_nats"],
+            )  # fmt: skip
+
+    finished = evaluated
+
+
+class Lines(Evaluations):
+    """A log line per closed metrics window, five seconds apart or more."""
+
+    def __init__(self, experiment: Experiment, *, now: Now = time.monotonic) -> None:
+        """Args: the run, and a clock."""
+        super().__init__(experiment)
+        self._now, self._left, self._logged = now, TimeLeft(now), now() - _LINE
+
+    def progress(self, progress: Progress) -> None:
+        """Log the progress where a line is due."""
+        self._left.add(progress)
+        if progress.loss is None or self._now() - self._logged < _LINE:
             return
-        self._said = self._now()
-        said = [
+        self._logged = self._now()
+        parts = [
             f"step {progress.step}/{progress.steps}",
             f"epoch {_epoch(progress.epoch)}",
             f"loss {progress.loss:.2f}",
             f"{quantity(progress.tokens_per_second or 0)} tok/s",
-            _eta(self._clock.seconds_left),
+            _eta(self._left.seconds),
             _best(progress.best),
         ]
-        self._say("  ".join(part for part in said if part))
+        _log.info("%s", "  ".join(part for part in parts if part))
 
 
-class Bar:
-    """Two lines: how far it is, and how it goes."""
+class Bar(Evaluations):
+    """Two lines at the foot of a terminal: progress, and loss with speed."""
 
     def __init__(
-        self, show: Callable[[RenderableType], None], *, now: Now = time.monotonic
+        self,
+        experiment: Experiment,
+        show: Callable[[RenderableType], None],
+        *,
+        now: Now = time.monotonic,
     ) -> None:
-        self._show, self._now, self._clock = show, now, Clock(now)
+        """Args: the run, what draws a frame, and a clock."""
+        super().__init__(experiment)
+        self._show, self._now, self._left = show, now, TimeLeft(now)
         self._shown = -math.inf
         self._losses: list[float] = []
         self._rate = 0.0
         self._phase = ""
 
-    def __call__(self, progress: Progress) -> None:
-        """Takes in where the run is; draws four times a second at most."""
-        self._clock.see(progress)
+    def progress(self, progress: Progress) -> None:
+        """Draw the progress, four times per second at most."""
+        self._left.add(progress)
         if progress.loss is not None:
             self._losses.append(progress.loss)
             self._rate = progress.tokens_per_second or 0.0
         now = self._now()
         if now - self._shown >= _FRAME or progress.phase != self._phase:
             self._shown, self._phase = now, progress.phase
-            self._show(self._picture(progress))
+            self._show(self._frame(progress))
 
-    def _picture(self, progress: Progress) -> RenderableType:
+    def _frame(self, progress: Progress) -> RenderableType:
         far = Table.grid(padding=(0, 1), expand=True)
         far.add_column(ratio=1)
         far.add_column(no_wrap=True)
-        is_judged = progress.phase == "evaluating"
-        eta = "evaluating" if is_judged else _eta(self._clock.seconds_left) or "ETA -:--"
-        # Columns of fixed widths, so that the bar does not tremble.
+        is_evaluating = progress.phase == "evaluating"
+        eta = "evaluating" if is_evaluating else _eta(self._left.seconds) or "ETA -:--"
+        # Columns of fixed widths keep the bar in place.
         total = str(progress.steps)
         where = Text(f"{progress.step:>{len(total)}}/{total}  epoch {_epoch(progress.epoch):<4} ")
         where.append(f"{eta:<10}", style="bold")
         bar = ProgressBar(total=progress.steps, completed=progress.step)
         far.add_row(bar, where)
-        return Group(far, self._how(progress))
+        return Group(far, self._quality(progress))
 
-    def _how(self, progress: Progress) -> Text:
-        """Loss with its curve, speed, best; what has no room is cut off."""
+    def _quality(self, progress: Progress) -> Text:
+        """Return loss with its curve, speed and best value; cut off where there is no room."""
         how = Text(no_wrap=True, overflow="ellipsis")
         if not self._losses:
             return how.append("the first loss comes with the first log line", style="dim")
@@ -173,7 +204,7 @@ class Bar:
 
 
 def sparkline(values: Sequence[float], width: int = _SPARK) -> str:
-    """A curve in one line of at most `width` characters, each the mean of its share of values."""
+    """Return a curve in one line of at most `width` characters, each a mean of values."""
     if len(values) > width:
         edges = [i * len(values) // width for i in range(width + 1)]
         values = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
@@ -186,7 +217,7 @@ def sparkline(values: Sequence[float], width: int = _SPARK) -> str:
 
 
 def quantity(value: float) -> str:
-    """Three digits: 987, 11.2k, 1.05M."""
+    """Return three digits: 987, 11.2k, 1.05M."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * size:
             digits = max(0, 2 - int(math.log10(max(value / size, 1))))
@@ -195,7 +226,7 @@ def quantity(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """1:32, 2:05:10, 3d 04h."""
+    """Return 1:32, 2:05:10, 3d 04h."""
     whole = round(seconds)
     if whole >= 100 * 3600:
         return f"{whole // 86400}d {whole % 86400 // 3600:02}h"

@@ -14,7 +14,7 @@ from vinedresser.config import Section
 from vinedresser.config.study import INFERRED, Distribution, Study, StudyObjective
 from vinedresser.data.batching.reader import in_order, load_split
 from vinedresser.data.shards import ShardSet
-from vinedresser.distributed import Site
+from vinedresser.distributed.context import RunContext
 from vinedresser.evaluate import evaluate
 from vinedresser.metrics import is_lower_better
 from vinedresser.pruning.heads import (
@@ -28,7 +28,6 @@ from vinedresser.pruning.heads import (
 from vinedresser.pruning.parity import certify
 from vinedresser.sweep import SweepOutcome, TrialRow, sweep
 from vinedresser.workspace.commit import is_committed
-from vinedresser.workspace.layout import Workspace
 
 _log = logging.getLogger(__name__)
 
@@ -67,11 +66,10 @@ class Pruner:
         whole: the model to prune, trained to convergence.
     """
 
-    def __init__(
-        self, name: str, pruning: Pruning, whole: Bundle, *, shards: ShardSet, site: Site
-    ) -> None:
+    def __init__(self, name: str, pruning: Pruning, whole: Bundle, *, context: RunContext) -> None:
         self.name, self.pruning, self.whole = name, pruning, whole
-        self.shards, self.site = shards, site
+        shards = context.shards
+        self.shards, self.context = shards, context
         self.metric = shards.task.metric
 
     def run(self) -> Bundle:
@@ -94,7 +92,7 @@ class Pruner:
             seed=bundle.experiment.seed,
         )
         _log.info("prune: %d trials over %s", study.num_trials, ", ".join(study.space))
-        return sweep(study, replace(self.site, kind="prune"), self.shards)
+        return sweep(study, replace(self.context, kind="prune"))
 
     def choose(self, trials: SweepOutcome) -> TrialRow:
         """Return the trial with the fewest heads that is not much worse than the whole on dev."""
@@ -112,7 +110,7 @@ class Pruner:
     def compact(self, pruned: TrialRow) -> Bundle:
         """Remove heads, prove parity, score both models on the held-out split; return the model."""
         gated, whole, shards = load_bundle(Path(pruned.bundle)), self.whole, self.shards
-        target = Workspace(Path(self.site.workspace)).model(self.name, gated.digest)
+        target = self.context.workspace.model(self.name, gated.digest)
         if is_committed(target):
             _log.info("compact: %s unchanged", target.name)
             return load_bundle(target)

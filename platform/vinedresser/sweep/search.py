@@ -6,14 +6,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vinedresser.config.study import Study
-from vinedresser.data.shards import ShardSet
-from vinedresser.distributed import Site
+from vinedresser.distributed.context import RunContext
 from vinedresser.errors import InterruptedRunError, MachineError, TrainingError
 from vinedresser.sweep.journal import ended_trials, open_study
 from vinedresser.sweep.outcome import SweepOutcome, TrialRow, directions, rank
 from vinedresser.sweep.trials import run_trials
 from vinedresser.tracking import Tracker, end_children, ending, open_run
-from vinedresser.workspace.commit import digest_of, verify
+from vinedresser.workspace.commit import digest_of, read_manifest
 from vinedresser.workspace.layout import RunFolder, SweepFolder, Workspace
 from vinedresser.workspace.lease import leased
 from vinedresser.workspace.storage import read_json, write_file
@@ -21,7 +20,7 @@ from vinedresser.workspace.storage import read_json, write_file
 _log = logging.getLogger(__name__)
 
 
-def sweep(study: Study, site: Site, shards: ShardSet) -> SweepOutcome:
+def sweep(study: Study, context: RunContext) -> SweepOutcome:
     """Run the trials that a study lacks and rank all of them. Ray must be connected.
 
     Raises:
@@ -31,11 +30,11 @@ def sweep(study: Study, site: Site, shards: ShardSet) -> SweepOutcome:
         MachineError: one trial needs more than the whole cluster.
     """
     objectives = directions(study)
-    content = {**study.model_dump(mode="json"), "name": "", "task": shards.digest}
+    content = {**study.model_dump(mode="json"), "name": "", "task": context.shards.digest}
     if study.base.init is not None:
         # By content in the place of its path, as in the key of a run.
-        content["base"] = {**content["base"], "init": verify(Path(study.base.init)).digest}
-    key, workspace = digest_of(content), Workspace(Path(site.workspace))
+        content["base"] = {**content["base"], "init": read_manifest(Path(study.base.init)).digest}
+    key, workspace = digest_of(content), context.workspace
     folder = workspace.sweep(study.name, key)
     with leased(folder.lease, f"sweep {folder.name}"):
         known = read_outcome(folder, workspace)
@@ -43,10 +42,10 @@ def sweep(study: Study, site: Site, shards: ShardSet) -> SweepOutcome:
             _log.info("%s: unchanged, %d trials known", folder.name, len(known.trials))
             return known
         tracker = open_run(
-            site.store,
+            context.store,
             key=key[:12],
             name=folder.name,
-            parent=site.parent,
+            parent=context.parent,
             params={"study": study.name, "base": study.base.to_json()},
             tags={
                 "vinedresser.kind": "sweep",
@@ -63,10 +62,10 @@ def sweep(study: Study, site: Site, shards: ShardSet) -> SweepOutcome:
                 count = len(known_trials)
                 _log.info("%s: %d of %d trials known", folder.name, count, study.num_trials)
             if len(known_trials) < study.num_trials:
-                children = replace(site, parent=tracker.run_id)
+                children = replace(context, parent=tracker.run_id)
                 try:
                     run_trials(
-                        study, children, shards,
+                        study, children,
                         opened=opened, objectives=objectives, scratch=folder.ray_scratch,
                     )  # fmt: skip
                 finally:
@@ -125,10 +124,10 @@ def _moved(trial: TrialRow, workspace: Workspace) -> TrialRow:
     return replace(trial, bundle=str(run.bundle))
 
 
-def _close_children(site: Site) -> None:
+def _close_children(context: RunContext) -> None:
     """Close the tracking runs of trials whose process Tune ended before it could do so."""
-    if site.parent:
+    if context.parent:
         try:
-            end_children(site.store, site.parent, "stopped early")
+            end_children(context.store, context.parent, "stopped early")
         except MachineError as error:
             _log.warning("%s; stopped trials may stay RUNNING there", error.args[0])

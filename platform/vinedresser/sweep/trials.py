@@ -1,15 +1,12 @@
 """Trials of a sweep under Ray Tune: the proposals, the training in each, and their early stop."""
 
-import contextlib
 import logging
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import optuna
@@ -18,14 +15,17 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from vinedresser.config import Experiment
 from vinedresser.config.study import Study
-from vinedresser.data.shards import ShardSet
-from vinedresser.distributed import TRIAL_CPUS, Site, num_groups, release_group, require, train
+from vinedresser.data.shards import open_shards
+from vinedresser.distributed.context import RunContext
+from vinedresser.distributed.resources import TRIAL_CPUS, num_groups, release_group, require
+from vinedresser.distributed.train import train
 from vinedresser.errors import ConfigError, InterruptedRunError, VinedresserError
 from vinedresser.sweep.journal import REASON, ended_trials
 from vinedresser.sweep.outcome import Direction, short_params
 from vinedresser.sweep.searcher import DIED, Searcher
+from vinedresser.training.listener import Listener
 from vinedresser.training.outcome import run_folder
-from vinedresser.workspace.lease import STOPPING, ask_to_stop, has_stopped
+from vinedresser.workspace.stopping import confirm_stop, stopping_runs_first
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +47,7 @@ class Halving(ASHAScheduler):
 
 def run_trials(
     study: Study,
-    site: Site,
-    shards: ShardSet,
+    context: RunContext,
     *,
     opened: optuna.Study,
     objectives: Mapping[str, Direction],
@@ -83,9 +82,7 @@ def run_trials(
             max_t=max(study.base.evaluation.num_evaluations, study.stopping.grace + 1),
         )
     watch = TrialWatch(study, objectives)
-    trial = tune.with_parameters(
-        _trial, base=study.base.to_json(), site=site, shards=shards, keys=keys
-    )
+    trial = tune.with_parameters(_trial, base=study.base.to_json(), context=context, keys=keys)
     tuner = tune.Tuner(
         tune.with_resources(trial, resources),
         tune_config=tune.TuneConfig(
@@ -101,7 +98,7 @@ def run_trials(
         ),
     )
     try:
-        with _checkpointing_first(watch, study, shards, Path(site.workspace)):
+        with stopping_runs_first(lambda: watch.folders(context), grace=GRACE_SECONDS):
             tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -110,30 +107,44 @@ def run_trials(
 def _trial(
     config: Mapping[str, Any],
     base: Mapping[str, Any],
-    site: Site,
-    shards: ShardSet,
+    context: RunContext,
     keys: list[str],
 ) -> None:
     """Train the base experiment with the proposed values, in the process of a Tune trial."""
-
-    def report(metrics: Mapping[str, Any]) -> None:
-        if missing := [key for key in keys if key not in metrics]:
-            raise ConfigError(
-                f"objectives: {', '.join(missing)} is not among the numbers that trials report: "
-                f"{', '.join(sorted(key for key in metrics if '/' in key))}"
-            )
-        tune.report(dict(metrics))
-
+    shards = open_shards(context.shards.folder, digest=context.shards.digest)
     try:
         experiment = Experiment.from_json(base).override(config["params"])
-        train(experiment, site, report=report)
+        train(experiment, replace(context, shards=shards), listener=TuneListener(keys))
     except InterruptedRunError:
         # It has its checkpoint, and is neither done nor failed: the driver is about to end.
-        has_stopped(run_folder(experiment, shards, Path(site.workspace)))
+        confirm_stop(run_folder(experiment, shards, context.workspace).path)
         time.sleep(2 * GRACE_SECONDS)
     except Exception as error:  # noqa: BLE001 (any failure ends this trial; the others continue)
         message = error.args[0] if isinstance(error, VinedresserError) else repr(error)
         tune.report({REASON: str(message).splitlines()[0]})
+
+
+class TuneListener(Listener):
+    """Listener inside a trial: reports go to Tune, and hold every objective."""
+
+    def __init__(self, keys: list[str]) -> None:
+        """Args: the keys of the objectives."""
+        self._keys = keys
+
+    def evaluated(self, report: Mapping[str, Any]) -> None:
+        """Report to Tune.
+
+        Raises:
+            ConfigError: an objective is not in the report.
+        """
+        if missing := [key for key in self._keys if key not in report]:
+            raise ConfigError(
+                f"objectives: {', '.join(missing)} is not among the numbers that trials report: "
+                f"{', '.join(sorted(key for key in report if '/' in key))}"
+            )
+        tune.report(dict(report))
+
+    finished = evaluated
 
 
 class TrialWatch(tune.Callback):
@@ -188,39 +199,13 @@ class TrialWatch(tune.Callback):
         self._ended(trial)
         _log.info("  trial %d  failed: %s", trial.config["number"], DIED)
 
+    def folders(self, context: RunContext) -> list[Path]:
+        """Return the run folders of the trials that run."""
+        experiments = [self._base.override(one["params"]) for one in self.running.values()]
+        return [run_folder(e, context.shards, context.workspace).path for e in experiments]
+
     def _ended(self, trial: Any) -> Mapping[str, Any]:
         self.running.pop(trial.trial_id, None)
         last: Mapping[str, Any] = trial.last_result or {}
         release_group(last)
         return last
-
-
-@contextlib.contextmanager
-def _checkpointing_first(
-    watch: TrialWatch, study: Study, shards: ShardSet, workspace: Path
-) -> Iterator[None]:
-    """Let trials write their checkpoints at SIGTERM and Ctrl-C, before the handler of before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in STOPPING}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        restore()
-        experiments = [study.base.override(one["params"]) for one in watch.running.values()]
-        folders = [run_folder(experiment, shards, workspace) for experiment in experiments]
-        ask_to_stop(folders, grace=GRACE_SECONDS)
-        handler = before[signal.Signals(number)]
-        if callable(handler):
-            handler(number, frame)
-
-    for number in STOPPING:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        restore()

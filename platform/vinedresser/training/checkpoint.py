@@ -1,7 +1,8 @@
-"""Checkpoints: one atomic folder each, read back verified, the newest good one first.
+"""Checkpoints: the states of a run's parts in one atomic folder; read back verified.
 
-No pickle: tensors are in safetensors, scalars in JSON. There is no random state in it because
-there is none to keep: every step seeds its generator from (seed, step, rank).
+A part is anything with `state_dict` and `load_state_dict`. Its tensors are stored as safetensors,
+everything else as JSON; nothing is pickled. No random state is stored because there is none: every
+step seeds its generator from (seed, step, rank).
 """
 
 import json
@@ -10,65 +11,116 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vinedresser.errors import DamagedError, MachineError
 from vinedresser.workspace.commit import commit, is_committed, quarantine, verify
+from vinedresser.workspace.layout import RunFolder, checkpoint_step
 
-_log = logging.getLogger("vinedresser")
+_log = logging.getLogger(__name__)
+
+# In the stored JSON, a mapping with one of these keys stands for a tensor, or for a mapping whose
+# keys are no strings, as the state of an optimizer.
+_TENSOR, _ITEMS = "$tensor", "$items"
+
+
+class Part(Protocol):
+    """A part of a run that a checkpoint stores."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return nested mappings and lists of tensors and plain JSON values."""
+
+    def load_state_dict(self, state: Any) -> object:
+        """Restore what `state_dict` returned; tensors are on the CPU."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What training needs to go on as if it had never stopped.
+    """A checkpoint that was read and verified.
 
     Attributes:
         step: optimizer updates done.
-        tensors: group -> name -> tensor, for example `model`, `average`, `best`, `optimizer`.
-        scalars: plain JSON: best score, history, data position.
+        states: part -> its state.
     """
 
     step: int
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    scalars: Mapping[str, Any]
+    states: Mapping[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Commits `folder/step-00001234` and removes all but the newest `keep`, oldest first."""
-    target = folder / f"step-{checkpoint.step:08d}"
+def save_checkpoint(run: RunFolder, step: int, parts: Mapping[str, Part], *, keep: int = 2) -> Path:
+    """Commit the checkpoint of a step and remove all but the newest `keep`, oldest first.
+
+    Raises:
+        MachineError: the disk is full or refuses.
+    """
+    target = run.checkpoint(step)
     if is_committed(target):
-        if _is_whole(target):
+        if _is_intact(target):
             return target
-        quarantine(target)  # it was passed over at the start
+        quarantine(target)  # `newest_checkpoint` skipped it
     with commit(target) as staging:
-        for group, tensors in checkpoint.tensors.items():
-            # Tied weights share storage, which safetensors refuses; copies are small.
-            plain = {name: t.detach().cpu().clone() for name, t in tensors.items()}
-            save_file(plain, staging.path / f"{group}.safetensors")
-        content = {"step": checkpoint.step, "scalars": dict(checkpoint.scalars)}
+        states = {}
+        for name, part in parts.items():
+            tensors: dict[str, Tensor] = {}
+            states[name] = _without_tensors(part.state_dict(), tensors, name)
+            if tensors:
+                save_file(tensors, staging.path / f"{name}.safetensors")
+        content = {"step": step, "states": states}
         (staging.path / "state.json").write_text(json.dumps(content))
-    for old in sorted(folder.glob("step-????????"))[:-keep]:
+    for old in sorted(run.checkpoints.glob("step-????????"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def newest_checkpoint(folder: Path, *, is_first: bool = True) -> Checkpoint | None:
-    """The newest checkpoint that can be read and verifies; newer ones are passed over and told.
+def load_parts(parts: Mapping[str, Part], checkpoint: Checkpoint) -> None:
+    """Restore every part that the checkpoint holds a state of."""
+    for name, part in parts.items():
+        if name in checkpoint.states:
+            part.load_state_dict(checkpoint.states[name])
 
-    Damaged ones are moved aside. One that the disk does not give may be whole, and stays.
+
+def _without_tensors(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """Return plain JSON with the tensors of a state moved into `tensors`, by path."""
+    if isinstance(value, Tensor):
+        # Tied weights share storage, which safetensors refuses; copies are small.
+        tensors[path] = value.detach().cpu().clone()
+        return {_TENSOR: path}
+    if isinstance(value, Mapping):
+        items = [(k, _without_tensors(v, tensors, f"{path}/{k}")) for k, v in value.items()]
+        return dict(items) if all(isinstance(k, str) for k, _ in items) else {_ITEMS: items}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_with_tensors(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TENSOR}:
+        return tensors[value[_TENSOR]]
+    items = value[_ITEMS] if value.keys() == {_ITEMS} else value.items()
+    return {key: _with_tensors(item, tensors) for key, item in items}
+
+
+def newest_checkpoint(run: RunFolder, *, is_first: bool = True) -> Checkpoint | None:
+    """Return the newest checkpoint that can be read and verifies; None if there is none.
+
+    Damaged ones are moved aside. One that the disk fails to read may be intact, and stays.
 
     Args:
-        folder: of the checkpoints.
-        is_first: whether this is the rank that tidies up; the others only read.
+        run: folder of the run.
+        is_first: true on the rank that moves damaged ones aside; the others only read.
 
     Raises:
-        DamagedError: there are checkpoints, and none verifies; says why of each.
-        MachineError: none verifies, and the disk is in the way of one at least.
+        DamagedError: there are checkpoints, and none verifies; with the reason of each.
+        MachineError: none verifies, and at least one cannot be read from the disk.
     """
+    folder = run.checkpoints
     passed: dict[Path, DamagedError | MachineError] = {}
     for path in sorted(folder.glob("step-????????"), reverse=True):
         try:
@@ -77,7 +129,7 @@ def newest_checkpoint(folder: Path, *, is_first: bool = True) -> Checkpoint | No
             passed[path] = error
             continue
         for bad, why in passed.items() if is_first else ():
-            earlier = _step(bad) - found.step
+            earlier = checkpoint_step(bad) - found.step
             _log.warning("%s; using step %d, %d updates earlier", why.args[0], found.step, earlier)
             if isinstance(why, DamagedError):
                 quarantine(bad)
@@ -85,56 +137,41 @@ def newest_checkpoint(folder: Path, *, is_first: bool = True) -> Checkpoint | No
     reasons = "; ".join(why.args[0] for why in passed.values())
     if any(isinstance(why, MachineError) for why in passed.values()):
         raise MachineError(
-            f"{folder}: no checkpoint can be read ({reasons}). Fix: mend the disk and run the "
+            f"{folder}: no checkpoint can be read ({reasons}). Fix: repair the disk and run the "
             "same command again"
         )
     if passed:
         raise DamagedError(
-            f"{folder}: no checkpoint is whole ({reasons}). Fix: bring one back, or train "
-            "--from-scratch"
+            f"{folder}: no checkpoint is intact ({reasons}). Fix: restore one from a copy, or "
+            "train --from-scratch"
         )
     return None
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
 def _read(path: Path) -> Checkpoint:
-    """Raises DamagedError or MachineError, whatever the disk answers."""
+    """Read and verify one checkpoint.
+
+    Raises:
+        DamagedError: it fails its manifest.
+        MachineError: the disk does not read it: a stale handle, or rank 0 has moved it aside.
+    """
     try:
         manifest = verify(path)
         state = json.loads((path / "state.json").read_text())
-        groups = [name for name in manifest.files if name.endswith(".safetensors")]
-        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in groups}
-    except OSError as error:  # a stale handle, or rank 0 has moved it aside meanwhile
+        tensors: dict[str, Tensor] = {}
+        for name in manifest.files:
+            if name.endswith(".safetensors"):
+                tensors |= load_file(path / name)
+    except OSError as error:
         raise MachineError(f"{path}: {error.strerror or error}") from error
-    return Checkpoint(state["step"], tensors, state["scalars"])
+    if "states" not in state:
+        raise DamagedError(f"{path}: written by another version of vinedresser")
+    return Checkpoint(state["step"], _with_tensors(state["states"], tensors))
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     try:
         verify(path)
     except (DamagedError, MachineError, OSError):
         return False
     return True
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter index, flat; `restore_optimizer` puts it back."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
-        for index, entry in state.items()
-        for name, value in entry.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` took out."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    whole = optimizer.state_dict()
-    optimizer.load_state_dict({**whole, "state": state})

@@ -19,7 +19,7 @@ from vinedresser.metrics import is_better, worst
 from vinedresser.nn.gates import head_gates
 from vinedresser.tracking import NullTracker, Tracker
 from vinedresser.training.device import Device
-from vinedresser.training.progress import Best
+from vinedresser.training.listener import Best
 
 # Dev sentences whose sources are exchanged at each evaluation: the standard error of the gap is
 # below 0.2 nats a token from 64 sentences on.

@@ -1,7 +1,8 @@
 """The optimizer from its configuration; the learning rate as a pure function of the step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,3 +101,29 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of every group, times its factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
+
+
+class OptimizerState:
+    """State of an optimizer as a part of a checkpoint; rates and factors stay those of the run."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Args: the optimizer."""
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments of every parameter, by its index and name."""
+        state = self._optimizer.state_dict()["state"]
+        return {
+            f"{index}.{name}": value
+            for index, entry in state.items()
+            for name, value in entry.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the moments."""
+        entries: dict[int, dict[str, Any]] = {}
+        for key, value in state.items():
+            index, name = key.split(".", 1)
+            entries.setdefault(int(index), {})[name] = value
+        whole = self._optimizer.state_dict()
+        self._optimizer.load_state_dict({**whole, "state": entries})

@@ -1,10 +1,9 @@
-"""What a run is called, what it leaves, and whether it was done.
+"""Outcome of a run: its key, its folder, and the result that a finished run leaves.
 
 A run is named by its content: the same experiment on the same shards is the same run.
 """
 
 import contextlib
-import glob
 import json
 import logging
 import math
@@ -17,12 +16,11 @@ from typing import Any
 from vinedresser.config import Experiment
 from vinedresser.data.shards import ShardSet
 from vinedresser.metrics import is_lower_better
-from vinedresser.workspace.commit import digest_of, is_committed, verify
+from vinedresser.workspace.commit import digest_of, is_committed, read_manifest
+from vinedresser.workspace.layout import RunFolder, Workspace, runs_of
 from vinedresser.workspace.storage import write_file
 
-_log = logging.getLogger("vinedresser")
-
-_EXPERIMENT = "experiment.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Outcome:
 
     @property
     def final_report(self) -> dict[str, Any]:
-        """What a scheduler is told at the end, also by a run that was recognised as done."""
+        """The last report to a scheduler, also of a run that had ended before."""
         return {**self.last_report, "is_last": 1.0, "run/bundle": self.bundle}
 
     @property
@@ -73,10 +71,10 @@ class Outcome:
 
 
 def run_key(experiment: Experiment, shards: ShardSet) -> str:
-    """Content digest of a run, with data and initial weights by hash.
+    """Return the content digest of a run, with data and initial weights by digest.
 
     Name, workers, threads, devices and checkpoints are left out: they change nothing of what is
-    trained beyond rounding, so that a run may go on with others (fault T14).
+    trained beyond rounding, so that a run may resume with others (fault T14).
     """
     content = {**experiment.to_json(), "task": shards.digest}
     for key in ("name", "checkpoint_every", "keep_checkpoints"):
@@ -84,33 +82,33 @@ def run_key(experiment: Experiment, shards: ShardSet) -> str:
     content["compute"] = {"precision": experiment.compute.precision}
     content["batch"] = {**content["batch"], "per_update": experiment.batches_an_update}
     if experiment.init is not None:
-        content["init"] = verify(Path(experiment.init)).digest
+        # Its files are verified when its weights are loaded.
+        content["init"] = read_manifest(Path(experiment.init)).digest
     return digest_of(content)
 
 
-def run_folder(experiment: Experiment, shards: ShardSet, workspace: Path) -> Path:
-    """Where a run lives: workspace/runs/name-digest."""
-    return workspace / "runs" / f"{experiment.name}-{run_key(experiment, shards)[:12]}"
+def run_folder(experiment: Experiment, shards: ShardSet, workspace: Workspace) -> RunFolder:
+    """Return the folder of a run."""
+    return workspace.run(experiment.name, run_key(experiment, shards))
 
 
-def finished(folder: Path) -> Outcome | None:
-    """The outcome of a run that ended well, else None.
+def finished(folder: RunFolder) -> Outcome | None:
+    """Return the outcome of a run that has ended well, else None.
 
-    Its paths are those of now: the workspace may have been moved or copied since.
+    Its paths are the present ones: the workspace may have been moved or copied since.
     """
-    bundle = folder / "bundle"
     try:
-        outcome = Outcome(**json.loads((folder / "outcome.json").read_text()))
+        outcome = Outcome(**json.loads(folder.outcome.read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    if not is_committed(bundle):
+    if not is_committed(folder.bundle):
         return None
-    return replace(outcome, folder=str(folder), bundle=str(bundle))
+    return replace(outcome, folder=str(folder.path), bundle=str(folder.bundle))
 
 
-def clear(folder: Path) -> None:
-    """Empties a run's folder; the lock on it stays."""
-    for path in folder.iterdir():
+def clear(folder: RunFolder) -> None:
+    """Empty a run's folder; the leases on it stay."""
+    for path in folder.path.iterdir():
         if path.name.startswith("."):
             continue
         if path.is_dir():
@@ -119,31 +117,30 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def tell_changes(experiment: Experiment, folder: Path) -> None:
-    """Says in what a new run differs from an unfinished one of its name (fault T16).
+def log_changes(experiment: Experiment, folder: RunFolder) -> None:
+    """Log in what a new run differs from an unfinished one of its name (fault T16).
 
-    Another experiment is another run with a folder of its own, so nothing can be mixed up; but
-    whoever meant to resume should hear why it starts anew.
+    Another experiment is another run with a folder of its own, so nothing can be mixed up; a user
+    who meant to resume learns why the run starts anew.
     """
-    path = folder / _EXPERIMENT
-    if path.is_file():
+    if folder.experiment.is_file():
         return
-    for other in sorted(folder.parent.glob(f"{glob.escape(experiment.name)}-{'?' * 12}")):
-        if other == folder or (other / "outcome.json").is_file():
+    for other in runs_of(Workspace(folder.path.parent.parent), experiment.name):
+        if other == folder or other.outcome.is_file():
             continue
         with contextlib.suppress(OSError, ValueError):
-            before = _flat(json.loads((other / _EXPERIMENT).read_text()))
+            before = _flat(json.loads(other.experiment.read_text()))
             now = _flat(experiment.to_json())
             keys = sorted(k for k in before | now if before.get(k) != now.get(k))
-            said = [f"{k} {before.get(k)} -> {now.get(k)}" for k in keys[:5]]
+            shown = [f"{k} {before.get(k)} -> {now.get(k)}" for k in keys[:5]]
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            what = ", ".join(said) + more if said else "other data"
-            _log.info("a new run; the unfinished %s differs: %s", other.name, what)
-    write_file(path, json.dumps(experiment.to_json(), indent=1) + "\n")
+            change = ", ".join(shown) + more if shown else "other data"
+            _log.info("a new run; the unfinished %s differs: %s", other.name, change)
+    write_file(folder.experiment, json.dumps(experiment.to_json(), indent=1) + "\n")
 
 
 def _flat(value: Any, at: str = "") -> dict[str, Any]:
-    """Dotted key -> leaf."""
+    """Return dotted key -> leaf."""
     if not isinstance(value, Mapping):
         return {at: value}
     prefix = f"{at}." if at else ""

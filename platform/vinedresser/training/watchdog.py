@@ -1,8 +1,9 @@
-"""Watches over ranks that wait for each other: one that hangs (fault T10), one that is slow (T11).
+"""Watchdog: detection of ranks that hang (fault T10) and of ranks that are slow (T11).
 
-A rank that waits in a collective waits for ever if another never comes. Each rank has a clock that
-every update sets back; where it runs out, the stacks of all threads go to the run's folder and the
-process ends, so that the group can be started anew. The stacks tell who was waiting for whom.
+A rank in a collective operation waits for ever if another rank never enters it. Each rank has a
+timer that every update resets; when it expires, the stacks of all threads are written to the run's
+folder and the process ends, so that the group can be restarted. The stacks show which rank waited
+for which.
 """
 
 import contextlib
@@ -22,15 +23,13 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from vinedresser.training.device import Device
+from vinedresser.training.schedule import Due
 from vinedresser.workspace.storage import make_folder
 
-# A clock does not run out before so many times the longest update so far.
+# A timer expires no earlier than this many times the longest update so far.
 _LONGEST = 10.0
-# Before updates that come after more than an update, patience is so many times as long: 60 s
-# become 10 minutes while the group meets for the first time or rank 0 writes a checkpoint, and
-# half an hour, which is what torch.distributed waits, while it decodes the dev split.
-STORING, JUDGING = 10.0, 30.0
-# Ranks notice within so many seconds of each other; none ends before all have written.
+# Ranks expire within this many seconds of each other; none ends before all have written.
 _GRACE_SECONDS = 5.0
 # In the stack of a rank that waits for the others.
 _WAITING = re.compile(r" in (all_reduce|all_gather\w*|broadcast\w*|barrier|backward|report)\b")
@@ -43,39 +42,44 @@ class Hang:
 
     Attributes:
         step: the update (1-based) that never ended.
-        ranks: the ranks that were not waiting for others; all of them where that cannot be told.
+        ranks: the ranks that were not waiting for others; all of them where that is unknown.
     """
 
     step: int
     ranks: tuple[int, ...]
 
     @property
-    def who(self) -> str:
-        """For a message: rank 1, or ranks 0 and 1."""
+    def text(self) -> str:
+        """Ranks for a message: rank 1, or ranks 0 and 1."""
         names = [str(rank) for rank in self.ranks]
         return f"rank {names[0]}" if len(names) == 1 else f"ranks {' and '.join(names)}"
 
 
-class Clock:
-    """The clock of one rank; used around all of its updates.
+class Watchdog:
+    """Timer of one rank, used as a context around all of its updates.
 
     Does nothing for a run of one worker.
     """
 
-    def __init__(self, folder: Path, *, rank: int, workers: int, seconds: float) -> None:
-        """Args: the run's folder, this rank, how many there are, and 0 to never end a rank."""
-        self._folder, self._rank, self._seconds = folder / "hangs", rank, seconds
-        self._is_on = workers > 1 and seconds > 0
+    # Factors of the timeout where more than an update comes before the next reset: 60 s become 10
+    # minutes while the group meets for the first time or rank 0 writes a checkpoint, and half an
+    # hour, the timeout of torch.distributed, while rank 0 decodes the dev split.
+    CHECKPOINT, EVALUATION = 10.0, 30.0
+
+    def __init__(self, folder: Path, device: Device, *, seconds: float) -> None:
+        """Args: folder of the stacks, this rank, and the timeout; 0 never expires."""
+        self._folder, self._rank, self._seconds = folder, device.rank, seconds
+        self._is_on = device.world_size > 1 and seconds > 0
         self._step = 0
         self._deadline = self._last = self._longest = 0.0
-        self._was_long = True
+        self._was_paused = True
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
         if self._is_on:
             make_folder(self._folder)
-            self.beat(0, patience=STORING)
-            threading.Thread(target=self._look, name="watch", daemon=True).start()
+            self.reset(0, pause=self.CHECKPOINT)
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(
@@ -89,37 +93,41 @@ class Clock:
             with contextlib.suppress(OSError):
                 self._folder.rmdir()
 
-    def beat(self, step: int, *, patience: float = 1.0) -> None:
-        """Sets the clock back.
+    def reset(self, step: int, *, pause: float = 1.0) -> None:
+        """Reset the timer.
 
         Args:
             step: the last update that is done.
-            patience: how many times as long as usual the next one may take; above 1 where more
-                is done before it.
+            pause: factor of the timeout; above 1 where more is done before the next update.
         """
         if not self._is_on:
             return
         now = time.monotonic()
-        if not self._was_long:
+        if not self._was_paused:
             self._longest = max(self._longest, now - self._last)
-        self._step, self._last, self._was_long = step, now, patience > 1
-        self._deadline = now + max(self._seconds, _LONGEST * self._longest) * patience
+        self._step, self._last, self._was_paused = step, now, pause > 1
+        self._deadline = now + max(self._seconds, _LONGEST * self._longest) * pause
 
-    def _look(self) -> None:
-        """The thread: ends the process after its stacks were written."""
+    @classmethod
+    def pause_of(cls, due: Due) -> float:
+        """Return the factor of the timeout for what is due after an update."""
+        return cls.EVALUATION if due.evaluate else cls.CHECKPOINT if due.checkpoint else 1.0
+
+    def _watch(self) -> None:
+        """End the process when the timer expires, after its stacks were written."""
         while not self._over.wait(min(1.0, self._seconds / 10)):
             if time.monotonic() > self._deadline + min(_GRACE_SECONDS, self._seconds) / 2:
-                with contextlib.suppress(OSError):  # a rank that hangs ends without them too
-                    _keep(_stacks(), self._folder, self._rank, self._step + 1)
+                with contextlib.suppress(OSError):  # the process ends without stacks too
+                    _write_stacks(_stacks(), self._folder, self._rank, self._step + 1)
                 time.sleep(min(_GRACE_SECONDS, self._seconds))
                 os._exit(1)
 
 
 def _stacks() -> str:
-    """Of all threads, the most recent call first.
+    """Return the stacks of all threads, the most recent call first.
 
-    Not by faulthandler: it looks at threads that run, without the interpreter's lock, and ends the
-    process with SIGSEGV within 4 dumps beside three busy threads (Python 3.11).
+    Not by faulthandler: it reads running threads without the interpreter's lock and crashed with
+    SIGSEGV within 4 dumps next to three busy threads (Python 3.11).
     """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = []
@@ -132,8 +140,8 @@ def _stacks() -> str:
     return "\n" + "\n\n".join(parts)
 
 
-def _keep(stacks: str, folder: Path, rank: int, step: int) -> None:
-    """Adds the stacks to those of the rank at this step, under a line that says who waited."""
+def _write_stacks(stacks: str, folder: Path, rank: int, step: int) -> None:
+    """Append the stacks to those of the rank at this step, under a line with rank and state."""
     own = [part for part in stacks.split("\nThread ") if "training_steps" in part] or [stacks]
     head = {"rank": rank, "step": step, "waited": bool(_WAITING.search(own[0]))}
     with (folder / f"step-{step:08d}-rank-{rank}.txt").open("a") as stream:
@@ -143,9 +151,13 @@ def _keep(stacks: str, folder: Path, rank: int, step: int) -> None:
 
 
 def hangs(folder: Path) -> list[Hang]:
-    """The hangs of a run that were not told yet, by step."""
+    """Return the hangs of a run that were not reported yet, by step.
+
+    Args:
+        folder: of the stacks.
+    """
     events: dict[tuple[int, int], dict[int, bool]] = {}
-    for path in sorted((folder / "hangs").glob("step-*.txt")):
+    for path in sorted(folder.glob("step-*.txt")):
         lines = [line for line in path.read_text().splitlines() if line.startswith(_HEAD)]
         for number, line in enumerate(lines):
             head = json.loads(line.removeprefix(_HEAD))
@@ -157,42 +169,41 @@ def hangs(folder: Path) -> list[Hang]:
     return found
 
 
-def forget(folder: Path) -> Path:
-    """Moves the stacks of hangs aside, so that they count no more; returns where they are."""
-    target = folder / f"hangs-{int(time.time())}"
-    (folder / "hangs").rename(target)
-    return target
+def archive_hangs(folder: Path) -> Path:
+    """Rename the folder of stacks, so that they count no more; return its new path."""
+    return folder.rename(folder.with_name(f"{folder.name}-{int(time.time())}"))
 
 
-class Pace:
-    """Compares how long ranks need for what they do alone: reading and the forward pass.
+class StragglerDetector:
+    """Comparison of the time that ranks need for their own work: reading and the forward pass.
 
-    Updates themselves take equally long on all of them, because the fast wait for the slow.
+    Whole updates take equally long on all of them, because fast ranks wait for slow ones.
     """
 
-    # Over the median of the other ranks, and worth so much of an update.
+    # Slow: over 1.5 times the median of the other ranks, by at least 0.1 of an update.
     SLOW, WORTH = 1.5, 0.1
-    # Updates that are compared at a time, and comparisons in a row that must agree: single ones
-    # differ by 5 times and more where a machine has other work.
+    # Updates per comparison, and consecutive comparisons that must agree: single ones differ by 5
+    # times and more on a machine with other load.
     UPDATES, AGREEING = 10, 3
 
-    def __init__(self, *, rank: int, workers: int) -> None:
-        self._rank, self._workers = rank, workers
+    def __init__(self, device: Device) -> None:
+        """Args: this rank."""
+        self._device = device
         self._own: list[float] = []
         self._since = time.perf_counter()
         self._suspects: list[int] = []
 
     def add(self, own_seconds: float) -> None:
-        """Takes an update in, with the seconds of this rank's own work."""
+        """Add an update, with the seconds of this rank's own work."""
         self._own.append(own_seconds)
 
     def compare(self) -> str:
-        """Over the updates since the last comparison, all ranks together; of too few, none is made.
+        """Compare the ranks over the updates since the last comparison; a barrier.
 
         Returns:
-            On rank 0, a line that names the rank that is slow again; else "".
+            On rank 0, a line with the rank that is slow repeatedly; else "".
         """
-        if self._workers == 1 or len(self._own) < self.UPDATES:
+        if self._device.world_size == 1 or len(self._own) < self.UPDATES:
             return ""
         now, own = time.perf_counter(), self._own
         update = (now - self._since) / len(own)
@@ -200,7 +211,7 @@ class Pace:
         mine = torch.tensor([statistics.median(own)], dtype=torch.float64)
         if dist.get_backend() == "nccl":
             mine = mine.cuda()
-        every = [torch.zeros_like(mine) for _ in range(self._workers)]
+        every = [torch.zeros_like(mine) for _ in range(self._device.world_size)]
         dist.all_gather(every, mine)
         seconds = [float(one) for one in every]
         rank = max(range(len(seconds)), key=seconds.__getitem__)
@@ -210,12 +221,12 @@ class Pace:
             self._suspects = []
             return ""
         self._suspects.append(rank)
-        # Told once, not at every line.
-        if self._rank or self._suspects[-self.AGREEING :] != [rank] * self.AGREEING:
+        # Reported once, not at every log line.
+        if self._device.rank or self._suspects[-self.AGREEING :] != [rank] * self.AGREEING:
             return ""
         if self._suspects[-self.AGREEING - 1 : -self.AGREEING] == [rank]:
             return ""
         return (
-            f"rank {rank} is slow: {seconds[rank]:.3f} s an update of its own work, "
-            f"{seconds[rank] / usual:.1f} times the others, who wait for it; look at its machine"
+            f"rank {rank} is slow: {seconds[rank]:.3f} s per update of its own work, "
+            f"{seconds[rank] / usual:.1f} times the others, which wait for it; check its machine"
         )

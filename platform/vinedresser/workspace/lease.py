@@ -12,16 +12,13 @@ import contextlib
 import json
 import logging
 import math
-import os
-import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
-from vinedresser.errors import BusyError, InterruptedRunError, MachineError
+from vinedresser.errors import BusyError, MachineError
 from vinedresser.workspace.process import is_alive, shown, this_host, this_process
 from vinedresser.workspace.storage import POSIX, Storage, parsed
 
@@ -157,116 +154,3 @@ def leased(path: Path, subject: str, *, wait: float | None = 0.0) -> Iterator[Le
         thread.join()
         with contextlib.suppress(MachineError, OSError):  # the error of the block matters more
             lease.release()
-
-
-# What a scheduler sends, and what a user's Ctrl-C does.
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-_STOP = "stop"
-# How often a run looks whether it shall stop: a look costs some microseconds, on NFS more.
-_LOOK_SECONDS = 0.2
-
-
-@contextlib.contextmanager
-def stopping_politely(folder: Path) -> Iterator[None]:
-    """While inside, SIGTERM or Ctrl-C asks the run in the folder to stop after its step.
-
-    A second one ends at once. Elsewhere than in the main thread, signals are left alone.
-
-    Raises:
-        KeyboardInterrupt: the run has stopped because of Ctrl-C.
-    """
-    stop = folder / _STOP
-    stop.unlink(missing_ok=True)
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    told: list[int] = []
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def politely(number: int, frame: FrameType | None) -> None:
-        del frame
-        restore()
-        told.append(number)
-        ask(folder)
-        if number == signal.SIGINT:
-            # Not through a stream, which the interrupted code may be writing to.
-            os.write(2, b"\nstopping after this update; Ctrl-C again ends at once\n")
-
-    for number in STOPPING:
-        signal.signal(number, politely)
-    try:
-        yield
-    except InterruptedRunError as error:
-        if told != [signal.SIGINT]:
-            raise
-        _log.info("%s", error.args[0])
-        raise KeyboardInterrupt from error
-    finally:
-        restore()
-        stop.unlink(missing_ok=True)
-
-
-def ask_to_stop(folders: Iterable[Path], *, grace: float) -> None:
-    """Asks the runs in the folders to stop, and waits until each has said that it did.
-
-    Args:
-        folders: of runs that are in work elsewhere; others make this wait in vain.
-        grace: seconds after which nobody is waited for any more.
-    """
-    stops = [folder / _STOP for folder in folders if folder.is_dir()]
-    for stop in stops:
-        stop.touch()
-    until = time.monotonic() + grace
-    while any(stop.exists() for stop in stops) and time.monotonic() < until:
-        time.sleep(_LOOK_SECONDS / 2)
-
-
-def has_stopped(folder: Path) -> None:
-    """Tells who asked the run in a folder to stop that it did."""
-    (folder / _STOP).unlink(missing_ok=True)
-
-
-# Set in a worker of a group that was told to stop by itself, as by a machine that is taken away.
-_told_here = threading.Event()
-
-
-def listen() -> None:
-    """From now on SIGTERM asks the run that this process hosts in another thread to stop.
-
-    Nothing is written at once: a worker that Ray ends gets a SIGTERM too, and its run goes on.
-    """
-
-    def ask_here(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        _told_here.set()
-
-    signal.signal(signal.SIGTERM, ask_here)
-
-
-def ask(folder: Path) -> None:
-    """Asks the run in a folder to stop after its step."""
-    (folder / _STOP).touch()
-
-
-def was_asked(folder: Path) -> bool:
-    """Whether the run in a folder was asked to stop."""
-    return (folder / _STOP).exists()
-
-
-class StopRequest:
-    """Whether the run in a folder was asked to stop; looks a few times a second at most."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._next, self._is_asked = folder, 0.0, False
-
-    def __call__(self) -> bool:
-        """True from the first time on that it was seen."""
-        now = time.monotonic()
-        if not self._is_asked and now >= self._next:
-            self._next = now + _LOOK_SECONDS
-            self._is_asked = _told_here.is_set() or was_asked(self._folder)
-        return self._is_asked

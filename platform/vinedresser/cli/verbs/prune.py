@@ -11,10 +11,10 @@ from vinedresser.cli.arguments import (
     Model,
     Overrides,
     Workspace,
+    context_of,
     open_model,
     print_plan,
     resolve_value,
-    site_of,
 )
 from vinedresser.cli.render import print_json, print_table
 
@@ -46,8 +46,8 @@ def prune(
     experiment = whole.experiment
     with connect():
         prepared = shards.prepare(experiment.task, layout.Workspace(workspace).shards)
-        site = site_of(prepared, workspace, kind="prune")
-        small = Pruner(experiment.name, value, whole, shards=prepared, site=site).run()
+        context = context_of(prepared, workspace, kind="prune")
+        small = Pruner(experiment.name, value, whole, context=context).run()
     scores, metric = small.scores, small.scores["metric"]
     if as_json:
         return print_json({"bundle": str(small.folder), "scores": dict(scores)})

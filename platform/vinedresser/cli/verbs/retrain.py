@@ -38,7 +38,7 @@ def retrain(
         return print_plan(value, as_json=as_json)
     from vinedresser.cli.progress import watching
 
-    found = chain.retrain(value, workspace, watch=lambda: watching(_log.info)).to_json()
+    found = chain.retrain(value, workspace, watch=watching).to_json()
     if as_json:
         return print_json(found)
     metric, model = found["metric"], found["model"]

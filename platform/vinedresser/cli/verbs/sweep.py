@@ -12,9 +12,9 @@ from vinedresser.cli.arguments import (
     DryRun,
     Overrides,
     Workspace,
+    context_of,
     print_plan,
     resolve_value,
-    site_of,
 )
 from vinedresser.cli.render import print_json, print_table
 
@@ -40,8 +40,8 @@ def sweep(
 
     with connect(dashboard=value.base.compute.workers > 1):
         prepared = shards.prepare(value.base.task, layout.Workspace(workspace).shards)
-        site = site_of(prepared, workspace, kind="trial")
-        outcome = search.sweep(value, site, prepared)
+        context = context_of(prepared, workspace, kind="trial")
+        outcome = search.sweep(value, context)
     if as_json:
         trials = [vars(trial) for trial in outcome.trials]
         return print_json({"folder": outcome.folder, "trials": trials})

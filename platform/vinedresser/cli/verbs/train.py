@@ -2,8 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,9 +12,9 @@ from vinedresser.cli.arguments import (
     DryRun,
     Overrides,
     Workspace,
+    context_of,
     print_plan,
     resolve_value,
-    site_of,
 )
 from vinedresser.cli.render import print_json
 
@@ -39,33 +38,20 @@ def train(
     value = resolve_value(experiment, [Experiment, Study], overrides, "base")
     if dry_run:
         return print_plan(value, as_json=as_json)
-    from vinedresser import distributed
     from vinedresser.cli.progress import watching
     from vinedresser.cluster import connect
     from vinedresser.data import shards
+    from vinedresser.distributed import train as distributed
     from vinedresser.workspace import layout
-
-    metric = value.task.metric
-
-    def report(metrics: Mapping[str, Any]) -> None:
-        if f"dev/{metric}" in metrics:
-            _log.info(
-                "step %.0f/%d  %s %.2f  best %.2f  teacher-forced %.3f nats",
-                metrics["step"], value.steps, metric, metrics[f"dev/{metric}"],
-                metrics[f"best/{metric}"], metrics["dev/teacher_forced_nats"],
-            )  # fmt: skip
 
     with connect() if value.compute.workers > 1 else contextlib.nullcontext():
         prepared = shards.prepare(value.task, layout.Workspace(workspace).shards)
-        with watching(_log.info) as tell:
+        context = context_of(prepared, workspace)
+        with watching(value) as listener:
             outcome = distributed.train(
-                value,
-                site_of(prepared, workspace),
-                report=report,
-                tell=tell,
-                from_scratch=from_scratch,
+                value, context, listener=listener, from_scratch=from_scratch
             )
     if as_json:
         return print_json({"bundle": outcome.bundle, "scores": outcome.scores})
-    _log.info("dev %s %.2f at step %d", metric, outcome.value, outcome.best_step)
+    _log.info("dev %s %.2f at step %d", value.task.metric, outcome.value, outcome.best_step)
     return print(outcome.bundle)

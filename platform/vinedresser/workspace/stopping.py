@@ -1,0 +1,164 @@
+"""Graceful stop: stop requests as files in run folders, and every signal handler of the package.
+
+A stop request is a file in the folder of a run, so that it reaches a run in another process, on
+another node, or in another thread. The run removes the file once it has stopped.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from vinedresser.errors import InterruptedRunError
+
+_log = logging.getLogger(__name__)
+
+# Sent by schedulers, and by Ctrl-C.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP = "stop"
+# Seconds between two looks at the file: a look costs some microseconds, on NFS more.
+_POLL_SECONDS = 0.2
+
+# Set in a process whose SIGTERM stops the run that it hosts in another thread.
+_stop_here = threading.Event()
+
+
+def request_stop(folder: Path) -> None:
+    """Request that the run in a folder stops after its current update."""
+    (folder / _STOP).touch()
+
+
+def stop_requested(folder: Path) -> bool:
+    """Return whether a stop of the run in a folder is requested."""
+    return (folder / _STOP).exists()
+
+
+def confirm_stop(folder: Path) -> None:
+    """Remove a stop request: the run in the folder has stopped."""
+    (folder / _STOP).unlink(missing_ok=True)
+
+
+class StopRequest:
+    """Stop request of one run, polled a few times per second at most."""
+
+    def __init__(self, folder: Path) -> None:
+        """Args: the run's folder."""
+        self._folder, self._next, self._is_requested = folder, 0.0, False
+
+    def __call__(self) -> bool:
+        """Return True from the first time on that the request was found."""
+        now = time.monotonic()
+        if not self._is_requested and now >= self._next:
+            self._next = now + _POLL_SECONDS
+            self._is_requested = _stop_here.is_set() or stop_requested(self._folder)
+        return self._is_requested
+
+
+def stop_on_sigterm() -> None:
+    """Make SIGTERM stop the run that this process hosts in another thread.
+
+    Writes no request: a worker that Ray ends gets a SIGTERM too, and its run continues elsewhere.
+    """
+    signal.signal(signal.SIGTERM, lambda _number, _frame: _stop_here.set())
+
+
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Install a handler of SIGTERM and SIGINT that is removed at its first call and at the end.
+
+    Outside of the main thread signals stay as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def restore() -> None:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+    def once(number: int, frame: FrameType | None) -> None:
+        restore()
+        handler(number, frame)
+
+    for number in _SIGNALS:
+        signal.signal(number, once)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def graceful_stop(folder: Path) -> Iterator[None]:
+    """Turn SIGTERM and Ctrl-C inside the block into a stop request; a second signal ends at once.
+
+    Raises:
+        KeyboardInterrupt: the run has stopped because of Ctrl-C.
+    """
+    received: list[int] = []
+
+    def request(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        request_stop(folder)
+        if number == signal.SIGINT:
+            # Not through a stream, which the interrupted code may be writing to.
+            os.write(2, b"\nstopping after this update; Ctrl-C again ends at once\n")
+
+    confirm_stop(folder)
+    try:
+        with _handling(request):
+            yield
+    except InterruptedRunError as error:
+        if received != [signal.SIGINT]:
+            raise
+        _log.info("%s", error.args[0])
+        raise KeyboardInterrupt from error
+    finally:
+        confirm_stop(folder)
+
+
+@contextlib.contextmanager
+def stopping_runs_first(folders: Callable[[], Iterable[Path]], *, grace: float) -> Iterator[None]:
+    """Give runs elsewhere time for a checkpoint before SIGTERM and Ctrl-C take their usual effect.
+
+    Args:
+        folders: return the folders of the runs that train at the moment of the signal.
+        grace: seconds to wait for all of them to stop.
+    """
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def stop_runs(number: int, frame: FrameType | None) -> None:
+        running = [folder for folder in folders() if folder.is_dir()]
+        for folder in running:
+            request_stop(folder)
+        until = time.monotonic() + grace
+        while any(map(stop_requested, running)) and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS / 2)
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    with _handling(stop_runs):
+        yield
+
+
+class InterruptOnSigterm:
+    """SIGTERM as a KeyboardInterrupt, the one exception that Ray lets through its waits.
+
+    Attributes:
+        is_received: whether a SIGTERM has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.is_received = False
+        signal.signal(signal.SIGTERM, self._interrupt)
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_received = True
+        raise KeyboardInterrupt
