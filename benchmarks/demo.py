@@ -17,7 +17,7 @@ FIGURES = (
     "finalist_per",
     "pruned_per",
     "heads_kept",
-    "teacher_forced_nats",
+    "teacher_forced_loss",
     "parity_max_abs",
     "seconds",
 )

@@ -36,7 +36,7 @@ from search_spaces.translation import EXPERIMENT
 from vinedresser.config import Decoding, Experiment
 from vinedresser.data.batching.reader import load_split, stream
 from vinedresser.data.shards import open_shards, prepare, tokenizers
-from vinedresser.evaluate import evaluate
+from vinedresser.evaluate import Scoring, evaluate
 from vinedresser.metrics import measure
 from vinedresser.model import Vocabulary
 from vinedresser.training.device import resolve_device, seed_step
@@ -135,7 +135,7 @@ def train_ours(job: Job) -> dict[str, Any]:
         model.load_state_dict(averaged.tensors)
         test = load_split(shards, "dev")
         evaluated = evaluate(
-            model.eval(), test, tokenizers(shards)[1], metric="bleu", decoding=Decoding(), cap=_CAP
+            model.eval(), test, tokenizers(shards)[1], Scoring("bleu", Decoding(), _CAP)
         )
         Path(job.out).write_text("\n".join(evaluated.hypotheses) + "\n")
     parameters = sum(p.numel() for p in model.parameters())

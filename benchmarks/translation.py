@@ -20,7 +20,7 @@ from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import prepare
 from vinedresser.distributed.context import RunContext
 from vinedresser.distributed.train import train
-from vinedresser.evaluate import evaluate
+from vinedresser.evaluate import Scoring, evaluate
 from vinedresser.tracking import store_for
 from vinedresser.training.listener import Listener
 from vinedresser.workspace.layout import Workspace
@@ -53,9 +53,7 @@ def main() -> None:
                 bundle.model,
                 load_split(shards, "test"),
                 bundle.target_tokenizer,
-                metric="bleu",
-                decoding=Decoding(beam=beam),
-                cap=task.max_target_length,
+                Scoring("bleu", Decoding(beam=beam), task.max_target_length),
             ).scores
             for beam in (1, 4)
         }

@@ -39,7 +39,7 @@ from vinedresser.bundle import Bundle, load_bundle, vocabulary_of
 from vinedresser.config import Evaluation, Experiment
 from vinedresser.data.batching.reader import Batches, load_split, stream
 from vinedresser.data.shards import ShardSet, prepare, tokenizers
-from vinedresser.evaluate import Scores, evaluate
+from vinedresser.evaluate import Scores, Scoring, evaluate
 from vinedresser.tracking import NullTracker
 from vinedresser.training.device import Device, resolve_device
 from vinedresser.training.listener import Listener
@@ -163,7 +163,7 @@ class CpuClock(Listener):
     def log(self, metrics: Mapping[str, float], step: int) -> None:  # noqa: ARG002 - Listener
         """Counts what came before a line of training."""
         now = time.process_time()
-        if "train/nats_per_token" in metrics:
+        if "train/loss" in metrics:
             self.seconds += now - self._since
         self._since = now
 
@@ -193,7 +193,7 @@ def run(job: Job) -> dict[str, Any]:
         experiment.task.metric: scores.value,
         "wer": scores.exact_error,
         "signature": scores.signature,
-        "test_nats": scores.teacher_forced_nats,
+        "test_loss": scores.teacher_forced_loss,
         "dev": outcome.value,
         "parameters": sum(p.numel() for p in bundle.model.parameters()),
         "steps": steps,
@@ -211,9 +211,7 @@ def test_scores(bundle: Bundle, shards: ShardSet, experiment: Experiment) -> Sco
         bundle.model,
         load_split(shards, "test"),
         bundle.target_tokenizer,
-        metric=experiment.task.metric,
-        decoding=experiment.decoding,
-        cap=experiment.task.max_target_length,
+        Scoring.of(experiment),
     ).scores
 
 

@@ -58,7 +58,7 @@ def plain_greedy(model: Seq2Seq, source: list[int], limit: int) -> tuple[list[in
 def test_greedy_is_the_argmax_loop_without_a_cache(seed):
     model = toy(seed)
     found = greedy(model, *pad_ids(SOURCES), cap=9)
-    for source, ids, nats in zip(SOURCES, found.ids, found.nats, strict=True):
+    for source, ids, nats in zip(SOURCES, found.ids, found.nll, strict=True):
         wanted, wanted_nats = plain_greedy(model, source, min(9, 2 * len(source) + 10))
         assert ids == wanted
         assert nats == pytest.approx(wanted_nats, abs=1e-4)
@@ -77,7 +77,7 @@ def test_a_beam_of_one_is_greedy(seed, alpha):
     wanted = greedy(model, *pad_ids(SOURCES), cap=9)
     found = beam_search(model, *pad_ids(SOURCES), beam=1, alpha=alpha, cap=9)
     assert found.ids == wanted.ids
-    assert found.nats == pytest.approx(wanted.nats, abs=1e-4)
+    assert found.nll == pytest.approx(wanted.nll, abs=1e-4)
 
 
 def enumerated(model: Seq2Seq, source: list[int], limit: int) -> dict[tuple[int, ...], float]:
@@ -110,7 +110,7 @@ def test_an_exhaustive_beam_is_the_best_of_all_outputs(seed, alpha):
         best = max(scores, key=scores.__getitem__)
         assert found.ids[i] == [token for token in best if token != EOS]
         penalty = length_penalty(len(best), alpha)
-        assert -found.nats[i] / penalty == pytest.approx(scores[best], abs=1e-4)
+        assert -found.nll[i] / penalty == pytest.approx(scores[best], abs=1e-4)
 
 
 def test_the_exhaustive_test_can_tell_search_from_greed():
@@ -126,7 +126,7 @@ def test_the_exhaustive_test_can_tell_search_from_greed():
 def test_log_probability_is_that_of_teacher_forcing(seed):
     model = toy(seed)
     found = beam_search(model, *pad_ids(SOURCES), beam=3, alpha=0.6, cap=40)
-    for source, ids, nats in zip(SOURCES, found.ids, found.nats, strict=True):
+    for source, ids, nats in zip(SOURCES, found.ids, found.nll, strict=True):
         limit = 2 * len(source) + 10
         said = ids if len(ids) == limit else [*ids, EOS]
         prefixes = [said[:t] for t in range(len(said))]
@@ -147,7 +147,7 @@ def test_summed_log_probabilities_are_the_likelihood():
     sources = pad_ids([SOURCES[i] for i in ended])
     batch = Batch(*sources, *pad_ids(rows), torch.arange(len(ended)))
     total = float(likelihood(model, model(batch), batch).total.detach())
-    assert total == pytest.approx(sum(found.nats[i] for i in ended), abs=1e-3)
+    assert total == pytest.approx(sum(found.nll[i] for i in ended), abs=1e-3)
 
 
 SEARCHES = {
@@ -230,7 +230,7 @@ def test_short_unlikely_endings_do_not_crowd_out_the_open_output():
     table = {tuple(word[:t]): {token: 0.9, EOS: 0.1} for t, token in enumerate(word)}
     found = beam_search(Scripted(table), *pad_ids([[4, EOS]]), beam=3, alpha=0.0, cap=20)
     assert found.ids == [word]
-    assert math.exp(-found.nats[0]) == pytest.approx(0.9**5, rel=1e-3)
+    assert math.exp(-found.nll[0]) == pytest.approx(0.9**5, rel=1e-3)
 
 
 def test_beam_search_recovers_from_a_bad_first_choice():
@@ -250,7 +250,7 @@ def test_ids_are_what_was_said_even_padding():
 def test_a_beam_wider_than_the_vocabulary():
     found = beam_search(toy(0), *pad_ids(SOURCES), beam=4 * V, alpha=0.6, cap=3)
     assert all(len(ids) <= 3 for ids in found.ids)
-    assert all(math.isfinite(nats) for nats in found.nats)
+    assert all(math.isfinite(nats) for nats in found.nll)
 
 
 def test_every_prefix_is_tried():

@@ -71,10 +71,10 @@ def trained(task: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) 
     for key, value, _ in tracker.metrics:
         logged.setdefault(key, []).append(value)
     return {
-        "training loss": logged["train/nats_per_token"],
+        "training loss": logged["train/loss"],
         "gradient norm": logged["train/gradient_norm_max"],
         "evaluated metric": logged[f"dev/{experiment.task.metric}"],
-        "evaluated loss": logged["dev/teacher_forced_nats"],
+        "evaluated loss": logged["dev/teacher_forced_loss"],
         "evaluated error": logged["dev/teacher_forced_error"],
     }
 

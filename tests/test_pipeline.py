@@ -24,7 +24,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # What the closing JSON promises; everything else in it may change.
 PROMISED = (
-    "finalist_per", "pruned_per", "teacher_forced_nats", "heads_kept", "heads_total",
+    "finalist_per", "pruned_per", "teacher_forced_loss", "heads_kept", "heads_total",
     "parity_max_abs", "champion_version", "seconds",
 )  # fmt: skip
 

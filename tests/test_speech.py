@@ -22,7 +22,7 @@ from vinedresser.data.corpora.corpus import read
 from vinedresser.data.shards import ShardSet, prepare, tokenizers
 from vinedresser.data.tokenizers.frames import features
 from vinedresser.errors import ConfigError, DataError
-from vinedresser.evaluate import evaluate, tokenized
+from vinedresser.evaluate import Scoring, evaluate, tokenized
 from vinedresser.tracking import NullTracker
 from vinedresser.training.device import Device
 from vinedresser.training.run import Run
@@ -166,9 +166,7 @@ def test_it_learns_and_is_scored_the_same_from_files(task, shards, bundle):
         bundle.model,
         split,
         bundle.target_tokenizer,
-        metric="per",
-        decoding=bundle.experiment.decoding,
-        cap=task.max_target_length,
+        Scoring("per", bundle.experiment.decoding, task.max_target_length),
     )
     assert again.scores.value == bundle.scores["dev"]["per"]
     assert bundle.source_tokenizer.digest == tokenizers(shards)[0].digest

@@ -1,7 +1,7 @@
-"""Greedy and beam search over Seq2Seq.start / step / select only.
+"""Greedy and beam search over Seq2Seq.start, step and select only.
 
-A sentence's output depends on its source alone: its length limit is a function of its own length,
-and beams of one sentence never compete with another's.
+The output of a sentence depends on its source alone: its length limit is a function of its own
+length, and beams of different sentences never compete.
 """
 
 import math
@@ -14,21 +14,21 @@ from vinedresser.batch import BOS, EOS
 from vinedresser.config import Decoding
 from vinedresser.model import Seq2Seq
 
-# Rows that are done are dropped once they are this share of the batch: copying caches costs too.
+# Finished rows are dropped once they are this share of the batch: copying caches takes time too.
 _DROP_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Decoded ids of each sentence, EOS left out, and their log-probability in nats.
+    """Decoded ids of each sentence, EOS left out, and their negative log-likelihood.
 
     Attributes:
-        ids: one list a sentence.
-        nats: -log p of the whole output, EOS included, without length penalty.
+        ids: one list per sentence.
+        nll: -log p of the whole output in nats, EOS included, without length penalty.
     """
 
     ids: list[list[int]]
-    nats: list[float]
+    nll: list[float]
 
 
 def decode(
@@ -42,18 +42,18 @@ def decode(
 
 
 def length_limits(source_lengths_B: Tensor, cap: int) -> Tensor:
-    """Steps allowed for each sentence: min(cap, 2 * source + 10)."""
+    """Return the steps allowed per sentence: min(cap, 2 * source + 10)."""
     return (2 * source_lengths_B + 10).clamp(max=cap)
 
 
 @torch.no_grad()
 def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) -> Decoded:
-    """The most probable next token, until EOS or the sentence's limit."""
+    """Take the most probable next token until EOS or the limit of the sentence."""
     limits_B = length_limits(lengths_B, cap)
     B, longest = len(limits_B), int(limits_B.max())
     device = source_BS.device
     out_BT = torch.full((B, longest), EOS, dtype=torch.int64, device=device)
-    nats_B = torch.zeros(B, device=device)
+    nll_B = torch.zeros(B, device=device)
     rows = torch.arange(B, device=device)
     state = model.start(model.encode(source_BS, lengths_B), longest)
     tokens = torch.full((B,), BOS, dtype=torch.int64, device=device)
@@ -62,7 +62,7 @@ def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) ->
         states, state = model.step(state, tokens)
         best, tokens = (found[:, 0] for found in model.output.best(states, 1))
         out_BT[rows, t] = torch.where(is_open, tokens, EOS)
-        nats_B[rows] -= torch.where(is_open, best, 0.0)
+        nll_B[rows] -= torch.where(is_open, best, 0.0)
         is_open = is_open & (tokens != EOS) & (t + 1 < limits_B[rows])
         num_open = int(is_open.sum())
         if num_open == 0:
@@ -71,15 +71,12 @@ def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) ->
             kept = is_open.nonzero()[:, 0]
             state, tokens = model.select(state, kept), tokens[kept]
             rows, is_open = rows[kept], is_open[kept]
-    return Decoded([_until_end(row) for row in out_BT.tolist()], nats_B.tolist())
-
-
-def _until_end(row: list[int]) -> list[int]:
-    return row[: row.index(EOS)] if EOS in row else row
+    ids = [row[: row.index(EOS)] if EOS in row else row for row in out_BT.tolist()]
+    return Decoded(ids, nll_B.tolist())
 
 
 def length_penalty(length: int, alpha: float) -> float:
-    """((5 + n) / 6) ** alpha (Wu et al. 2016, methods.md 92); n counts EOS."""
+    """Return ((5 + n) / 6) ** alpha (Wu et al. 2016, methods.md 92); n counts EOS."""
     return float(((5 + length) / 6) ** alpha)
 
 
@@ -89,31 +86,31 @@ class _Hypotheses:
 
     score: float = -math.inf
     ids: tuple[int, ...] = ()
-    nats: float = math.inf
+    nll: float = math.inf
     finished: int = 0
 
     def offer(self, log_p: float, ids: list[int], length: int, alpha: float) -> None:
         self.finished += 1
         score = log_p / length_penalty(length, alpha)
         if score > self.score:
-            self.score, self.ids, self.nats = score, tuple(ids), -log_p
+            self.score, self.ids, self.nll = score, tuple(ids), -log_p
 
 
 @torch.no_grad()
 def beam_search(
     model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, beam: int, alpha: float, cap: int
 ) -> Decoded:
-    """The best finished hypothesis under log p / ((5 + n) / 6)**alpha.
+    """Return the best finished hypothesis under log p / ((5 + n) / 6)**alpha.
 
-    A sentence is done when `beam` of its hypotheses have finished and the best of them beats every
-    open one as it stands, or when no open one can still beat it: log p only falls, so the bound is
-    the open beam's log p over the penalty of the longest output.
+    A sentence is done when `beam` of its hypotheses have finished and the best of them scores above
+    every open one at its present length, or when no open one can score above it any more: log p
+    only falls, so the bound is the log p of the open beam over the penalty of the longest output.
 
     Args:
         model: in eval mode.
         source_BS: padded source ids.
         lengths_B: their lengths.
-        beam: hypotheses kept a sentence, >= 1; 1 gives what `greedy` gives.
+        beam: hypotheses kept per sentence, >= 1; 1 equals `greedy`.
         alpha: exponent of the length penalty, >= 0; 0 compares plain log-probabilities.
         cap: no output is longer.
     """
@@ -125,7 +122,7 @@ def beam_search(
     state = model.select(
         model.start(memory, longest), torch.arange(B, device=device).repeat_interleave(beam)
     )
-    rows = list(range(B))  # which sentence each group of `beam` rows belongs to
+    rows = list(range(B))  # the sentence of each group of `beam` rows
     # Only the first beam of a sentence is alive at the start: all are the same.
     scores = torch.full((B, beam), -math.inf, device=device)
     scores[:, 0] = 0.0
@@ -155,7 +152,7 @@ def beam_search(
         tokens = token[groups].gather(1, pick).view(-1)
         history = torch.cat([history.index_select(0, flat), tokens[:, None]], 1)
         state, rows = model.select(state, flat), [rows[g] for g in alive]
-    return Decoded([list(h.ids) for h in best], [h.nats for h in best])
+    return Decoded([list(h.ids) for h in best], [h.nll for h in best])
 
 
 @dataclass(frozen=True)
@@ -172,7 +169,7 @@ class _Step:
 def _advance(
     step: _Step, group: int, best: _Hypotheses, *, beam: int, alpha: float, limit: int
 ) -> list[int]:
-    """Which candidates go on, [] when the sentence is done; finished ones are offered to best."""
+    """Return the candidates that stay open, none of a finished sentence; offer ended ones."""
     picks: list[int] = []
     is_last = step.length >= limit
     for c, log_p in enumerate(step.log_p[group]):
@@ -189,7 +186,7 @@ def _advance(
             picks.append(c)
     if is_last or not picks:
         return []
-    # Counting alone stops at `beam` short, improbable outputs while the right one is still open.
+    # Counting alone would stop at `beam` short, improbable outputs while the right one is open.
     counted = step.length if best.finished >= beam else limit
     if best.score >= step.log_p[group][picks[0]] / length_penalty(counted, alpha):
         return []

@@ -1,14 +1,17 @@
-"""Decoded quality of a model on a split, with the teacher-forced loss beside it."""
+"""Evaluation of a model on a split: decoded quality, teacher-forced loss, use of the source."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from vinedresser.batch import EOS
-from vinedresser.config import Decoding
+from vinedresser.batch import EOS, Batch
+from vinedresser.config import Decoding, Experiment
 from vinedresser.data.batching.reader import Split, in_order
 from vinedresser.data.batching.side import Side
 from vinedresser.data.corpora.row import Source
@@ -20,36 +23,59 @@ from vinedresser.model import Seq2Seq
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Settings of an evaluation.
+
+    Attributes:
+        metric: name of the score.
+        decoding: search and batch size.
+        cap: longest output, in tokens.
+        sentences: number of sentences to score, the first ones; 0 for all.
+    """
+
+    metric: str
+    decoding: Decoding
+    cap: int
+    sentences: int = 0
+
+    @classmethod
+    def of(cls, experiment: Experiment, *, sentences: int = 0) -> "Scoring":
+        """Return the settings of an experiment, over the first sentences or all."""
+        task = experiment.task
+        return cls(task.metric, experiment.decoding, task.max_target_length, sentences)
+
+
+@dataclass(frozen=True)
 class Scores:
-    """A model on a split: inferred quality first, teacher-forced loss beside it (methods.md 4).
+    """Scores of a model on a split: decoded quality and teacher-forced loss (methods.md 4).
 
     Attributes:
         metric: the name of `value`.
         value: inferred (decoded) score, see metrics.measure for unit and direction.
         signature: how it was computed.
-        teacher_forced_nats: cross-entropy per real target token, without label smoothing.
+        teacher_forced_loss: nats per real target token, without label smoothing.
         teacher_forced_error: wrong argmax tokens among real ones, given gold prefixes, percent.
         exact_error: the metric `ser`, sentences not exactly right in percent.
-        sentences: how many were scored.
+        sentences: number of scored sentences.
     """
 
     metric: str
     value: float
     signature: str
-    teacher_forced_nats: float
+    teacher_forced_loss: float
     teacher_forced_error: float
     exact_error: float
     sentences: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, with the value under the metric's own name: `{"per": 11.6, ...}`."""
+        """Return plain JSON with the value under the metric's own name: `{"per": 11.6, ...}`."""
         plain = asdict(self)
         return {self.metric: plain.pop("value"), **plain}
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Scores and what they were computed from, in the split's order."""
+    """Scores and the texts that they were computed from, in the order of the split."""
 
     scores: Scores
     sources: list[str]
@@ -57,7 +83,7 @@ class Evaluated:
     references: list[str]
 
     def samples(self, count: int = 20) -> list[tuple[str, str, str]]:
-        """(source, reference, hypothesis) of the first sentences."""
+        """Return (source, reference, hypothesis) of the first sentences."""
         rows = zip(self.sources, self.references, self.hypotheses, strict=True)
         return list(rows)[:count]
 
@@ -65,7 +91,7 @@ class Evaluated:
 def tokenized(
     rows: Sequence[tuple[Source, str]], source: SourceEncoder, target: TextTokenizer
 ) -> Split:
-    """Plain (source, target) rows as a split, by a finished model's own tokenizers."""
+    """Return plain (source, target) rows as a split, encoded by a finished model's tokenizers."""
     sources, references = [s for s, _ in rows], [t for _, t in rows]
     sides = Side.of(sources, source), Side.of(references, target)
     names = [s if isinstance(s, str) else " ".join(s) for s in sources]
@@ -85,67 +111,155 @@ def exposure_gap(evaluated: Evaluated, tokenizer: TextTokenizer) -> float:
     return measure("wer", hypotheses, references).value - evaluated.scores.teacher_forced_error
 
 
-@torch.no_grad()
-def evaluate(  # noqa: PLR0913 - what, of what, how
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout and gradients; restore the mode of the model at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate(
     model: Seq2Seq,
     split: Split,
     tokenizer: TextTokenizer,
+    scoring: Scoring,
     *,
-    metric: str,
-    decoding: Decoding,
-    cap: int,
-    sentences: int = 0,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluated:
-    """Decodes a split in fp32 and scores it; leaves the model in the mode it was in.
+    """Decode a split in fp32 and score it.
 
     Args:
-        model: on any device.
+        model: on any device, in any mode.
         split: with reference texts.
         tokenizer: of the target side.
-        metric: which score.
-        decoding: search and batch size.
-        cap: no output is longer, in tokens.
-        sentences: how many are scored; 0 for all.
-        should_stop: asked before each batch.
+        scoring: metric, search and number of sentences.
+        should_stop: called before each batch.
 
     Raises:
-        InterruptedRunError: `should_stop` said so.
+        InterruptedRunError: `should_stop` returned true.
     """
-    was_training = model.training
-    model.eval()
-    device = model.device
     rows: list[int] = []
     texts: list[str] = []
-    nats = wrong = tokens = 0.0
-    for host_batch in in_order(split, tokens=decoding.max_padded_tokens, sentences=sentences):
-        if should_stop is not None and should_stop():
-            model.train(was_training)
-            raise InterruptedRunError("told to stop while evaluating; the same command goes on")
-        batch = host_batch.to(device)
-        is_real_BT = batch.is_real_BT
-        states_ND, gold_N = model(batch)[is_real_BT], batch.target_BT[is_real_BT]
-        log_p_NV = model.output.log_probs(states_ND)
-        nats += float(F.nll_loss(log_p_NV, gold_N, reduction="sum"))
-        wrong += float((log_p_NV.argmax(-1) != gold_N).sum())
-        tokens += len(gold_N)
-        decoded = decode(model, batch.source_BS, batch.source_lengths_B, decoding, cap=cap)
-        rows += host_batch.rows_B.tolist()
-        texts += [tokenizer.decode(ids) for ids in decoded.ids]
-    model.train(was_training)
+    nll = wrong = tokens = 0.0
+    batches = in_order(
+        split, tokens=scoring.decoding.max_padded_tokens, sentences=scoring.sentences
+    )
+    with _eval_mode(model):
+        for host_batch in batches:
+            if should_stop():
+                raise InterruptedRunError(
+                    "stopped on request during an evaluation; run the same command to resume"
+                )
+            batch = host_batch.to(model.device)
+            is_real_BT = batch.is_real_BT
+            states_ND, gold_N = model(batch)[is_real_BT], batch.target_BT[is_real_BT]
+            log_p_NV = model.output.log_probs(states_ND)
+            nll += float(F.nll_loss(log_p_NV, gold_N, reduction="sum"))
+            wrong += float((log_p_NV.argmax(-1) != gold_N).sum())
+            tokens += len(gold_N)
+            decoded = decode(
+                model, batch.source_BS, batch.source_lengths_B, scoring.decoding, cap=scoring.cap
+            )
+            rows += host_batch.rows_B.tolist()
+            texts += [tokenizer.decode(ids) for ids in decoded.ids]
     by_row = sorted(zip(rows, texts, strict=True))
     order, hypotheses = [row for row, _ in by_row], [text for _, text in by_row]
     references = [split.references[row] for row in order]
     # Hypotheses without capitals are not scored against references with them.
     folds = tokenizer.folds_case
-    measured = measure(metric, hypotheses, references, folds_case=folds)
+    measured = measure(scoring.metric, hypotheses, references, folds_case=folds)
     scores = Scores(
-        metric=metric,
+        metric=scoring.metric,
         value=measured.value,
         signature=measured.signature,
-        teacher_forced_nats=nats / tokens,
+        teacher_forced_loss=nll / tokens,
         teacher_forced_error=100 * wrong / tokens,
         exact_error=measure("ser", hypotheses, references, folds_case=folds).value,
         sentences=len(references),
     )
     return Evaluated(scores, [split.sources[row] for row in order], hypotheses, references)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Rise of the loss with the sources of other sentences (methods.md 2).
+
+    Attributes:
+        gap: NLL(shuffled sources) - NLL(true sources), nats per real target token; 0 for a model
+            that does not use its source, above 1 for one that has learned a task.
+        error: standard error of `gap` over sentences.
+        true_loss: NLL(true sources), nats per token.
+        sentences: number of sentences with an exchanged source.
+    """
+
+    gap: float
+    error: float
+    true_loss: float
+    sentences: int
+
+    @property
+    def deviations(self) -> float:
+        """Return the standard errors between the gap and 0; 0 where the gap is exactly 0."""
+        if self.gap == 0:
+            return 0.0
+        return self.gap / self.error if self.error else math.copysign(math.inf, self.gap)
+
+
+def conditioning_gap(model: Seq2Seq, batches: Iterable[Batch]) -> Conditioning:
+    """Measure the loss with the sources of other sentences minus that with the true ones, in fp32.
+
+    Each sentence of a batch gets the source at a distance of half a batch, so no sentence keeps its
+    own. In batches of `in_order`, which are sorted by length, that is one of about the same length:
+    the gap measures the content of sources, not their length.
+
+    Args:
+        model: on any device, in any mode.
+        batches: on the CPU; those of one sentence are left out.
+
+    Raises:
+        ValueError: no batch has 2 sentences.
+    """
+    gaps, true, counts = [], [], []
+    with _eval_mode(model):
+        for host_batch in batches:
+            if len(host_batch.rows_B) < 2:
+                continue
+            batch = host_batch.to(model.device)
+            own_B, other_B = (sentence_nll(model, b) for b in (batch, with_other_sources(batch)))
+            gaps.append((other_B - own_B).double().cpu())
+            true.append(own_B.double().cpu())
+            counts.append(host_batch.target_lengths_B.double())
+    if not gaps:
+        raise ValueError("no batch has 2 sentences; the conditioning gap needs at least one")
+    gap_N, true_N, count_N = (torch.cat(parts) for parts in (gaps, true, counts))
+    n, tokens = len(gap_N), count_N.sum()
+    gap = gap_N.sum() / tokens
+    # Of a ratio of sums over sentences, which are drawn independently (Cochran 1977, 2.11).
+    error = ((gap_N - gap * count_N) ** 2).sum().mul(n / (n - 1)).sqrt() / tokens
+    return Conditioning(float(gap), float(error), float(true_N.sum() / tokens), n)
+
+
+def with_other_sources(batch: Batch) -> Batch:
+    """Return the batch with its sources rolled by half a batch: a derangement for B >= 2."""
+    shift = len(batch.rows_B) // 2
+    return Batch(
+        batch.source_BS.roll(shift, 0),
+        batch.source_lengths_B.roll(shift),
+        batch.target_BT,
+        batch.target_lengths_B,
+        batch.rows_B,
+    )
+
+
+def sentence_nll(model: Seq2Seq, batch: Batch) -> Tensor:
+    """Return the teacher-forced NLL of each target, EOS included, in nats: (B,)."""
+    is_real_BT = batch.is_real_BT
+    log_p_NV = model.output.log_probs(model(batch)[is_real_BT])
+    nll_N = F.nll_loss(log_p_NV, batch.target_BT[is_real_BT], reduction="none")
+    sentence_N = is_real_BT.nonzero()[:, 0]
+    return nll_N.new_zeros(len(batch.rows_B)).index_add(0, sentence_N, nll_N)

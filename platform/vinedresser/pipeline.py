@@ -103,7 +103,7 @@ class Retrained:
             "split": self.split,
             f"finalist_{metric}": round(before[metric], 3),
             f"pruned_{metric}": round(after[metric], 3),
-            "teacher_forced_nats": round(finalist.scores["teacher_forced_nats"], 4),
+            "teacher_forced_loss": round(finalist.scores["teacher_forced_loss"], 4),
             "selection_regret": round(finalist.selection_regret, 3),
             "finalist_exact_error": round(before["exact_error"], 2),
             "pruned_exact_error": round(after["exact_error"], 2),

@@ -168,7 +168,7 @@ def assert_same(found: Outcome, expected: Outcome) -> None:
 def assert_close(found: Outcome, expected: Outcome) -> None:
     """Equal within the rounding of another order of sums."""
     for one, other in zip(found.history, expected.history, strict=True):
-        assert one["teacher_forced_nats"] == pytest.approx(other["teacher_forced_nats"], abs=1e-5)
+        assert one["teacher_forced_loss"] == pytest.approx(other["teacher_forced_loss"], abs=1e-5)
 
 
 def worker_pids() -> list[int]:

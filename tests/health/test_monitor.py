@@ -280,7 +280,7 @@ def test_a_resumed_run_goes_on_with_what_was_seen(reversal, tmp_path):
     )
     again.execute()
     assert [r.step for r in again.health.readings.history] == [1, *range(8, 97, 8)]
-    for key in ("train/nats_per_token", "monitor/gradient_norm", "dev/conditioning_gap"):
+    for key in ("train/loss", "monitor/gradient_norm", "dev/conditioning_gap"):
         steps = [step for step, _ in again.health.series.of(key)]
         assert steps == sorted(set(steps))
         assert steps[0] < 30
@@ -313,11 +313,11 @@ def test_the_four_curves_are_logged(reversal, tmp_path):
     run.execute()
     keys = {key for key, _, _ in run.health._tracker.metrics}
     assert keys >= {
-        "train/nats_per_token",
-        "dev/teacher_forced_nats",
+        "train/loss",
+        "dev/teacher_forced_loss",
         "monitor/parameter_norm",
         "train/gradient_norm_mean",
-        "train/first_nats_per_token",
+        "train/first_loss",
     }
-    first = [v for k, v, _ in run.health._tracker.metrics if k == "train/first_nats_per_token"]
+    first = [v for k, v, _ in run.health._tracker.metrics if k == "train/first_loss"]
     assert first == pytest.approx([2.3], abs=0.3)  # ln 10

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from trainables.transformer import Transformer, TransformerConfig
 from vinedresser.batch import EOS, PAD
-from vinedresser.conditioning import Conditioning
 from vinedresser.config import Experiment
 from vinedresser.data.shards import tokenizers
+from vinedresser.evaluate import Conditioning
 from vinedresser.health.preflight.checks import dry
 from vinedresser.health.preflight.data import check_content
 from vinedresser.health.preflight.independence import (

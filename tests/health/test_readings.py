@@ -26,6 +26,8 @@ SMALL = {"d_model": 16, "d_ff": 24, "num_heads": 2, "encoder_layers": 2, "decode
 RNN = {"kind": "attention_rnn", "width": 16, "encoder_units": 8}
 MODELS = {
     "transformer": {"kind": "transformer", **SMALL},
+    # The first layer has no heads left: its projections are empty.
+    "pruned": {"kind": "transformer", **SMALL, "alive_heads": {"enc_self": [[0, 0], [1, 1]]}},
     "all_tied": {"kind": "transformer", **SMALL, "tie": "all"},
     "gated": {"kind": "transformer", **SMALL, "concrete_heads": ["enc_self"]},
     "lstm": RNN,

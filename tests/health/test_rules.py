@@ -16,12 +16,12 @@ def healthy() -> dict[str, list[tuple[int, float]]]:
     """What a run logs that learns to translate; numbers as in the demo and on Multi30k."""
     wave = [1 + 0.3 * math.sin(i) for i in range(len(STEPS))]
     series: dict[str, list[tuple[int, float]]] = {
-        "train/nats_per_token": [(s, 2 + 7 * math.exp(-s / 150)) for s in STEPS],
+        "train/loss": [(s, 2 + 7 * math.exp(-s / 150)) for s in STEPS],
         "train/gradient_norm_max": [(s, 3 * w) for s, w in zip(STEPS, wave, strict=True)],
         "train/gradient_norm_mean": [(s, 1.5 * w) for s, w in zip(STEPS, wave, strict=True)],
         "train/clipped_share": [(s, 0.5) for s in STEPS],
         "train/skipped_updates": [(s, 0.0) for s in STEPS],
-        "train/first_nats_per_token": [(EVERY, 9.6)],
+        "train/first_loss": [(EVERY, 9.6)],
         "monitor/gradient_norm": [(s, w) for s, w in zip(STEPS, wave, strict=True)],
         "monitor/gradient_norm_source": [(s, 0.1 * w) for s, w in zip(STEPS, wave, strict=True)],
         "monitor/gradient_decay": [(s, 0.2) for s in STEPS],
@@ -68,10 +68,10 @@ def late(values: list[float], begin: int = 500) -> list[tuple[int, float]]:
 
 PLANTED = {
     "non_finite": {"train/skipped_updates": late([0, 0, 1])},
-    "first_loss": {"train/first_nats_per_token": [(EVERY, 12.0)]},
+    "first_loss": {"train/first_loss": [(EVERY, 12.0)]},
     "exploding_gradients": {
         "train/gradient_norm_max": late([3, 2, 3, 3, 2, 3, 200]),
-        "train/nats_per_token": late([3, 3, 3, 3, 3, 3, 6]),
+        "train/loss": late([3, 3, 3, 3, 3, 3, 6]),
     },
     "vanishing_gradients": {"monitor/gradient_decay": late([1e-4] * 5)},
     "dead_units": {"dead_share of encoder.0.feed_forward relu": late([0.9] * 3)},
@@ -80,7 +80,7 @@ PLANTED = {
         "train/clipped_share": late([1.0] * 15, 520),
         "train/gradient_norm_mean": late([50.0] * 15, 520),
     },
-    "loss_stuck": {"train/nats_per_token": late([8.9] * 10, 220)},
+    "loss_stuck": {"train/loss": late([8.9] * 10, 220)},
     "source_ignored": {"dev/conditioning_gap": [(750, 0.01)]},
     "exposure_gap": {
         "dev/exposure_gap": [(250, 5.0), (500, 9.0), (750, 13.0)],
@@ -103,11 +103,11 @@ def test_what_is_planted_is_found_by_its_rule_alone(rule):
 
 NEARLY = {
     "a learnable loss that starts slowly": {
-        "train/nats_per_token": [(s, 8.9 if s < 280 else 5.0) for s in STEPS]
+        "train/loss": [(s, 8.9 if s < 280 else 5.0) for s in STEPS]
     },
     "a large gradient once, at a falling loss": {
         "train/gradient_norm_max": late([3, 2, 3, 3, 2, 3, 200]),
-        "train/nats_per_token": late([3, 3, 3, 3, 3, 3, 2.9]),
+        "train/loss": late([3, 3, 3, 3, 3, 3, 2.9]),
     },
     "clipping to a tenth": {
         "train/clipped_share": late([1.0] * 15, 520),
@@ -174,7 +174,7 @@ def test_the_first_loss_is_held_against_ln_of_the_vocabulary():
     """methods.md 105: 37,000 -> 10.5187."""
     facts = RunFacts(uniform=math.log(37000), steps=10, warmup=0, anneal=0, clip_norm=1)
     for loss, is_told in ((10.5187, False), (11.3, False), (12.0, True), (9.9, True)):
-        log = Log(facts, {"train/first_nats_per_token": [(1, loss)]})
+        log = Log(facts, {"train/first_loss": [(1, loss)]})
         found = apply_rules(log)
         assert bool(found) == is_told
         assert all("ln |V| = 10.5187" in one.text for one in found)
@@ -188,14 +188,14 @@ def test_the_first_loss_of_a_small_vocabulary(loss, without_repeats, is_found):
     """12 ids: a uniform guess has 2.48 nats; only repeats of the fed token may cost more."""
     log = Log(RunFacts(uniform=math.log(12), steps=10, warmup=0, anneal=0, clip_norm=1))
     series = {
-        "train/first_nats_per_token": loss, "train/first_nats_without_repeats": without_repeats
+        "train/first_loss": loss, "train/first_loss_without_repeats": without_repeats
     }  # fmt: skip
     log.add(series, 1)
     assert [found.rule for found in apply_rules(log)] == ["first_loss"] * is_found
 
 
 def test_a_loss_below_chance_is_told_as_a_leak_of_the_answer():
-    (found,) = apply_rules(Log(FACTS, {"train/first_nats_per_token": [(1, 3.0)]}))
+    (found,) = apply_rules(Log(FACTS, {"train/first_loss": [(1, 3.0)]}))
     assert "masks" in found.advice
 
 
@@ -209,13 +209,13 @@ def test_an_encoder_without_gradient():
 
 def test_a_loss_that_stands_at_chance_is_not_blamed_on_the_source():
     series = {**healthy(), "dev/conditioning_gap": [(750, 0.0)]}
-    series["train/nats_per_token"] = [(s, 8.98) for s in STEPS]
+    series["train/loss"] = [(s, 8.98) for s in STEPS]
     assert rules(series) == ["loss_stuck"]
 
 
 def test_losses_that_were_never_finite_are_told_and_break_nothing():
     series = {**healthy(), "train/skipped_updates": [(s, float(s)) for s in STEPS]}
-    for key in ("train/nats_per_token", "train/gradient_norm_max", "train/gradient_norm_mean"):
+    for key in ("train/loss", "train/gradient_norm_max", "train/gradient_norm_mean"):
         series[key] = [(s, math.nan) for s in STEPS]
     assert rules(series) == ["non_finite"]
 
@@ -229,7 +229,7 @@ def test_the_smallest_update_is_told():
 
 def test_what_is_not_finite_is_left_out_of_the_log():
     log = Log(FACTS)
-    log.add({"train/nats_per_token": math.nan, "monitor/gradient_norm": math.inf}, 5)
+    log.add({"train/loss": math.nan, "monitor/gradient_norm": math.inf}, 5)
     assert log.points == {}
 
 

@@ -133,7 +133,7 @@ def test_a_failed_trial_has_a_reason(ended: dict[str, Any], reason: str) -> None
 
 @pytest.mark.parametrize(
     "keys",
-    [("best/per", "dev/heads"), ("best/per", "dev/heads", "dev/teacher_forced_nats")],
+    [("best/per", "dev/heads"), ("best/per", "dev/heads", "dev/teacher_forced_loss")],
     ids=len,
 )
 def test_several_objectives_are_recorded_at_the_end_only(keys: tuple[str, ...]) -> None:

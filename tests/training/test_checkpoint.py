@@ -168,7 +168,7 @@ def test_the_best_by_the_inferred_metric_ships(reversal, tmp_path, monkeypatch):
     best = [value for key, value, _ in run.tracker.metrics if key == "best/per"]
     assert best == [50.0, 20.0, 20.0]
     # The loss is best at the last step, where the metric is 30.
-    nats = [entry["teacher_forced_nats"] for entry in outcome.history]
+    nats = [entry["teacher_forced_loss"] for entry in outcome.history]
     assert nats.index(min(nats)) == 2
     assert outcome.selection_regret == 10
     better = replace(outcome, scores={**outcome.scores, "per": 35.0})

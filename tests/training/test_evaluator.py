@@ -14,9 +14,10 @@ from vinedresser.bundle import load_bundle
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import DivergedError, TrainingError
-from vinedresser.evaluate import Evaluated, Scores, evaluate, exposure_gap
+from vinedresser.evaluate import Evaluated, Scores, Scoring, evaluate, exposure_gap
 from vinedresser.nn.gates import head_gates
 from vinedresser.training import evaluator
+from vinedresser.training.listener import Best
 from vinedresser.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +41,7 @@ def test_t01_a_pass_that_is_not_a_number_is_left_out(kind, reversal: ShardSet, t
     outcome = run.execute()
     assert outcome is not None
     assert run.window.skipped == 1
-    assert all(math.isfinite(entry["teacher_forced_nats"]) for entry in outcome.history)
+    assert all(math.isfinite(entry["teacher_forced_loss"]) for entry in outcome.history)
     for tensors in (
         run.model.state_dict(), run.ema.tensors,
         load_bundle(Path(outcome.bundle)).model.state_dict(),
@@ -66,7 +67,7 @@ def test_t01_weights_that_are_not_a_number_never_ship(gated, reversal: ShardSet,
     run = a_run(config, reversal, tmp_path, report=report)
     outcome = run.execute()
     assert outcome is not None
-    nats = [entry["teacher_forced_nats"] for entry in outcome.history]
+    nats = [entry["teacher_forced_loss"] for entry in outcome.history]
     assert [math.isfinite(value) for value in nats] == [True, False, False]
     assert (outcome.best_step, run.evaluator.best_step) == (8, 8)
     shipped = load_bundle(Path(outcome.bundle)).model.state_dict()
@@ -86,7 +87,7 @@ def test_t01_a_run_without_a_finite_evaluation_fails(reversal: ShardSet, tmp_pat
     assert not (run.folder.path / "bundle").exists()
     assert len(told) == 2
     assert all(math.isnan(values["best/per"]) for values in told)
-    assert run.evaluator.standing is None
+    assert run.evaluator.best_so_far is None
     # Nor does it when it goes on from its last checkpoint.
     with pytest.raises(TrainingError, match="no model to ship"):
         a_run(experiment(reversal), reversal, tmp_path).execute()
@@ -115,6 +116,8 @@ def test_gated_runs_report_the_best_and_ship_the_last(reversal, tmp_path, monkey
     assert [values["best/per"] for values in reports] == [50.0, 20.0, 20.0]
     assert [values["dev/per"] for values in reports] == [50.0, 20.0, 30.0]
     assert (outcome.best_step, outcome.value) == (24, 30.0)
+    # Progress shows the best too; it showed the scores of the weights that ship.
+    assert run.evaluator.best_so_far == Best("per", 20.0, 16)
     shipped = load_bundle(Path(outcome.bundle)).model
     assert all(
         torch.equal(tensor, run.ema.tensors[name]) for name, tensor in shipped.state_dict().items()
@@ -143,7 +146,7 @@ def test_the_gap_of_a_run_does_not_depend_on_its_metric(metric, reversal, tmp_pa
     run = a_run(experiment(reversal), reversal, tmp_path)
     split, target = load_split(reversal, "dev"), tokenizers(reversal)[1]
     found = evaluate(
-        run.evaluator.model, split, target, metric=metric, decoding=run.experiment.decoding, cap=20
+        run.evaluator.model, split, target, Scoring(metric, run.experiment.decoding, 20)
     )
     said, meant = (
         [[*target.encode(text), EOS] for text in side]

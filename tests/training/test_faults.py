@@ -27,7 +27,7 @@ from vinedresser.decode import length_limits
 from vinedresser.distributed.context import RunContext
 from vinedresser.distributed.train import run_worker, train
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
-from vinedresser.evaluate import evaluate
+from vinedresser.evaluate import Scoring, evaluate
 from vinedresser.tracking import NullTracker, store_for
 from vinedresser.tracking.store import initialise
 from vinedresser.training.checkpoint import newest_checkpoint
@@ -399,9 +399,9 @@ def train(rank, workers, until, workspace, store):
         return evaluate(*words, **more)
     emit = runner.Run._emit
     def emitted(run, metrics, step):
-        if "train/nats_per_token" in metrics:
+        if "train/loss" in metrics:
             with (workspace / f"losses-{rank}").open("a") as losses:
-                print(step, metrics["train/nats_per_token"], file=losses)
+                print(step, metrics["train/loss"], file=losses)
         emit(run, metrics, step)
     runner.Run._emit = emitted
     if until == "judged":
@@ -623,10 +623,10 @@ def test_t20_a_model_that_never_ends(reversal, beam):
     model, split = run.evaluator.model, load_split(reversal, "dev")
     cap = config.task.max_target_length
     target = tokenizers(reversal)[1]
-    found = evaluate(model, split, target, metric="per", decoding=config.decoding, cap=cap)
+    found = evaluate(model, split, target, Scoring("per", config.decoding, cap))
     assert min(len(text.split()) for text in found.hypotheses) < cap  # the model does end
     model.output.bias.data[[PAD, BOS, EOS, UNK]] = -1e9
-    found = evaluate(model, split, target, metric="per", decoding=config.decoding, cap=cap)
+    found = evaluate(model, split, target, Scoring("per", config.decoding, cap))
     limits = length_limits(torch.from_numpy(split.source_lengths.copy()), cap).tolist()
     assert [len(text.split()) for text in found.hypotheses] == limits
     assert max(limits) <= cap

@@ -35,9 +35,7 @@ def test_progress_from_the_first_update_to_the_last(reversal: ShardSet, tmp_path
     assert (told[0].step, told[0].evaluations_left, told[0].best) == (0, 3, None)
     assert (told[-1].step, told[-1].evaluations_left) == (24, 0)
     # Every log line's loss is the one that was logged, and no other step waits for its own.
-    logged = [
-        (step, value) for key, value, step in tracker.metrics if key == "train/nats_per_token"
-    ]
+    logged = [(step, value) for key, value, step in tracker.metrics if key == "train/loss"]
     assert [(p.step, p.loss) for p in told if p.loss is not None] == logged
     improved, lowest = [], math.inf
     for entry in outcome.history:

@@ -24,7 +24,7 @@ def test_sums_travel():
     assert logged.pop("train/seconds_per_step") > 0
     assert logged == pytest.approx(
         {
-            "train/nats_per_token": 1.0,
+            "train/loss": 1.0,
             "train/learning_rate": 0.2,
             "train/gradient_norm_max": 3.0,
             "train/gradient_norm_mean": 1.75,
@@ -40,9 +40,9 @@ def test_loss_and_speed_are_those_of_all_ranks():
     window = MetricsWindow(clip_norm=1.0, all_sum=lambda sums: sums + torch.tensor([30.0, 10.0]))
     for each in (alone, window):
         each.add(step(1, 6.0, 2, 0.5))
-    assert alone.close()["train/nats_per_token"] == 3
+    assert alone.close()["train/loss"] == 3
     logged = window.close()
-    assert logged["train/nats_per_token"] == 3  # (6 + 30) / (2 + 10)
+    assert logged["train/loss"] == 3  # (6 + 30) / (2 + 10)
     made = logged["train/tokens_per_second"] * logged["train/seconds_per_step"]
     assert made == pytest.approx(12)
 
@@ -52,7 +52,7 @@ def test_a_closed_window_is_empty():
     window.add(step(1, 100.0, 1, 1.0))
     window.close()
     window.add(step(2, 3.0, 3, 1.0))
-    assert window.close()["train/nats_per_token"] == 1.0
+    assert window.close()["train/loss"] == 1.0
 
 
 @pytest.mark.parametrize(("nats", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.inf)])

@@ -1,4 +1,4 @@
-"""Key=value words that belong to a verb itself, beside those of a configuration."""
+"""Key=value words of the verbs themselves, in addition to those of a configuration."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -11,8 +11,8 @@ from vinedresser.errors import ConfigError
 S = TypeVar("S", bound=Section)
 
 
-class Scoring(Section):
-    """What `evaluate` scores, beside the task and the keys of Decoding."""
+class SplitOption(Section):
+    """The split that `evaluate` scores; its other keys are those of Decoding."""
 
     split: Literal["train", "dev", "test"] = "test"
 

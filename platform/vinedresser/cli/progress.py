@@ -116,7 +116,7 @@ class Evaluations(Listener):
             _log.info(
                 "step %.0f/%d  %s %.2f  best %.2f  teacher-forced %.3f nats",
                 report["step"], self._steps, self._metric, report[f"dev/{self._metric}"],
-                report[f"best/{self._metric}"], report["dev/teacher_forced_nats"],
+                report[f"best/{self._metric}"], report["dev/teacher_forced_loss"],
             )  # fmt: skip
 
     finished = evaluated

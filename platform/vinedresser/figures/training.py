@@ -15,7 +15,7 @@ def curves(history: Sequence[Mapping[str, float]], *, metric: str, chosen: int) 
     The steps where the two diverge show exposure bias (methods.md 15).
 
     Args:
-        history: entries with step, value and teacher_forced_nats.
+        history: entries with step, value and teacher_forced_loss.
         metric: name of the value.
         chosen: step of the exported model.
     """
@@ -26,7 +26,7 @@ def curves(history: Sequence[Mapping[str, float]], *, metric: str, chosen: int) 
     left = figure.subplots()
     right = left.twinx()
     left.plot(steps, [e["value"] for e in history], "o-", color="tab:blue")
-    right.plot(steps, [e["teacher_forced_nats"] for e in history], "s--", color="tab:orange")
+    right.plot(steps, [e["teacher_forced_loss"] for e in history], "s--", color="tab:orange")
     left.axvline(chosen, color="0.6", linewidth=1)
     left.set_xlabel("optimizer updates (line: exported model)")
     left.set_ylabel(f"inferred dev {metric}", color="tab:blue")

@@ -67,7 +67,8 @@ class Readings:
             raise ValueError(f"every is {every}; expected at least 1 step")
         self.every, self._model = every, model
         self.history: list[Reading] = []
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        # Weights of a layer without heads are empty.
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
         self._parameters = [p for _, p in trained]
         owners = [layer_of(name) for name, _ in trained]
         # The models' own order puts both embeddings first.
@@ -162,7 +163,7 @@ class Readings:
         `parameter_norm`; `update_ratio_min` and `_max` over layers; `activation_min` and `_max`
         over layers; `dead_share`, of all ReLU units; `saturated_share`, the largest of all
         functions; `memory_mb`, resident, and `allocated_mb`, in use (on the GPU if there is one).
-        After step 1 `train/first_nats_per_token` and `train/first_nats_without_repeats` too.
+        After step 1 `train/first_loss` and `train/first_loss_without_repeats` too.
         """
         if not self._open:
             return {}
@@ -176,9 +177,7 @@ class Readings:
             self.history.append(self._reading(step, due, numbers))
         found = {f"monitor/{key}": value for key, value in self.history[-1].overall.items()}
         if self._first is not None:
-            found["train/first_nats_per_token"], found["train/first_nats_without_repeats"] = (
-                self._first
-            )
+            found["train/first_loss"], found["train/first_loss_without_repeats"] = self._first
             self._first = None
         return found
 

@@ -182,11 +182,11 @@ def non_finite(log: Log) -> Finding | None:
 
 def first_loss(log: Log) -> Finding | None:
     """Report an untrained model that is not a uniform guess (methods.md 105)."""
-    points = log.of("train/first_nats_per_token")
+    points = log.of("train/first_loss")
     if not points:
         return None
     (step, loss), uniform = points[0], log.facts.uniform
-    others = [value for _, value in log.of("train/first_nats_without_repeats")[:1]]
+    others = [value for _, value in log.of("train/first_loss_without_repeats")[:1]]
     if is_uniform_guess([loss, *others], uniform):
         return None
     advice = (
@@ -201,7 +201,7 @@ def first_loss(log: Log) -> Finding | None:
 def exploding_gradients(log: Log) -> Finding | None:
     """Report gradients far above their median while the loss is above its median."""
     norms = log.of("train/gradient_norm_max", after=log.facts.warmup)
-    losses = [v for _, v in log.of("train/nats_per_token", after=log.facts.warmup)]
+    losses = [v for _, v in log.of("train/loss", after=log.facts.warmup)]
     if len(norms) < 6 or len(losses) != len(norms):
         return None
     (step, norm), before = norms[-1], median(norms[:-1])
@@ -280,7 +280,7 @@ def always_clipped(log: Log) -> Finding | None:
 def loss_stuck(log: Log) -> Finding | None:
     """Report a loss that stays at that of a uniform guess."""
     start = max(log.facts.warmup, log.facts.steps / 5)
-    points = log.last("train/nats_per_token", 5, after=start)
+    points = log.last("train/loss", 5, after=start)
     if not points or least(points) < _CHANCE * log.facts.uniform:
         return None
     return Finding(
@@ -304,7 +304,7 @@ def source_ignored(log: Log) -> Finding | None:
         )
     gaps = log.of("dev/conditioning_gap", after=log.facts.steps / 2)
     errors = log.of("dev/conditioning_error", after=log.facts.steps / 2)
-    losses = log.of("train/nats_per_token")
+    losses = log.of("train/loss")
     # A loss that was never finite is not logged.
     if not gaps or not errors or not losses or losses[-1][1] > _CHANCE * log.facts.uniform:
         return None

@@ -15,7 +15,7 @@ from vinedresser.config.study import INFERRED, Distribution, Study, StudyObjecti
 from vinedresser.data.batching.reader import in_order, load_split
 from vinedresser.data.shards import ShardSet
 from vinedresser.distributed.context import RunContext
-from vinedresser.evaluate import evaluate
+from vinedresser.evaluate import Scoring, evaluate
 from vinedresser.metrics import is_lower_better
 from vinedresser.pruning.heads import (
     attention_layers,
@@ -162,8 +162,6 @@ class Pruner:
             bundle.model,
             load_split(self.shards, split),
             bundle.target_tokenizer,
-            metric=self.metric,
-            decoding=bundle.experiment.decoding,
-            cap=self.shards.task.max_target_length,
+            Scoring(self.metric, bundle.experiment.decoding, self.shards.task.max_target_length),
         )
         return evaluated.scores.to_json()

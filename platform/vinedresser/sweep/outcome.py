@@ -15,7 +15,7 @@ Direction = Literal["min", "max"]
 _REPORTED: Mapping[str, Direction] = {
     "dev/heads": "min",
     "dev/parameters": "min",
-    "dev/teacher_forced_nats": "min",
+    "dev/teacher_forced_loss": "min",
     "dev/teacher_forced_error": "min",
     "dev/exposure_gap": "min",
     "dev/conditioning_gap": "max",

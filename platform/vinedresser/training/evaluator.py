@@ -1,6 +1,5 @@
 """Evaluator: decode the averaged weights on the dev split and keep the weights that ship."""
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,12 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from vinedresser.bundle import vocabulary_of
-from vinedresser.conditioning import conditioning_gap
 from vinedresser.config import Experiment
 from vinedresser.data.batching.reader import in_order, load_split
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import TrainingError
-from vinedresser.evaluate import Evaluated, evaluate, exposure_gap
+from vinedresser.evaluate import Scores, Scoring, conditioning_gap, evaluate, exposure_gap
 from vinedresser.figures.attention_maps import AttentionWatch, Tokenizers
 from vinedresser.metrics import is_better, worst
 from vinedresser.nn.gates import head_gates
@@ -22,18 +20,18 @@ from vinedresser.training.device import Device
 from vinedresser.training.listener import Best
 
 # Dev sentences whose sources are exchanged at each evaluation: the standard error of the gap is
-# below 0.2 nats a token from 64 sentences on.
+# below 0.2 nats per token from 64 sentences on.
 _EXCHANGED = 128
 
 
 class Evaluator:
-    """Decodes dev with a second copy of the model, on rank 0; all ranks know the history.
+    """Evaluation of the averaged weights with a second copy of the model, on rank 0.
 
     Attributes:
-        best: the weights that ship, by name; empty before the first evaluation with a finite loss.
+        best: the weights that ship, by name; empty before the first evaluation with finite loss.
         best_step: the update after which they were taken.
         best_scores: dev Scores of them as plain JSON.
-        history: one entry an evaluation: step, value, teacher_forced_nats, and heads where gated.
+        history: one entry per evaluation: step, value, teacher_forced_loss, and heads where gated.
     """
 
     def __init__(
@@ -79,90 +77,86 @@ class Evaluator:
 
     @property
     def step(self) -> int:
-        """The update of the last evaluation, 0 before the first."""
+        """Return the update of the last evaluation, 0 before the first."""
         return int(self.history[-1]["step"]) if self.history else 0
 
     @property
-    def best_value(self) -> float:
-        """The best inferred metric of any evaluation with a finite loss; NaN before the first.
+    def best_so_far(self) -> Best | None:
+        """Return the best evaluation with a finite loss by the inferred metric, if there is one.
 
-        Samplers and early stopping read it, so it never gets worse. In runs with gates the last
-        weights ship, and their value is `best_scores`: with gates open a model is better and has
-        not yet paid for its heads (methods.md 13).
+        Progress, samplers and early stopping read it, so it never gets worse. In runs with gates
+        the last weights ship, and their value is in `best_scores`: with gates open a model is
+        better and has not yet paid for its heads (methods.md 13).
         """
-        best = math.nan
+        metric = self._experiment.task.metric
+        best: Best | None = None
         for entry in self.history:
-            if math.isfinite(entry["teacher_forced_nats"]) and (
-                math.isnan(best) or is_better(self._experiment.task.metric, entry["value"], best)
+            value = entry["value"]
+            if math.isfinite(entry["teacher_forced_loss"]) and (
+                best is None or math.isnan(best.value) or is_better(metric, value, best.value)
             ):
-                best = entry["value"]
+                best = Best(metric, value, int(entry["step"]))
         return best
 
-    @property
-    def standing(self) -> Best | None:
-        """The best so far, for whoever shows progress."""
-        metric = self._experiment.task.metric
-        if not self.best_scores:
-            return None
-        return Best(metric, float(self.best_scores[metric]), self.best_step)
-
     def evaluate(
-        self, weights: Mapping[str, Tensor], step: int, should_stop: Callable[[], bool] | None
+        self, weights: Mapping[str, Tensor], step: int, should_stop: Callable[[], bool]
     ) -> dict[str, float]:
-        """Decodes dev, keeps the weights if they ship, leaves samples; returns what to log.
+        """Decode dev, keep the weights if they ship, store samples and figures.
+
+        Returns:
+            Metrics of the evaluation.
 
         Raises:
-            InterruptedRunError: `should_stop` said so; nothing has changed.
+            InterruptedRunError: `should_stop` returned true; nothing has changed.
             TrainingError: at the last step, if the loss on dev was finite at none.
         """
-        task = self._experiment.task
+        experiment, metric = self._experiment, self._experiment.task.metric
         self.model.load_state_dict(weights)
-        evaluated = evaluate(
-            self.model,
-            self._dev,
-            self._tokenizers[1],
-            metric=task.metric,
-            decoding=self._experiment.decoding,
-            sentences=self._experiment.evaluation.sentences,
-            cap=task.max_target_length,
-            should_stop=should_stop,
-        )
-        heads = self._keep(evaluated, weights, step)
+        scoring = Scoring.of(experiment, sentences=experiment.evaluation.sentences)
+        target = self._tokenizers[1]
+        evaluated = evaluate(self.model, self._dev, target, scoring, should_stop=should_stop)
+        gates = head_gates(self.model)
+        open_heads = float(sum(int((g.deterministic() > 0).sum()) for g in gates))
+        self._keep(evaluated.scores, weights, step, {"heads": open_heads} if gates else {})
         rows = ["source\treference\thypothesis", *("\t".join(r) for r in evaluated.samples())]
         self._tracker.text("\n".join(rows) + "\n", f"samples/step-{step:08d}.tsv")
-        scores = evaluated.scores
-        return {
-            f"dev/{task.metric}": scores.value,
-            f"best/{task.metric}": self.best_value,
-            "dev/teacher_forced_nats": scores.teacher_forced_nats,
-            "dev/teacher_forced_error": scores.teacher_forced_error,
-            "dev/exposure_gap": exposure_gap(evaluated, self._tokenizers[1]),
-            **self._conditioning(),
-            **self._attention(step),
-            **heads,
-            "dev/parameters": float(sum(p.numel() for p in self.model.parameters())),
+        best = self.best_so_far
+        metrics = {
+            f"dev/{metric}": evaluated.scores.value,
+            f"best/{metric}": best.value if best else math.nan,
+            "dev/teacher_forced_loss": evaluated.scores.teacher_forced_loss,
+            "dev/teacher_forced_error": evaluated.scores.teacher_forced_error,
+            "dev/exposure_gap": exposure_gap(evaluated, target),
         }
+        tokens = experiment.decoding.max_padded_tokens
+        slice_ = in_order(self._dev, tokens=tokens, sentences=_EXCHANGED)
+        if pairs := [batch for batch in slice_ if len(batch.rows_B) > 1]:
+            found = conditioning_gap(self.model, pairs)
+            metrics |= {"dev/conditioning_gap": found.gap, "dev/conditioning_error": found.error}
+        every = experiment.evaluation.attention_every
+        if self._watch is not None and every and len(self.history) % every == 0:
+            metrics |= self._watch.look(self.model, self._tracker, step)
+        if gates:
+            metrics["dev/heads"] = open_heads
+        return {**metrics, "dev/parameters": float(sum(p.numel() for p in self.model.parameters()))}
 
     def _keep(
-        self, evaluated: Evaluated, weights: Mapping[str, Tensor], step: int
-    ) -> dict[str, float]:
-        """Adds to the history, and to the best if it is; returns the number of open heads."""
-        scores, metric = evaluated.scores, self._experiment.task.metric
-        gates = head_gates(self.model)
-        heads = float(sum(int((g.deterministic() > 0).sum()) for g in gates))
+        self, scores: Scores, weights: Mapping[str, Tensor], step: int, heads: Mapping[str, float]
+    ) -> None:
+        """Add an evaluation to the history; keep its weights if they are the best so far."""
         entry = {
             "step": float(step),
             "value": scores.value,
-            "teacher_forced_nats": scores.teacher_forced_nats,
-            **({"heads": heads} if gates else {}),
+            "teacher_forced_loss": scores.teacher_forced_loss,
+            **heads,
         }
         self.history.append(entry)
-        so_far = float(self.best_scores.get(metric, worst(metric)))
+        so_far = float(self.best_scores.get(scores.metric, worst(scores.metric)))
         # Gates are still closing while the metric is at its best: with gates the last weights
         # ship, without them the best by the inferred metric (methods.md 13).
-        is_best = bool(gates) or is_better(metric, scores.value, so_far) or not self.best
+        is_best = bool(heads) or is_better(scores.metric, scores.value, so_far) or not self.best
         # Weights that are not finite decode to something too: they never ship (fault T01).
-        if is_best and math.isfinite(scores.teacher_forced_nats):
+        if is_best and math.isfinite(scores.teacher_forced_loss):
             self.best = {name: t.clone() for name, t in weights.items()}
             self.best_step, self.best_scores = step, scores.to_json()
         if step == self._experiment.steps and not self.best:
@@ -171,20 +165,3 @@ class Evaluator:
                 f"of {len(self.history)} evaluations; lower optim.lr or optim.clip_norm, or "
                 "lengthen optim.warmup_steps"
             )
-        return {"dev/heads": heads} if gates else {}
-
-    def _attention(self, step: int) -> Mapping[str, float]:
-        """Pictures and diagonality of the attention to the source, where they are due."""
-        every = self._experiment.evaluation.attention_every
-        if self._watch is None or not every or len(self.history) % every:
-            return {}
-        return self._watch.look(self.model, self._tracker, step)
-
-    def _conditioning(self) -> dict[str, float]:
-        """What sources of other sentences cost on a slice of dev, nats a token (methods.md 2)."""
-        tokens = self._experiment.decoding.max_padded_tokens
-        with contextlib.suppress(ValueError):  # no batch of two sentences
-            batches = in_order(self._dev, tokens=tokens, sentences=_EXCHANGED)
-            found = conditioning_gap(self.model, batches)
-            return {"dev/conditioning_gap": found.gap, "dev/conditioning_error": found.error}
-        return {}

@@ -33,7 +33,7 @@ class Outcome:
         bundle: folder of the model that ships.
         scores: dev Scores of that model as plain JSON.
         best_step: the update after which it was taken.
-        history: one entry an evaluation: step, value, teacher_forced_nats, and heads where gated.
+        history: one entry per evaluation: step, value, teacher_forced_loss, and heads where gated.
         seconds: wall time of training and evaluation, over all resumptions.
         last_report: what was reported at the end.
     """
@@ -64,8 +64,8 @@ class Outcome:
         Negative where it would have been better, which happens to runs with gates only: their last
         weights ship, not their best.
         """
-        finite = [entry for entry in self.history if math.isfinite(entry["teacher_forced_nats"])]
-        by_loss = min(finite, key=lambda entry: entry["teacher_forced_nats"])
+        finite = [entry for entry in self.history if math.isfinite(entry["teacher_forced_loss"])]
+        by_loss = min(finite, key=lambda entry: entry["teacher_forced_loss"])
         regret = by_loss["value"] - self.value
         return regret if is_lower_better(self.scores["metric"]) else -regret
 

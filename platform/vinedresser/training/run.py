@@ -303,9 +303,9 @@ class Run:
                 step * self.experiment.batches_an_update / self.batches.per_epoch,
                 self.schedule.evaluations_left(step) + is_evaluating,
                 "evaluating" if is_evaluating else "training",
-                logged.get("train/nats_per_token"),
+                logged.get("train/loss"),
                 logged.get("train/tokens_per_second"),
-                self.evaluator.standing,
+                self.evaluator.best_so_far,
             )
         )
 

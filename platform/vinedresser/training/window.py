@@ -56,8 +56,8 @@ class MetricsWindow:
             DivergedError: more updates than allowed are not finite, or the loss has exploded.
         """
         norms = torch.stack([step.gradient_norm for step in self._steps])
-        nats = torch.stack([step.nats for step in self._steps])
-        is_finite = torch.isfinite(norms) & torch.isfinite(nats)
+        nll = torch.stack([step.nats for step in self._steps])
+        is_finite = torch.isfinite(norms) & torch.isfinite(nll)
         self.not_finite = [
             s for s, finite in zip(self._steps, is_finite.tolist(), strict=True) if not finite
         ]
@@ -70,11 +70,11 @@ class MetricsWindow:
                 f"gradient norm {float(bad.gradient_norm):.3g}; lower optim.lr or "
                 "optim.clip_norm, lengthen optim.warmup_steps, or allow optim.max_skipped"
             )
-        counts = torch.stack([step.tokens for step in self._steps]).to(nats.device)
+        counts = torch.stack([step.tokens for step in self._steps]).to(nll.device)
         # float64: exact for tokens, and 1e-16 of the loss whatever the number of ranks.
-        sums = torch.stack([nats[is_finite].double().sum(), counts[is_finite].double().sum()])
-        all_nats, tokens = self._all_sum(sums).tolist()
-        loss = all_nats / tokens if tokens else math.nan
+        sums = torch.stack([nll[is_finite].double().sum(), counts[is_finite].double().sum()])
+        all_nll, tokens = self._all_sum(sums).tolist()
+        loss = all_nll / tokens if tokens else math.nan
         if loss > _DIVERGED * max(self.lowest, self._uniform_loss):
             raise DivergedError(
                 f"step {last.index}: loss {loss:.3g} nats per token, the lowest so far was "
@@ -86,7 +86,7 @@ class MetricsWindow:
         seconds, steps = time.perf_counter() - self._since, len(self._steps)
         self.restart()
         return {
-            "train/nats_per_token": loss,
+            "train/loss": loss,
             "train/learning_rate": last.learning_rate,
             "train/gradient_norm_max": float(finite.max()) if len(finite) else math.nan,
             "train/gradient_norm_mean": float(finite.mean()) if len(finite) else math.nan,

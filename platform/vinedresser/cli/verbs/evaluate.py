@@ -17,12 +17,12 @@ def evaluate(
 ) -> None:
     """Score a model on a task; `split=dev`, `beam=4` and `length_alpha=0.6` are its own keys."""
     from vinedresser import evaluate as scoring
-    from vinedresser.cli.options import Scoring, decoding_of, split_words
+    from vinedresser.cli.options import SplitOption, decoding_of, split_words
     from vinedresser.config import Decoding, Frames, Task, resolve
     from vinedresser.data.corpora.corpus import read
     from vinedresser.errors import ConfigError
 
-    options, rest = split_words(Scoring(), overrides or [])
+    options, rest = split_words(SplitOption(), overrides or [])
     own = {key: rest.pop(key) for key in Decoding.model_fields if key in rest}
     Decoding().override(own)  # a bad option is refused before the model is read
     value = resolve(task, [Task]).override(rest)
@@ -37,9 +37,7 @@ def evaluate(
         bundle.model,
         scoring.tokenized(rows, bundle.source_tokenizer, bundle.target_tokenizer),
         bundle.target_tokenizer,
-        metric=value.metric,
-        decoding=decoding,
-        cap=value.max_target_length,
+        scoring.Scoring(value.metric, decoding, value.max_target_length),
     )
     result = {"split": options.split, "beam": decoding.beam, **evaluated.scores.to_json()}
     if as_json:

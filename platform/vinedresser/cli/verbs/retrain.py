@@ -56,7 +56,7 @@ def retrain(
         [
             (f"inferred {metric}", f"{quality[0]:.2f}", f"{quality[1]:.2f}"),
             ("sentences not exactly right, %", f"{exact[0]:.1f}", f"{exact[1]:.1f}"),
-            ("teacher-forced dev loss, nats", f"{found['teacher_forced_nats']:.3f}", ""),
+            ("teacher-forced dev loss, nats", f"{found['teacher_forced_loss']:.3f}", ""),
             *heads,
             ("heads, all", str(found["heads_total"]), str(found["heads_kept"])),
             ("parameters", f"{before:,}", f"{after:,}"),

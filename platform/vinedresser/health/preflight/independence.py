@@ -1,6 +1,5 @@
 """Checks that results depend neither on batch mates and padding nor on the way of decoding."""
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vinedresser.batch import BOS, EOS, Batch
-from vinedresser.conditioning import sentence_nats
 from vinedresser.decode import greedy
+from vinedresser.evaluate import sentence_nll
 from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.preflight.sentences import Sentence, collated, with_filled_padding
 from vinedresser.model import Seq2Seq
@@ -82,10 +81,10 @@ def check_stepwise_equality(model: Seq2Seq, sentences: Sequence[Sentence]) -> Ch
     In float64 and in evaluation mode, where both ways differ by rounding alone.
 
     Args:
-        model: a copy of it is used.
+        model: on its device; converted to float64.
         sentences: a few, of different lengths.
     """
-    exact = copy.deepcopy(model).double().eval()
+    exact = model.double().eval()
     batch = collated(sentences).to(exact.device)
     source_BS = batch.source_BS
     if source_BS.is_floating_point():
@@ -148,7 +147,7 @@ def _drift(nats_B: Tensor, own_B: Tensor) -> float:
 
 def _nats(model: Seq2Seq, batch: Batch) -> Tensor:
     """Return the nats per token of each sentence, (B,)."""
-    return sentence_nats(model, batch.to(model.device)).cpu() / batch.target_lengths_B
+    return sentence_nll(model, batch.to(model.device)).cpu() / batch.target_lengths_B
 
 
 def _greedy(model: Seq2Seq, batch: Batch, cap: int) -> list[list[int]]:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vinedresser.batch import Batch
-from vinedresser.conditioning import Conditioning, conditioning_gap
 from vinedresser.config import Experiment
 from vinedresser.decode import greedy
+from vinedresser.evaluate import Conditioning, conditioning_gap
 from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.preflight.sentences import Sentence, collated
 from vinedresser.health.readings import first_losses
@@ -243,7 +243,7 @@ def check_conditioning(
         if not math.isfinite(loss):
             break
     # Worse than a uniform guess after all that: not learning.
-    is_worse = result is None or result.true_nats > math.log(vocabulary) + MAX_FIRST_EXCESS
+    is_worse = result is None or result.true_loss > math.log(vocabulary) + MAX_FIRST_EXCESS
     if result is None or not math.isfinite(loss) or is_worse:
         return CheckResult(
             "conditioning", False, f"loss {loss:.3g} after {updates} updates",
@@ -284,7 +284,7 @@ def judged(result: Conditioning, updates: int) -> CheckResult:
         "conditioning", passed,
         f"{result.gap:+.3f} ± {result.error:.3f} nats/token, {updates} updates",
         f"> {MIN_CONDITIONING_GAP:g}, {MIN_DEVIATIONS:g} errors", pointer,
-        {"gap": result.gap, "error": result.error, "true_nats": result.true_nats,
+        {"gap": result.gap, "error": result.error, "true_loss": result.true_loss,
          "updates": float(updates)},
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from vinedresser.config import Experiment
 from vinedresser.data.batching.reader import Batches, Split
 from vinedresser.data.shards import ShardSet
 from vinedresser.data.tokenizers.tokenizer import TextTokenizer
-from vinedresser.evaluate import evaluate
+from vinedresser.evaluate import Scoring, evaluate
 from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.rules import MAX_LEAK
 from vinedresser.model import Seq2Seq
@@ -155,10 +155,12 @@ def evaluation_seconds(
         model,
         dev,
         tokenizer,
-        metric=experiment.task.metric,
-        decoding=experiment.decoding,
-        cap=math.ceil(float(dev.target_lengths.mean())),
-        sentences=slice_,
+        Scoring(
+            experiment.task.metric,
+            experiment.decoding,
+            cap=math.ceil(float(dev.target_lengths.mean())),
+            sentences=slice_,
+        ),
     )
     return (time.perf_counter() - since) * rows / slice_
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainables.transformer import Transformer, TransformerConfig
 from vinedresser.batch import EOS, Batch, pad_ids
-from vinedresser.conditioning import conditioning_gap, sentence_nats, with_other_sources
+from vinedresser.evaluate import conditioning_gap, sentence_nll, with_other_sources
 from vinedresser.model import Memory, Vocabulary
 from vinedresser.nn.output import Output
 from vinedresser.objectives import likelihood
@@ -64,7 +64,7 @@ def test_gap_and_error_in_closed_form():
     found = conditioning_gap(built(_Copier), [batch])
     assert found.gap == pytest.approx(math.log(81), rel=1e-6)
     assert found.error == pytest.approx(0, abs=1e-6)
-    assert found.true_nats == pytest.approx(-math.log(0.9), rel=1e-5)
+    assert found.true_loss == pytest.approx(-math.log(0.9), rel=1e-5)
     assert found.sentences == 4
     # One sentence in two keeps its meaning: gaps of 0 and 2 ln 81 over 2 tokens each.
     same = batch_of([[4], [4], [4], [5]], [[4, 4], [4, 4], [4, 4], [5, 5]])
@@ -116,9 +116,9 @@ def test_single_sentences_have_nobody_to_change_with():
 def test_sentences_sum_up_to_the_loss():
     batch = batch_of([[4, EOS], [5, 6, EOS]], [[6, 7, 8, EOS], [EOS]])
     model = built(Transformer).eval()
-    found_B = sentence_nats(model, batch)
+    found_B = sentence_nll(model, batch)
     assert float(found_B.sum()) == pytest.approx(
         float(likelihood(model, model(batch), batch).total)
     )
     alone = batch_of([[5, 6, EOS]], [[EOS]])
-    assert float(found_B[1]) == pytest.approx(float(sentence_nats(model, alone)), rel=1e-5)
+    assert float(found_B[1]) == pytest.approx(float(sentence_nll(model, alone)), rel=1e-5)
