@@ -16,9 +16,9 @@ import argparse
 import contextlib
 import itertools
 import json
+import logging
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +47,8 @@ from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.run import Run
 from vinedresser.training.step import training_steps
 from vinedresser.workspace.layout import RunFolder
+
+_log = logging.getLogger(__name__)
 
 # Share of the budget that the probe may take; it is not counted.
 _PROBE = 0.05
@@ -336,6 +338,9 @@ def jobs(given: argparse.Namespace) -> Iterator[Job]:
 def main() -> None:
     """Runs what is not in the results yet, then prints tables and the figures as JSON."""
     given = arguments()
+    logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for name in ("vinedresser", __name__):
+        logging.getLogger(name).setLevel(logging.INFO)
     Path(given.workspace).mkdir(parents=True, exist_ok=True)
     results = Path(given.results or f"{given.workspace}/results.jsonl")
     lines = results.read_text().splitlines() if results.exists() else []
@@ -343,9 +348,7 @@ def main() -> None:
     wanted = list(jobs(given))
     waiting = [job for job in wanted if json.dumps(job.key) not in done]
     for job in {job.task: job for job in waiting}.values():  # two runs must not prepare one task
-        prepare(
-            job.experiment().task, Path(given.workspace) / "shards", executor="in_process", say=_say
-        )
+        prepare(job.experiment().task, Path(given.workspace) / "shards", executor="in_process")
     context = multiprocessing.get_context("spawn")
     # A process a run: its CPU time and its memory are its own.
     with ProcessPoolExecutor(given.jobs, mp_context=context, max_tasks_per_child=1) as pool:
@@ -354,18 +357,15 @@ def main() -> None:
             done[json.dumps(row["key"])] = row
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            _say(
-                f"{row['task']} {row['model']} seed {row['seed']}: {row['cpu_seconds']:.0f} CPU s"
-                f", {row['steps']} updates, dev {row['dev']:.2f}"
-            )
+            _log.info(
+                "%s %s seed %d: %.0f CPU s, %d updates, dev %.2f",
+                row["task"], row["model"], row["seed"], row["cpu_seconds"], row["steps"],
+                row["dev"],
+            )  # fmt: skip
     rows = [done[json.dumps(job.key)] for job in wanted]
     for task in given.tasks.split(","):
         show(task, rows)
     print(json.dumps({"seconds": given.seconds, "seeds": given.seeds, **figures(rows)}))
-
-
-def _say(text: str) -> None:
-    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

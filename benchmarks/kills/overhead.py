@@ -75,7 +75,7 @@ def _one(config: Experiment, folder: Path, count: int) -> dict[str, float]:
             run._checkpoint(number)
             saves.append(time.perf_counter() - began)
         syncs.append(sum(spent))
-    newest = sorted((where / "checkpoints").glob("step-*"))[-1]
+    newest = sorted(where.checkpoints.glob("step-*"))[-1]
     save, every = statistics.median(saves), config.checkpoint_every
     return {
         "parameters": sum(p.numel() for p in run.model.parameters()),
