@@ -195,5 +195,5 @@ def test_translate_refuses_in_one_line(task, bundle, tmp_path):
 
 
 def test_wrong_tokenizers_for_a_corpus(task):
-    with pytest.raises(ConfigError, match="wants a source_tokenizer of `kind: frames`"):
+    with pytest.raises(ConfigError, match="needs a source_tokenizer of `kind: frames`"):
         task.override({"source_tokenizer": {"kind": "symbols"}})
