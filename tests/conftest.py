@@ -139,10 +139,10 @@ def with_database(made_once: Callable[..., Path]) -> Callable[[Path], Path]:
 
     def fill(folder: Path) -> None:
         from vinedresser.tracking import Store
-        from vinedresser.tracking.store import connect
+        from vinedresser.tracking.store import open_client
 
         uri = f"sqlite:///{folder / 'mlflow.db'}"
-        connect(Store(uri, "none", None, folder)).search_experiments(max_results=1)
+        open_client(Store(uri, "none", None, folder)).search_experiments(max_results=1)
 
     def copy(workspace: Path) -> Path:
         workspace.mkdir(parents=True, exist_ok=True)

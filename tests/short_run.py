@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.memory_tracker import MemoryTracker
 from vinedresser.config import Experiment
 from vinedresser.data.shards import ShardSet
 from vinedresser.health.monitor import RunMonitor
 from vinedresser.health.rules import RunFacts
-from vinedresser.tracking import MemoryTracker
 from vinedresser.training.device import Device
 from vinedresser.training.listener import Listener
 from vinedresser.training.optimizer import OptimizerState

@@ -37,10 +37,10 @@ def trained(task: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) 
         settings: dotted key of an experiment -> value; `model` is a mapping with `kind`.
         folder: of shards and run.
     """
+    from tests.memory_tracker import MemoryTracker
     from tests.short_run import MonitoredRun, folder_of
     from vinedresser.config import Experiment, Task
     from vinedresser.data.shards import prepare
-    from vinedresser.tracking import MemoryTracker
     from vinedresser.training.device import Device
 
     shards = prepare(Task.from_json(task), folder / "shards", executor="in_process")

@@ -30,6 +30,8 @@ from vinedresser.workspace.commit import Manifest, commit, verify
 from vinedresser.workspace.layout import BundleFolder
 
 FORMAT = 1
+# Names per line in the account of a warm start.
+_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,18 @@ class Bundle:
         Raises:
             DataError: see `translate`.
         """
-        source, limit = self._read(sentences), self.experiment.task.max_source_length
-        is_frames = bool(self.source_tokenizer.features)
+        tokenizer, limit = self.source_tokenizer, self.experiment.task.max_source_length
+        is_frames, source = bool(tokenizer.features), Side.of([], tokenizer)
+        if not is_frames:
+            source = Side.of(list(sentences), tokenizer)
+        elif sentences:
+            frames = []
+            for number, paths in enumerate(sentences, 1):
+                try:
+                    frames.append(Side.of([paths.split("\t")], tokenizer))
+                except DataError as error:
+                    raise DataError(f"line {number}: {error.args[0]}") from None
+            source = join(frames)
         for number, length in enumerate(source.lengths.tolist(), 1):
             if length > limit or (length == 1 and not is_frames):
                 wanted = f"1 to {limit} frames" if is_frames else f"1 to {limit - 1} tokens"
@@ -106,17 +118,6 @@ class Bundle:
                 found = "nothing to read" if length == 1 else found
                 raise DataError(f"line {number}: {found}; wanted {wanted}")
         return source
-
-    def _read(self, sentences: Sequence[str]) -> Side:
-        if not self.source_tokenizer.features:
-            return Side.of(list(sentences), self.source_tokenizer)
-        frames = []
-        for number, paths in enumerate(sentences, 1):
-            try:
-                frames.append(Side.of([paths.split("\t")], self.source_tokenizer))
-            except DataError as error:
-                raise DataError(f"line {number}: {error.args[0]}") from None
-        return join(frames) if frames else Side.of([], self.source_tokenizer)
 
 
 def vocabulary_of(source: SourceEncoder, target: TextTokenizer, *, joint: bool) -> Vocabulary:
@@ -236,20 +237,30 @@ def warm_start(
             f"({', '.join((missing + unknown + reshaped)[:3])}); use the same model section, or "
             "init_partial=true to take the rest"
         )
-    changed = _changed(bundle.experiment.model, config)
+    there, here = bundle.experiment.model.to_json(), config.to_json()
+    changed = {
+        key: (there.get(key), here.get(key))
+        for key in {**here, **there}
+        if "dropout" not in key and there.get(key) != here.get(key)
+    }
     _refuse_other_function(model, bundle, matched, changed, partial=partial)
     with torch.no_grad():
         model.load_state_dict({**own, **matched})
-    shapes = [f"{n} {_shape(given[n])} for {_shape(own[n])}" for n in reshaped]
     kinds = {
         "gates, fresh and open": fresh,
         "missing there, fresh": missing,
-        "of another shape, fresh": shapes,
+        "of another shape, fresh": [
+            f"{n} {' for '.join('x'.join(map(str, side[n].shape)) for side in (given, own))}"
+            for n in reshaped
+        ],
         "unknown here, left out": unknown,
         "of the model's settings changed": [f"{k} {a} -> {b}" for k, (a, b) in changed.items()],
     }
     lines = [f"warm start: {len(matched)} tensors of {bundle.folder}"]
-    lines += [f"  {len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
+    for kind, names in kinds.items():
+        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        if names:
+            lines.append(f"  {len(names)} {kind}: {', '.join(names[:_NAMED])}{rest}")
     return "\n".join(lines)
 
 
@@ -261,7 +272,7 @@ def _refuse_other_function(
     *,
     partial: bool,
 ) -> None:
-    """Refuse weights that fit in shape but would compute another function: see `warm_start`."""
+    """Refuse weights that fit in shape but compute another function: see `warm_start`."""
     if "num_heads" in changed and not partial:
         there, here = changed["num_heads"]
         raise ConfigError(
@@ -269,37 +280,14 @@ def _refuse_other_function(
             f"other heads are another function; Fix: model.num_heads={there}, or init_partial=true "
             "to take them as they are"
         )
-    if torn := _torn(model, given):
-        fix = f"model.tie={changed['tie'][0]}" if "tie" in changed else "the bundle's model section"
-        raise ConfigError(
-            f"init: {' and '.join(torn)} are one tensor here, and differ in {bundle.folder}; "
-            f"Fix: {fix}"
-        )
-
-
-def _changed(there: ModelConfig, here: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Return key -> both values, of settings that may change what a model computes."""
-    before, now = there.to_json(), here.to_json()
-    keys = [key for key in {**now, **before} if "dropout" not in key]
-    return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
-
-
-def _torn(model: nn.Module, given: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of a tensor that is shared in the model and given with other values."""
     shared: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in given:
             shared.setdefault(parameter, []).append(name)
     for names in shared.values():
-        if any(not torch.equal(given[name], given[names[0]]) for name in names[1:]):
-            return names
-    return []
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
-
-
-def _few(names: Sequence[str], count: int = 8) -> str:
-    rest = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest
+        if not all(torch.equal(given[name], given[names[0]]) for name in names):
+            tied = f"model.tie={changed['tie'][0]}" if "tie" in changed else ""
+            raise ConfigError(
+                f"init: {' and '.join(names)} are one tensor here, and differ in {bundle.folder}; "
+                f"Fix: {tied or 'the model section of the bundle'}"
+            )

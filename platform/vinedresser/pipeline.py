@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from vinedresser.distributed.context import RunContext
 from vinedresser.distributed.train import train
 from vinedresser.figures.training import curves, heads_against_quality
 from vinedresser.pruning.heads import count_heads
-from vinedresser.pruning.search import HEADS, Pruner, Pruning, held_out
+from vinedresser.pruning.search import HEADS_METRIC, Pruner, Pruning, held_out
 from vinedresser.registry.gate import Gate
 from vinedresser.registry.registration import Registered, register
-from vinedresser.sweep import SweepOutcome, TrialRow, short_params, sweep
+from vinedresser.sweep import TrialRow, short_params, sweep
 from vinedresser.tracking import Tracker, ending, initialise, open_run, reap, store_for
 from vinedresser.training.listener import Listener
 from vinedresser.training.outcome import Outcome, finished, run_folder
@@ -124,105 +124,59 @@ class Retrained:
         }
 
 
-@dataclass
-class Chain:
-    """A pipeline that runs: its inputs, and the results of the steps done so far."""
-
-    pipeline: Pipeline
-    context: RunContext
-    tracker: Tracker
-    watch: Watch
-    trials: SweepOutcome = field(init=False)
-    finalist: Outcome = field(init=False)
-    pruner: Pruner = field(init=False)
-    pruned: TrialRow = field(init=False)
-    small: Bundle = field(init=False)
-    registered: Registered = field(init=False)
-
-
-def _sweep(chain: Chain) -> None:
-    """Search the study's space."""
-    study = chain.pipeline.study
+def _run_steps(
+    pipeline: Pipeline, context: RunContext, tracker: Tracker, watch: Watch
+) -> tuple[Outcome, Bundle, Registered]:
+    """Return the finalist, the pruned model and its version; each step recognises finished work."""
+    study = pipeline.study
     _log.info("sweep: %d trials over %s", study.num_trials, ", ".join(study.space))
-    chain.trials = sweep(study, replace(chain.context, kind="trial"))
-    best, metric = chain.trials.best, chain.trials.metric
-    params = short_params(best.params)
+    trials = sweep(study, replace(context, kind="trial"))
+    best, metric = trials.best, trials.metric
     _log.info(
-        "sweep: best %s %.2f: trial %d (%s)", metric, best.values[metric], best.number, params
-    )
+        "sweep: best %s %.2f: trial %d (%s)",
+        metric, best.values[metric], best.number, short_params(best.params),
+    )  # fmt: skip
 
-
-def _train_finalist(chain: Chain) -> None:
-    """Train the best configuration further."""
-    best, metric = chain.trials.best, chain.trials.metric
-    experiment = chain.pipeline.finalist_experiment(best)
-    folder = run_folder(experiment, chain.context.shards, chain.context.workspace)
-    known = " unchanged," if finished(folder) else ""
+    experiment = pipeline.finalist_experiment(best)
+    is_known = finished(run_folder(experiment, context.shards, context.workspace)) is not None
+    known = " unchanged," if is_known else ""
     _log.info("finalist:%s %d steps from trial %d", known, experiment.steps, best.number)
-
-    with chain.watch(experiment) as listener:
-        outcome = chain.finalist = train(experiment, chain.context, listener=listener)
+    with watch(experiment) as listener:
+        finalist = train(experiment, context, listener=listener)
     _log.info(
         "finalist: dev %s %.2f at step %d; selection by the loss would have cost %.2f",
-        metric, outcome.value, outcome.best_step, outcome.selection_regret,
+        metric, finalist.value, finalist.best_step, finalist.selection_regret,
     )  # fmt: skip
-    figure = curves(outcome.history, metric=metric, chosen=outcome.best_step)
-    chain.tracker.figure(figure, "finalist.png")
+    figure = curves(finalist.history, metric=metric, chosen=finalist.best_step)
+    tracker.figure(figure, "finalist.png")
 
-
-def _prune(chain: Chain) -> None:
-    """Search for the finalist's superfluous heads and choose a trial."""
-    pipeline, finalist = chain.pipeline, load_bundle(Path(chain.finalist.bundle))
-    chain.pruner = Pruner(pipeline.name, pipeline.pruning, finalist, context=chain.context)
-    trials = chain.pruner.search()
-    chain.pruned = chain.pruner.choose(trials)
-    total = sum(heads.total for heads in count_heads(finalist.model).values())
+    whole = load_bundle(Path(finalist.bundle))
+    pruner = Pruner(pipeline.name, pipeline.pruning, whole, context=context)
+    prunings = pruner.search()
+    chosen = pruner.choose(prunings)
     figure = heads_against_quality(
-        [(trial.values[HEADS], trial.values[trials.metric]) for trial in trials.complete],
-        metric=trials.metric,
-        whole=(total, chain.finalist.value),
-        taken=chain.pruned.values[HEADS],
+        [(trial.values[HEADS_METRIC], trial.values[metric]) for trial in prunings.complete],
+        metric=metric,
+        whole=(sum(heads.total for heads in count_heads(whole.model).values()), finalist.value),
+        taken=chosen.values[HEADS_METRIC],
     )
-    chain.tracker.figure(figure, "heads.png")
+    tracker.figure(figure, "heads.png")
+    small = pruner.finish(chosen)
 
-
-def _compact(chain: Chain) -> None:
-    """Remove the closed heads and certify the smaller model."""
-    chain.small = chain.pruner.compact(chain.pruned)
-
-
-def _register(chain: Chain) -> None:
-    """Add a version to the registry; the champion alias moves last, through the gate."""
-    pipeline, run_id = chain.pipeline, chain.tracker.run_id or None
-    registered = chain.registered = register(
-        chain.small.manifest,
+    # The champion alias moves last, through the gate.
+    registered = register(
+        small.manifest,
         name=pipeline.model_name,
-        store=chain.context.store,
-        gate=pipeline.gate.override({"split": held_out(chain.context.shards)}),
-        run_id=run_id,
+        store=context.store,
+        gate=pipeline.gate.override({"split": held_out(context.shards)}),
+        run_id=tracker.run_id or None,
     )
     _log.info(
         "register: %s version %d%s %s: %s", registered.name, registered.version,
         " (unchanged)" if registered.already else "",
         "is champion" if registered.is_champion else "is not champion", registered.reason,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the chain; it stores its result there, and recognises finished work."""
-
-    name: str
-    run: Callable[[Chain], None]
-
-
-STEPS = (
-    Step("sweep", _sweep),
-    Step("finalist", _train_finalist),
-    Step("prune", _prune),
-    Step("compact", _compact),
-    Step("register", _register),
-)
+    return finalist, small, registered
 
 
 def retrain(pipeline: Pipeline, workspace: Path, *, watch: Watch = unwatched) -> Retrained:
@@ -261,13 +215,9 @@ def retrain(pipeline: Pipeline, workspace: Path, *, watch: Watch = unwatched) ->
         )
         with ending(tracker):
             context = RunContext(shards, place, store, parent=tracker.run_id)
-            chain = Chain(pipeline, context, tracker, watch)
-            for step in STEPS:
-                step.run(chain)
+            done = _run_steps(pipeline, context, tracker, watch)
             seconds = round(time.perf_counter() - started, 1)
-            result = Retrained(
-                chain.finalist, chain.small, chain.registered, held_out(shards), seconds
-            )
+            result = Retrained(*done, held_out(shards), seconds)
             table = result.to_json()
             numbers = {k: float(v) for k, v in table.items() if isinstance(v, int | float)}
             tracker.log({f"final/{key}": value for key, value in numbers.items()}, 1)

@@ -497,7 +497,7 @@ def test_a_stopped_trial_gives_its_workers_back(
 
 @pytest.mark.usefixtures("local_ray")
 def test_what_the_cluster_can_never_give_is_refused_at_once() -> None:
-    with pytest.raises(MachineError, match=r"a trial wants 64 CPU, the cluster has 2"):
+    with pytest.raises(MachineError, match=r"a trial needs 64 CPU, the cluster has 2"):
         require(Compute(workers=8, threads=8), "a trial")
     with pytest.raises(MachineError, match="2 GPU"):
         require(Compute(workers=2, device="cuda"), "a trial")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.memory_tracker import MemoryTracker
 from vinedresser.batch import EOS, Batch, pad_ids
 from vinedresser.bundle import load_bundle, save_bundle
 from vinedresser.config import Experiment
@@ -31,7 +32,6 @@ from vinedresser.figures.attention_maps import (
 )
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.objectives import likelihood
-from vinedresser.tracking import MemoryTracker
 
 SYMBOLS = Symbols("symbols", list("abcdefgh"))
 SMALL = {"d_model": 32, "d_ff": 64, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0,

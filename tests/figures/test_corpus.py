@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.memory_tracker import MemoryTracker
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import ShardSet
 from vinedresser.figures.corpus import buckets, corpus_figures, coverage, histogram_of, log_corpus
-from vinedresser.tracking import MemoryTracker
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])

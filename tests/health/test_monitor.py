@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.memory_tracker import MemoryTracker
 from tests.short_run import MonitoredRun
 from vinedresser.config import Experiment, Task, Tokenizer
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
@@ -18,7 +19,6 @@ from vinedresser.errors import DivergedError
 from vinedresser.health.monitor import RunMonitor
 from vinedresser.health.rules import Finding, RunFacts
 from vinedresser.model import Memory
-from vinedresser.tracking import MemoryTracker
 from vinedresser.training.device import Device
 from vinedresser.workspace.layout import RunFolder
 

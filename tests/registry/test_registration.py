@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.short_run import a_run, experiment
 from vinedresser import tracking
 from vinedresser.cli.arguments import open_model
 from vinedresser.errors import BusyError, ConfigError, DamagedError, DataError, MachineError
@@ -22,7 +23,7 @@ from vinedresser.registry import registration as registry
 from vinedresser.registry.gate import Gate, decide
 from vinedresser.registry.registration import fetch, register
 from vinedresser.tracking import Store
-from vinedresser.tracking.store import connect
+from vinedresser.tracking.store import open_client
 from vinedresser.workspace.commit import Manifest, commit, verify
 
 # MLflow's own imports warn (sqlalchemy's noload, pydantic, ...); none of it is ours to change.
@@ -124,7 +125,7 @@ def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path)
     assert "was champion once" in put(better).reason
     nan = put(bundle(tmp_path, float("nan")))
     assert (nan.version, nan.is_champion, nan.champion_version) == (5, False, 4)
-    client = connect(store)
+    client = open_client(store)
     aliases = client.get_registered_model(name).aliases
     assert {key: int(value) for key, value in aliases.items()} == {"champion": 4, "challenger": 5}
     version = client.get_model_version(name, "2")
@@ -137,6 +138,21 @@ def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path)
     assert got.digest == bundle(tmp_path, 0.2, "equal").digest == got.folder.name
     assert fetch(f"models:/{name}/2", store=store, cache=tmp_path / "cache") != got
     assert not list((tmp_path / "cache").glob(".fetch-*"))
+
+
+@pytest.mark.parametrize("sentences", [0, 10])
+def test_a_trained_bundle_becomes_champion_by_its_scores_on_dev(
+    store, name, reversal, tmp_path, sentences
+) -> None:
+    """Unless a slice of dev was scored: no other bundle is comparable then."""
+    config = experiment(reversal, **{"evaluation.sentences": sentences})
+    outcome = a_run(config, reversal, tmp_path).execute()
+    made = verify(Path(outcome.bundle))
+    found = register(made, name=f"m{sentences}", store=store, gate=Gate(split="dev"))
+    assert found.is_champion is (sentences == 0)
+    assert found.reason.startswith(
+        "no reference_digest" if sentences else "first champion, dev per"
+    )
 
 
 def test_what_does_not_exist_is_answered_with_what_does(store, name, tmp_path) -> None:
@@ -158,7 +174,7 @@ def test_what_does_not_exist_is_answered_with_what_does(store, name, tmp_path) -
 
 def stored(store: Store, name: str, version: str) -> Path:
     """Where the registry keeps the weights of a version."""
-    source = connect(store).get_model_version_download_uri(name, version)
+    source = open_client(store).get_model_version_download_uri(name, version)
     path = urllib.request.url2pathname(source.removeprefix("file://"))
     (found,) = (Path(path) / "artifacts").glob("*/weights.safetensors")
     return found
@@ -179,7 +195,7 @@ def test_a_tampered_or_lost_version_is_refused_and_can_be_replaced(store, name, 
     (weights.parent / "manifest.json").unlink()
     with pytest.raises(DamagedError):
         fetch(f"models:/{name}/1", store=store, cache=tmp_path / "cold")
-    connect(store).delete_registered_model_alias(name, "champion")
+    open_client(store).delete_registered_model_alias(name, "champion")
     again = register(good, name=name, store=store, gate=GATE)
     assert (again.version, again.is_champion, again.already) == (3, True, False)
 
@@ -215,8 +231,8 @@ def test_a_moved_workspace_finds_its_models_and_writes_no_more_where_it_was(
     assert not old.exists()
     # Another way to the same place changes nothing.
     (tmp_path / "link").symlink_to(new)
-    connect(tracking.store_for(tmp_path / "link", "export"))
-    found = connect(store).get_experiment_by_name("export")
+    open_client(tracking.store_for(tmp_path / "link", "export"))
+    found = open_client(store).get_experiment_by_name("export")
     assert found.artifact_location == store.artifacts
 
 
@@ -256,7 +272,7 @@ def test_what_fails_half_way_moves_no_champion_and_can_be_repeated(
         patch.setattr(registry, stop, fail)
         with pytest.raises(MachineError, match="connection reset"):
             register(better, name=name, store=store, gate=GATE)
-    champion = connect(store).get_model_version_by_alias(name, "champion")
+    champion = open_client(store).get_model_version_by_alias(name, "champion")
     assert int(champion.version) == 1
     done = register(better, name=name, store=store, gate=GATE)
     assert (done.version, done.is_champion) == (2, True)
@@ -269,13 +285,13 @@ def test_a_champion_that_changed_meanwhile_is_not_overwritten(
     register(bundle(tmp_path, 0.4), name=name, store=store, gate=GATE)
 
     def slow_decide(*arguments: Any) -> Any:
-        connect(store).set_registered_model_alias(name, "champion", "2")
+        open_client(store).set_registered_model_alias(name, "champion", "2")
         return decide(*arguments)
 
     monkeypatch.setattr(registry, "decide", slow_decide)
     with pytest.raises(BusyError, match="changed during the export"):
         register(bundle(tmp_path, 0.2), name=name, store=store, gate=GATE)
-    assert int(connect(store).get_model_version_by_alias(name, "champion").version) == 2
+    assert int(open_client(store).get_model_version_by_alias(name, "champion").version) == 2
 
 
 def test_mlflow_serves_the_bundle_without_pickle(store, name, tmp_path, monkeypatch) -> None:
@@ -293,7 +309,7 @@ def test_mlflow_serves_the_bundle_without_pickle(store, name, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "vinedresser.bundle", fake)
     import mlflow.pyfunc
 
-    source = connect(store).get_model_version_download_uri(name, "1")
+    source = open_client(store).get_model_version_download_uri(name, "1")
     assert os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
     served = mlflow.pyfunc.load_model(source)
     assert served.predict(["abc", "de"]) == ["cba", "ed"]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,20 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 
+from tests.short_run import a_run, experiment
 from vinedresser import tracking
+from vinedresser.bundle import load_bundle
 from vinedresser.config.study import Study
 from vinedresser.data.shards import ShardSet
 from vinedresser.distributed.context import RunContext
 from vinedresser.errors import BusyError, ConfigError, TrainingError
+from vinedresser.pruning.heads import count_heads
 from vinedresser.sweep import SweepOutcome, TrialRow, sweep
 from vinedresser.sweep.journal import ended_trials, repair_journal
-from vinedresser.sweep.outcome import directions, rank
+from vinedresser.sweep.outcome import directions, rank, report_keys
 from vinedresser.sweep.searcher import Searcher
 from vinedresser.tracking import RunRow, Store
+from vinedresser.training import evaluator
 from vinedresser.workspace.commit import commit
 from vinedresser.workspace.layout import SweepFolder, Workspace
 from vinedresser.workspace.lease import leased
@@ -148,6 +153,31 @@ def test_several_objectives_are_recorded_at_the_end_only(keys: tuple[str, ...]) 
     assert (failed.state, failed.user_attrs["reason"]) == (
         TrialState.FAIL, f"{keys[-1]} missing or not finite",
     )  # fmt: skip
+
+
+def test_the_values_of_a_gated_trial_belong_to_the_model_that_ships(
+    reversal: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best evaluation had other heads: a front of best value and last heads has no model."""
+    found, evaluate = iter([50.0, 20.0, 30.0]), evaluator.evaluate
+
+    def evaluated(*arguments: Any, **settings: Any) -> Any:
+        one = evaluate(*arguments, **settings)
+        return replace(one, scores=replace(one.scores, value=next(found)))
+
+    monkeypatch.setattr(evaluator, "evaluate", evaluated)
+    config = experiment(reversal, **{"model.concrete_heads": ["enc_self"]})
+    outcome = a_run(config, reversal, tmp_path).execute()
+    assert outcome is not None
+    objectives: dict[str, Any] = {"per": "min", "dev/heads": "min"}
+    one = searcher(study := study_of(("minimize", "minimize")), *report_keys(objectives))
+    one.on_trial_complete("a", outcome.final_report)
+    (trial,) = ended_trials(study, objectives)
+    heads = count_heads(load_bundle(Path(trial.bundle)).model)["enc_self"].kept
+    assert trial.values == {"per": 30.0, "dev/heads": float(heads)}
+    assert trial.values["per"] == outcome.value
+    # A single objective is the best so far, by which samplers and halving compare trials.
+    assert report_keys({"per": "min"}) == ["best/per"]
 
 
 # --- the journal, ranks and fronts ---------------------------------------------------------------

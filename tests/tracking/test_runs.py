@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from tests.memory_tracker import MemoryTracker
 from vinedresser import tracking
 from vinedresser.errors import BusyError, ConfigError, MachineError
-from vinedresser.tracking import MemoryTracker, Store, outbox, runs, store
+from vinedresser.tracking import Store, outbox, store
 from vinedresser.tracking.outbox import MlflowTracker
 from vinedresser.tracking.runs import flat
 from vinedresser.workspace.process import this_process
@@ -130,17 +131,17 @@ def test_metrics_tags_and_artifacts_arrive_in_few_batches(sqlite: Store, monkeyp
     from matplotlib.figure import Figure
 
     tracker = tracking.open_run(sqlite, key="a", name="n", params={f"p{i}": i for i in range(250)})
-    batches, connect = [], outbox.connect
+    batches, open_client = [], outbox.open_client
 
     def counting(one: Store) -> object:
-        client = connect(one)
+        client = open_client(one)
         send = client.log_batch
         client.log_batch = lambda run_id, metrics=(), **rest: (
             batches.append(len(metrics)), send(run_id, metrics=metrics, **rest),
         )  # fmt: skip
         return client
 
-    monkeypatch.setattr(outbox, "connect", counting)
+    monkeypatch.setattr(outbox, "open_client", counting)
     for step in range(1, 301):
         tracker.log({f"train/m{i}": step + i for i in range(10)}, step)
     tracker.log({"bad": float("nan"), "worse": float("inf"), "odd@name": 1.0}, 301)
@@ -151,7 +152,7 @@ def test_metrics_tags_and_artifacts_arrive_in_few_batches(sqlite: Store, monkeyp
     tracker.close("FINISHED")
     tracker.close("FAILED", "second call does not count")
 
-    client = store.connect(sqlite)
+    client = store.open_client(sqlite)
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/m3"] == 303
@@ -176,7 +177,7 @@ def test_a_key_is_reopened_and_never_duplicated(sqlite: Store) -> None:
     first = tracking.open_run(sqlite, key="k1", name="n", params={"lr": 1, "same": 2})
     first.close("FAILED", "power cut")
     second = tracking.open_run(sqlite, key="k1", name="n", params={"lr": 3, "same": 2, "new": 4})
-    client = store.connect(sqlite)
+    client = store.open_client(sqlite)
     run = client.get_run(second.run_id)
     assert second.run_id == first.run_id
     assert run.info.status == "RUNNING"
@@ -191,7 +192,7 @@ def test_a_key_is_reopened_and_never_duplicated(sqlite: Store) -> None:
 
 
 def test_a_run_of_a_deleted_experiment_is_refused_by_the_next_call_and_not_by_close(sqlite) -> None:
-    store.connect(sqlite).delete_experiment(tracking.initialise(sqlite))
+    store.open_client(sqlite).delete_experiment(tracking.initialise(sqlite))
     tracker = tracking.open_run(sqlite, key="k", name="n")
     with pytest.raises(ConfigError, match="was deleted"):
         _ = tracker.run_id
@@ -203,21 +204,21 @@ def test_a_run_of_a_deleted_experiment_is_refused_by_the_next_call_and_not_by_cl
 def test_a_busy_store_does_not_end_a_training(sqlite: Store, monkeypatch, caplog) -> None:
     """It waits in the thread, and goes on without tracking (cluster.md A6)."""
     tracking.initialise(sqlite)
-    monkeypatch.setattr(runs, "LOCK_SECONDS", 0.1)
-    with store.locked(sqlite, "run k", seconds=1):
+    monkeypatch.setattr(store, "LOCK_SECONDS", 0.1)
+    with store.locked(sqlite, "run k"):
         tracker = tracking.open_run(sqlite, key="k", name="n")
         tracker.log({"x": 1.0}, 1)
         assert tracker.run_id == ""
         tracker.log({"x": 1.0}, 2)
         tracker.close("FINISHED")
-    assert "in work by process" in caplog.text
+    assert "in use by process" in caplog.text
     assert "the run goes on without tracking" in caplog.text
 
 
 def test_openers_do_not_wait_for_each_other_where_the_store_exists(sqlite: Store) -> None:
     """Importing mlflow took seconds under one lock of the workspace (cluster.md A6)."""
     identity = tracking.initialise(sqlite)
-    with store.locked(sqlite, f"creation of {sqlite.shown}", seconds=1):
+    with store.locked(sqlite, f"creation of {sqlite.shown}"):
         assert tracking.initialise(sqlite) == identity
 
 
@@ -245,7 +246,7 @@ def test_what_is_logged_before_the_run_is_open_is_delivered(sqlite: Store) -> No
 
     def opening() -> str:
         gate.wait()
-        client = store.connect(sqlite)
+        client = store.open_client(sqlite)
         return str(client.create_run(tracking.initialise(sqlite)).info.run_id)
 
     tracker = MlflowTracker(sqlite, opening)
@@ -258,7 +259,7 @@ def test_what_is_logged_before_the_run_is_open_is_delivered(sqlite: Store) -> No
     tracker.log({"x": 2.0}, 2)
     tracker.tag({"k": "new"})
     tracker.close("FINISHED")
-    client = store.connect(sqlite)
+    client = store.open_client(sqlite)
     history = client.get_metric_history(tracker.run_id, "x")
     assert [(point.value, point.step) for point in history] == [(1.0, 1), (2.0, 2)]
     assert client.get_run(tracker.run_id).data.tags["k"] == "new"
@@ -311,7 +312,7 @@ time.sleep(300)
 @pytest.mark.slow
 def test_a_killed_process_leaves_a_run_that_reap_closes_and_a_key_reopens(sqlite: Store) -> None:
     mine = tracking.open_run(sqlite, key="mine", name="mine")
-    client = store.connect(sqlite)
+    client = store.open_client(sqlite)
     foreign = client.create_run(tracking.initialise(sqlite)).info.run_id
     arguments = [sys.executable, "-c", OPEN_AND_WAIT, str(sqlite.leases.parent), sqlite.experiment]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
@@ -358,12 +359,13 @@ assert not any(os.waitpid(child, 0)[1] for child in children)
     assert len(set(answers)) == 1
 
 
-def test_a_busy_lock_is_said_not_waited_for(tmp_path: Path) -> None:
+def test_a_busy_lock_ends_the_wait_with_its_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(store, "LOCK_SECONDS", 0.1)
     one = Store("sqlite:///x", "e", None, tmp_path)
     with (
-        store.locked(one, "model m", seconds=1),
+        store.locked(one, "model m"),
         pytest.raises(BusyError, match="model m"),
-        store.locked(one, "model m", seconds=0.1),
+        store.locked(one, "model m"),
     ):
         pass
 
@@ -456,7 +458,7 @@ def test_a_server_keeps_runs_children_and_files(mlflow_server: str, tmp_path, mo
     again = tracking.open_run(there, key="c", name="child")
     assert again.run_id == child.run_id
     again.close("FINISHED")
-    client = store.connect(there)
+    client = store.open_client(there)
     run = client.get_run(child.run_id)
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
     assert run.data.metrics == {"dev/per": 0.5}

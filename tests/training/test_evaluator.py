@@ -74,6 +74,10 @@ def test_t01_weights_that_are_not_a_number_never_ship(gated, reversal: ShardSet,
     assert all(tensor.isfinite().all() for tensor in shipped.values())
     best = told[0]["best/per"]
     assert [values["best/per"] for values in (*told, outcome.last_report)] == [best] * 3
+    # All numbers on dev at the end are those of the weights that ship.
+    on_dev = [{k: v for k, v in values.items() if k.startswith("dev/")} for values in told]
+    assert on_dev[0].items() <= outcome.last_report.items()
+    assert not on_dev[1].items() <= outcome.last_report.items()
 
 
 @pytest.mark.fault("T01")

@@ -323,7 +323,7 @@ def test_t08_a_stopped_command_keeps_its_folder(reversal, whole, tmp_path, monke
             "vinedresser.distributed.train.open_run", lambda *_, **__: NullTracker()
         )
         site = RunContext(reversal, Workspace(tmp_path), store_for(tmp_path, "faults"))
-        with pytest.raises(BusyError, match=f"in work by process {stopped.pid} on ") as caught:
+        with pytest.raises(BusyError, match=f"in use by process {stopped.pid} on ") as caught:
             train(config, site)
         assert caught.value.exit_code == 75
         stopped.send_signal(signal.SIGCONT)
@@ -394,7 +394,7 @@ def train(rank, workers, until, workspace, store):
     folder = folder_of(config, shards, workspace)
     evaluate = evaluator.evaluate
     def told_to_stop(*words, **more):
-        request_stop(folder.path)
+        request_stop(folder)
         time.sleep(0.3)  # a run looks for that five times a second
         return evaluate(*words, **more)
     emit = runner.Run._emit

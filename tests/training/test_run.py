@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from tests.memory_tracker import MemoryTracker
 from tests.short_run import a_run, experiment, killed_run
 from vinedresser.data.batching.reader import Batches
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import DivergedError, InterruptedRunError
-from vinedresser.tracking import MemoryTracker, NullTracker
+from vinedresser.tracking import NullTracker
 from vinedresser.training.listener import Best, Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")

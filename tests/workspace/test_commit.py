@@ -112,7 +112,7 @@ def test_manifests_that_are_none(tmp_path, content):
 
 
 def test_another_schema_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("vinedresser.workspace.commit.SCHEMA", 99)
+    monkeypatch.setattr("vinedresser.workspace.commit.MANIFEST_SCHEMA", 99)
     target = fill(tmp_path / "t")
     monkeypatch.undo()
     with pytest.raises(DamagedError, match="schema 99, this version reads 1"):

@@ -154,7 +154,7 @@ def test_who_holds_it_is_named(tmp_path):
         leased(path, "model m"),
         pytest.raises(
             BusyError,
-            match=rf"model m: in work by process {os.getpid()} on \S+; wait for it to end",
+            match=rf"model m: in use by process {os.getpid()} on \S+; wait for it to end",
         ),
         leased(path, "model m"),
     ):

@@ -6,7 +6,7 @@ import sys
 import psutil
 
 from vinedresser.workspace import process
-from vinedresser.workspace.process import is_alive, shown, this_process
+from vinedresser.workspace.process import is_alive, process_label, this_process
 
 
 def test_liveness():
@@ -40,4 +40,4 @@ def test_containers_of_one_host_name_do_not_judge_each_others_processes(monkeypa
     monkeypatch.undo()
     host = other.split("~")[0]
     assert is_alive(f"{host}~{pid}~1")  # a dead one, if it were of this host
-    assert shown(other) == f"process {pid} on {host.rpartition('.')[0]}"
+    assert process_label(other) == f"process {pid} on {host.rpartition('.')[0]}"

@@ -80,7 +80,8 @@ def _fit(
     resources = {"CPU": threads} | ({"GPU": 1.0} if is_cuda else {})
     # Ray Train's own files, by which it resumes: they start empty, checkpoints are the run's.
     shutil.rmtree(folder.ray_scratch, ignore_errors=True)
-    if _PREEMPTION_WATCHER not in os.environ and len(_alive_nodes()) == 1:
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if _PREEMPTION_WATCHER not in os.environ and len(nodes) == 1:
         # One machine cannot be announced as lost while its driver lives; the watcher costs 1 s.
         os.environ[_PREEMPTION_WATCHER] = "0"
     trainer = GroupTrainer(
@@ -98,7 +99,7 @@ def _fit(
             num_workers=compute.workers, use_gpu=is_cuda, resources_per_worker=resources
         ),
         run_config=_API.RunConfig(
-            name="group",
+            name=folder.ray_scratch.name,
             storage_path=str(folder.ray_scratch),
             callbacks=[_FORWARD()] if in_trial else [],
         ),
@@ -106,16 +107,12 @@ def _fit(
     try:
         with relaying(folder, listener, reports=not in_trial):
             trainer.fit()
-    except VinedresserError:
-        raise
     except Exception as error:
+        if isinstance(error, VinedresserError):
+            raise
         raise final_error(error, folder) from error
     finally:
         shutil.rmtree(folder.ray_scratch, ignore_errors=True)
-
-
-def _alive_nodes() -> list[Mapping[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def work(config: Mapping[str, Any]) -> None:
@@ -137,4 +134,4 @@ def work(config: Mapping[str, Any]) -> None:
         )
     except InterruptedRunError:
         # Ray would restart a group that ends with an error; the driver reads the request.
-        request_stop(folder.path)
+        request_stop(folder)

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from vinedresser.errors import MachineError
 from vinedresser.training.listener import Best, Listener, Progress
 from vinedresser.workspace.layout import RunFolder
+from vinedresser.workspace.storage import POSIX, parsed_object
 
 # Parent of the loggers of all modules.
 _root = logging.getLogger("vinedresser")
@@ -96,8 +98,10 @@ def relaying(folder: RunFolder, listener: Listener, *, reports: bool) -> Iterato
         is_last = False
         while not is_last:
             is_last = ended.wait(_EVERY)
-            relay.read_progress()
-            relay.read_log()
+            # A disk that fails for a moment delays the relay only.
+            with contextlib.suppress(OSError, MachineError):
+                relay.read_progress()
+                relay.read_log()
 
     thread = threading.Thread(target=read, name="relay", daemon=True)
     thread.start()
@@ -115,37 +119,37 @@ class _Relay:
     def __init__(self, folder: RunFolder, listener: Listener, *, reports: bool) -> None:
         self._folder, self._listener, self._reports = folder, listener, reports
         folder.progress.unlink(missing_ok=True)
-        self._seen, self._logged_step = "", -1
+        self._seen: dict[str, Any] = {}
+        self._logged_step = -1
         self._position = folder.worker_log.stat().st_size if folder.worker_log.exists() else 0
 
     def read_progress(self) -> None:
         """Hand the progress of rank 0 on, if it is new."""
-        with contextlib.suppress(OSError, ValueError):
-            text = self._folder.progress.read_text()
-            if text == self._seen:
-                return
-            self._seen, found = text, json.loads(text)
-            step, loss, rate = found.pop("logged")
-            # Each log line is handed on once, at the update where it is seen.
-            is_new, self._logged_step = step != self._logged_step, step
-            found |= {
-                "best": Best(**found["best"]) if found["best"] else None,
-                "loss": loss if is_new else None,
-                "tokens_per_second": rate if is_new else None,
-            }
-            self._listener.progress(Progress(**found))
+        seen = parsed_object(POSIX.read(self._folder.progress))
+        if not seen or seen == self._seen:
+            return
+        self._seen, found = seen, dict(seen)
+        step, loss, rate = found.pop("logged")
+        # Each log line is handed on once, at the update where it is seen.
+        is_new, self._logged_step = step != self._logged_step, step
+        found |= {
+            "best": Best(**found["best"]) if found["best"] else None,
+            "loss": loss if is_new else None,
+            "tokens_per_second": rate if is_new else None,
+        }
+        self._listener.progress(Progress(**found))
 
     def read_log(self) -> None:
         """Hand the lines that were appended on."""
-        with contextlib.suppress(OSError), self._folder.worker_log.open("rb") as stream:
+        if not self._folder.worker_log.exists():
+            return
+        with self._folder.worker_log.open("rb") as stream:
             stream.seek(self._position)
             # A line that is still being written is left for the next read.
             whole = stream.read().rpartition(b"\n")[0]
-            self._position += len(whole) + 1 if whole else 0
-            for line in whole.splitlines():
-                with contextlib.suppress(ValueError, KeyError):
-                    entry = json.loads(line)
-                    if "report" in entry and self._reports:
-                        self._listener.evaluated(entry["report"])
-                    elif "text" in entry:
-                        _root.log(entry["level"], "rank %d: %s", entry["rank"], entry["text"])
+        self._position += len(whole) + 1 if whole else 0
+        for entry in map(parsed_object, whole.splitlines()):
+            if "report" in entry and self._reports:
+                self._listener.evaluated(entry["report"])
+            elif entry.keys() >= {"rank", "level", "text"}:
+                _root.log(entry["level"], "rank %d: %s", entry["rank"], entry["text"])

@@ -1,4 +1,4 @@
-"""What worker groups take from a Ray cluster, and whether it has that."""
+"""Resources of worker groups, compared with those of the connected Ray cluster."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ GROUP = "placement_group"
 
 
 def of_cluster() -> dict[str, float]:
-    """All resources of the connected cluster."""
+    """Return all resources of the connected cluster."""
     import ray
 
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -21,29 +21,29 @@ def of_cluster() -> dict[str, float]:
 
 
 def require(compute: Compute, what: str) -> None:
-    """Fails at once where Ray would wait for resources that never come (fault C10).
+    """Raise at once where Ray would wait for resources that never come (fault C10).
 
     Raises:
-        MachineError: the cluster has less in all than one `what` asks for.
+        MachineError: the cluster has less in all than one `what` needs.
     """
     have, wanted = of_cluster(), _wanted(compute)
     for name, count in wanted.items():
         if count > have.get(name, 0):
             lower = "compute.threads" if name == "CPU" else "set compute.device=cpu"
             raise MachineError(
-                f"{what} wants {count} {name}, the cluster has {have.get(name, 0):g} in all; "
+                f"{what} needs {count} {name}, the cluster has {have.get(name, 0):g} in all; "
                 f"lower compute.workers or {lower}, or name a larger cluster"
             )
 
 
 def num_groups(compute: Compute) -> int:
-    """How many worker groups the connected cluster holds at a time."""
+    """Return the number of worker groups that fit into the connected cluster at a time."""
     have = of_cluster()
     return min(int(have.get(name, 0) // count) for name, count in _wanted(compute).items())
 
 
 def is_on_gpus(compute: Compute) -> bool:
-    """Whether each worker of a group takes a GPU: where there are any, unless told otherwise."""
+    """Return whether each worker of a group takes a GPU; `auto` takes one where there are any."""
     has_any = bool(of_cluster().get("GPU", 0))
     return compute.device == "cuda" or (compute.device == "auto" and has_any)
 
@@ -54,7 +54,7 @@ def _wanted(compute: Compute) -> dict[str, int]:
 
 
 def release_group(report: Mapping[str, Any]) -> None:
-    """Removes the placement group that a report of a worker came from, if it is still there."""
+    """Remove the placement group that a report of a worker came from, if it is still there."""
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 

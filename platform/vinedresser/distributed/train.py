@@ -53,7 +53,7 @@ def train(
         listener.finished(outcome.final_report)
         return outcome
     wait = 0.0 if context.kind == "train" else None
-    with leased(folder.command_lease, str(folder.path), wait=wait), graceful_stop(folder.path):
+    with leased(folder.command_lease, str(folder.path), wait=wait), graceful_stop(folder):
         if from_scratch:
             clear(folder)
         if context.kind == "train":
@@ -67,7 +67,7 @@ def train(
 
             train_in_group(experiment, context, folder, listener=listener)
             outcome = finished(folder)
-            if outcome is None and stop_requested(folder.path):
+            if outcome is None and stop_requested(folder):
                 raise InterruptedRunError("stopped on request; run the same command to resume")
     if outcome is None:
         raise TrainingError(f"{folder.name} ended without an outcome; see its run for the reason")

@@ -34,7 +34,7 @@ class Heads:
 def attention_layers(model: nn.Module) -> dict[str, list[tuple[str, MultiHeadAttention]]]:
     """Return attention kind -> its layers in order, each with its name.
 
-    A trainable names the attribute that holds a layer after its kind, as `encoder.0.enc_self`.
+    In a trainable the attribute of a layer is named after its kind, as `encoder.0.enc_self`.
     """
     layers: dict[str, list[tuple[str, MultiHeadAttention]]] = {}
     for name, module in model.named_modules():

@@ -32,7 +32,7 @@ from vinedresser.workspace.commit import is_committed
 _log = logging.getLogger(__name__)
 
 # Reported by trials of models with gates: open heads in evaluation.
-HEADS = "dev/heads"
+HEADS_METRIC = "dev/heads"
 # Sentences on which parity and decoding speed are measured.
 _SAMPLE = 500
 
@@ -74,7 +74,7 @@ class Pruner:
 
     def run(self) -> Bundle:
         """Search, choose and compact; return the pruned model."""
-        return self.compact(self.choose(self.search()))
+        return self.finish(self.choose(self.search()))
 
     def search(self) -> SweepOutcome:
         """Search over the L0 coefficient, each trial from the converged model with open gates."""
@@ -85,7 +85,7 @@ class Pruner:
             name=name,
             base=pruning_experiment(bundle, {"name": name, **pruning.overrides}, kinds=kinds),
             space=pruning.space,
-            objectives=(StudyObjective(metric=INFERRED), StudyObjective(metric=HEADS)),
+            objectives=(StudyObjective(metric=INFERRED), StudyObjective(metric=HEADS_METRIC)),
             num_trials=pruning.num_trials,
             concurrent=pruning.concurrent,
             stopping=None,
@@ -101,13 +101,15 @@ class Pruner:
         front = trials.pareto()
         for trial in front:
             value = trial.values[self.metric]
-            _log.info("prune: %.0f heads at dev %s %.2f", trial.values[HEADS], self.metric, value)
+            _log.info(
+                "prune: %.0f heads at dev %s %.2f", trial.values[HEADS_METRIC], self.metric, value
+            )
         good = [trial for trial in front if sign * trial.values[self.metric] <= limit]
         chosen = good[0] if good else min(front, key=lambda t: sign * t.values[self.metric])
-        _log.info("prune: taking %.0f heads", chosen.values[HEADS])
+        _log.info("prune: taking %.0f heads", chosen.values[HEADS_METRIC])
         return chosen
 
-    def compact(self, pruned: TrialRow) -> Bundle:
+    def finish(self, pruned: TrialRow) -> Bundle:
         """Remove heads, prove parity, score both models on the held-out split; return the model."""
         gated, whole, shards = load_bundle(Path(pruned.bundle)), self.whole, self.shards
         target = self.context.workspace.model(self.name, gated.digest)

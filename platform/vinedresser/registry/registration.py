@@ -26,12 +26,12 @@ from vinedresser.tracking.store import (
     ABSENT,
     EXISTS,
     Store,
-    connect,
     initialise,
     is_reachable,
     locked,
     logger,
     none_if,
+    open_client,
     server_errors,
 )
 from vinedresser.workspace.commit import Manifest, is_committed, quarantine, verify
@@ -48,9 +48,8 @@ DIGEST_TAG, SCORES_TAG = "vinedresser.bundle", "vinedresser.scores"
 # When and why a version became champion. One that has been is never promoted by `register`
 # again: exporting the same bundle twice must not undo an operator's choice of another.
 PROMOTED_TAG = "vinedresser.promoted"
-LOCK_SECONDS = 60.0
-# Of a version's tag, on every database that MLflow takes.
-MAX_TAG = 5000
+# Characters of a version's tag, on every database that MLflow takes.
+_MAX_VERSION_TAG = 5000
 # Copied into every version and executed by MLflow's own server.
 PYFUNC = Path(__file__).parent / "pyfunc.py"
 
@@ -119,7 +118,7 @@ def register(
             f"model name {name!r}: expected letters, digits and ._-, a letter or digit first"
         ) from None
     scores = read_scores(bundle.folder)
-    with _registry(store) as client, locked(store, f"model {name}", seconds=LOCK_SECONDS):
+    with _registry(store) as client, locked(store, f"model {name}"):
         none_if(EXISTS, lambda: client.create_registered_model(name))
         found = _intact_version(client, store, name, bundle.digest)
         version = found or _add(client, store, bundle, name, scores, run_id)
@@ -179,7 +178,7 @@ def _registry(store: Store) -> Iterator["MlflowClient"]:
         raise MachineError(
             f"tracking store {store.shown}: does not answer; start it and run the same command"
         )
-    client = connect(store)
+    client = open_client(store)
     with server_errors(store):
         yield client
 
@@ -219,7 +218,7 @@ def _add(
         raise ConfigError(f"no run {run_id} in {store.shown}; name another or none")
     tags = {
         DIGEST_TAG: bundle.digest,
-        SCORES_TAG: json.dumps(scores, sort_keys=True)[:MAX_TAG],
+        SCORES_TAG: json.dumps(scores, sort_keys=True)[:_MAX_VERSION_TAG],
     }
     model = client.create_logged_model(experiment, name=name, source_run_id=run_id, tags=tags)
     with tempfile.TemporaryDirectory(prefix="vinedresser-") as temporary:

@@ -18,7 +18,7 @@ from vinedresser.sweep.outcome import Direction, TrialRow
 _log = logging.getLogger(__name__)
 
 # User attributes of Optuna's trials: the last report of a trial, the error message of a failed one.
-OUTCOME, REASON = "outcome", "reason"
+OUTCOME, FAILURE = "outcome", "reason"
 
 
 def repair_journal(path: Path) -> int:
@@ -59,7 +59,7 @@ def open_study(path: Path, study: Study, objectives: Mapping[str, Direction]) ->
     opened.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
     for trial in opened.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         opened.tell(trial.number, state=TrialState.FAIL)
-        if REASON not in trial.user_attrs:
+        if FAILURE not in trial.user_attrs:
             opened.enqueue_trial(trial.params, skip_if_exists=False)
     return opened
 
@@ -73,7 +73,7 @@ def ended_trials(study: optuna.Study, objectives: Mapping[str, Direction]) -> li
     return [
         _row(trial, objectives)
         for trial in ended
-        if trial.state != TrialState.FAIL or REASON in trial.user_attrs
+        if trial.state != TrialState.FAIL or FAILURE in trial.user_attrs
     ]
 
 
@@ -86,5 +86,5 @@ def _row(trial: FrozenTrial, objectives: Mapping[str, Direction]) -> TrialRow:
         params=dict(trial.params),
         values=dict(zip(objectives, map(float, values), strict=True)),
         bundle=str(trial.user_attrs[OUTCOME]["run/bundle"]) if is_complete else "",
-        reason=str(trial.user_attrs.get(REASON, "")),
+        reason=str(trial.user_attrs.get(FAILURE, "")),
     )

@@ -45,6 +45,16 @@ def directions(study: Study) -> dict[str, Direction]:
     return found
 
 
+def report_keys(objectives: Mapping[str, Direction]) -> list[str]:
+    """Return the keys of objectives in the reports of trials.
+
+    A single objective is the best of all evaluations so far, which never gets worse. Several
+    objectives are read from one model: at the end of a trial, the one that ships.
+    """
+    metric, *others = objectives
+    return [f"dev/{metric}", *others] if others else [f"best/{metric}"]
+
+
 @dataclass(frozen=True)
 class TrialRow:
     """One trial of a sweep.
@@ -53,8 +63,9 @@ class TrialRow:
         number: Optuna's, 0-based, in the order of proposals.
         state: complete, pruned (stopped early) or fail.
         params: dotted keys -> values.
-        values: metric -> value for each objective of the study, NaN where there is none. That of
-            the task's metric belongs to the model that ships; others are of the last evaluation.
+        values: metric -> value for each objective of the study, NaN where there is none. Several
+            values belong to one model, the one that ships. The only value of a study is the best
+            of all evaluations: with gates, whose last weights ship, of an earlier model.
         bundle: folder of the trained model, "" unless complete.
         reason: error message of a failed trial.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vinedresser.config.study import Study
 from vinedresser.distributed.context import RunContext
-from vinedresser.errors import InterruptedRunError, MachineError, TrainingError
+from vinedresser.errors import InterruptedRunError, TrainingError
 from vinedresser.sweep.journal import ended_trials, open_study
 from vinedresser.sweep.outcome import SweepOutcome, TrialRow, directions, rank
 from vinedresser.sweep.trials import run_trials
@@ -69,7 +69,9 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
                         opened=opened, objectives=objectives, scratch=folder.ray_scratch,
                     )  # fmt: skip
                 finally:
-                    _close_children(children)
+                    # Of trials whose process Tune ended before it could close its tracking run.
+                    if children.parent:
+                        end_children(context.store, children.parent, "stopped early")
             trials = [_moved(trial, workspace) for trial in ended_trials(opened, objectives)]
             if len(trials) < study.num_trials:
                 raise InterruptedRunError(
@@ -122,12 +124,3 @@ def _moved(trial: TrialRow, workspace: Workspace) -> TrialRow:
         return trial
     run = RunFolder(workspace.runs / Path(trial.bundle).parent.name)
     return replace(trial, bundle=str(run.bundle))
-
-
-def _close_children(context: RunContext) -> None:
-    """Close the tracking runs of trials whose process Tune ended before it could do so."""
-    if context.parent:
-        try:
-            end_children(context.store, context.parent, "stopped early")
-        except MachineError as error:
-            _log.warning("%s; stopped trials may stay RUNNING there", error.args[0])

@@ -9,7 +9,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 from ray import tune
 
-from vinedresser.sweep.journal import OUTCOME, REASON
+from vinedresser.sweep.journal import FAILURE, OUTCOME
 
 # A trial reports its own exceptions; Tune alone sees the end of its process.
 DIED = "its process died; too little memory is the usual reason"
@@ -18,9 +18,9 @@ DIED = "its process died; too little memory is the usual reason"
 class Searcher(tune.search.Searcher):
     """Optuna behind Tune's public interface for searchers.
 
-    Ray 2.60 has OptunaSearch, which is not enough: it records a trial that was stopped early as
-    COMPLETE with its early score, leaves a trial with NaN RUNNING for ever, aborts the sweep over
-    a missing metric, and repeats finished trials when its storage outlives the process.
+    Ray 2.60 has OptunaSearch, which is not enough: a trial that was stopped early is recorded as
+    COMPLETE with its early score, a trial with NaN stays RUNNING for ever, a missing metric
+    ends the sweep, and finished trials are repeated when its storage outlives the process.
 
     A proposal is {"number": Optuna's number, "params": dotted keys -> values}.
     """
@@ -56,7 +56,7 @@ class Searcher(tune.search.Searcher):
         missing = [k for k, v in zip(self._keys, values, strict=True) if not math.isfinite(v)]
         if error or missing:
             reason = DIED if error else f"{', '.join(missing)} missing or not finite"
-            trial.set_user_attr(REASON, str(result.get(REASON, reason)))
+            trial.set_user_attr(FAILURE, str(result.get(FAILURE, reason)))
             self._study.tell(trial, state=TrialState.FAIL)
         elif result.get("is_last"):
             trial.set_user_attr(OUTCOME, _plain(result))

@@ -20,11 +20,12 @@ from vinedresser.distributed.context import RunContext
 from vinedresser.distributed.resources import TRIAL_CPUS, num_groups, release_group, require
 from vinedresser.distributed.train import train
 from vinedresser.errors import ConfigError, InterruptedRunError, VinedresserError
-from vinedresser.sweep.journal import REASON, ended_trials
-from vinedresser.sweep.outcome import Direction, short_params
+from vinedresser.sweep.journal import FAILURE, ended_trials
+from vinedresser.sweep.outcome import Direction, report_keys, short_params
 from vinedresser.sweep.searcher import DIED, Searcher
 from vinedresser.training.listener import Listener
 from vinedresser.training.outcome import run_folder
+from vinedresser.workspace.layout import RunFolder
 from vinedresser.workspace.stopping import confirm_stop, stopping_runs_first
 
 _log = logging.getLogger(__name__)
@@ -63,8 +64,7 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints stacks of reported errors
     # Files of Tune, pickles that are never read; those of a killed sweep are in the way.
     shutil.rmtree(scratch, ignore_errors=True)
-    # The first value decides between trials, the others come from the last evaluation.
-    keys = [f"best/{metric}", *list(objectives)[1:]]
+    keys = report_keys(objectives)
     concurrent: int | None = study.concurrent or None
     resources: dict[str, float] = {"CPU": compute.threads, "GPU": float(compute.needs_gpu)}
     if compute.workers > 1:
@@ -117,11 +117,11 @@ def _trial(
         train(experiment, replace(context, shards=shards), listener=TuneListener(keys))
     except InterruptedRunError:
         # It has its checkpoint, and is neither done nor failed: the driver is about to end.
-        confirm_stop(run_folder(experiment, shards, context.workspace).path)
+        confirm_stop(run_folder(experiment, shards, context.workspace))
         time.sleep(2 * GRACE_SECONDS)
     except Exception as error:  # noqa: BLE001 (any failure ends this trial; the others continue)
         message = error.args[0] if isinstance(error, VinedresserError) else repr(error)
-        tune.report({REASON: str(message).splitlines()[0]})
+        tune.report({FAILURE: str(message).splitlines()[0]})
 
 
 class TuneListener(Listener):
@@ -175,8 +175,8 @@ class TrialWatch(tune.Callback):
         """Log an evaluation: step, the value of each objective, and the best of all trials."""
         del iteration, trials
         number, (metric, *others) = trial.config["number"], self._objectives
-        if REASON in result:
-            return _log.info("  trial %d  failed: %s", number, result[REASON])
+        if FAILURE in result:
+            return _log.info("  trial %d  failed: %s", number, result[FAILURE])
         value = float(result.get(f"dev/{metric}", math.nan))
         better = min if self._objectives[metric] == "min" else max
         self._best = value if math.isnan(self._best) else better(self._best, value)
@@ -190,7 +190,7 @@ class TrialWatch(tune.Callback):
         """Log a trial that was stopped early."""
         del iteration, trials
         last = self._ended(trial)
-        if not (last.get("is_last") or REASON in last):
+        if not (last.get("is_last") or FAILURE in last):
             _log.info("  trial %d  stopped early", trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -199,10 +199,10 @@ class TrialWatch(tune.Callback):
         self._ended(trial)
         _log.info("  trial %d  failed: %s", trial.config["number"], DIED)
 
-    def folders(self, context: RunContext) -> list[Path]:
+    def folders(self, context: RunContext) -> list[RunFolder]:
         """Return the run folders of the trials that run."""
         experiments = [self._base.override(one["params"]) for one in self.running.values()]
-        return [run_folder(e, context.shards, context.workspace).path for e in experiments]
+        return [run_folder(e, context.shards, context.workspace) for e in experiments]
 
     def _ended(self, trial: Any) -> Mapping[str, Any]:
         self.running.pop(trial.trial_id, None)

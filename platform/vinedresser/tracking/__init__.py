@@ -7,11 +7,10 @@ refuses wait in memory, bounded; a durable spool that survives the process is no
 from vinedresser.tracking.leaderboard import RunRow, experiments, leaderboard, tagged_folder
 from vinedresser.tracking.runs import end_children, open_run, reap
 from vinedresser.tracking.store import Store, initialise, store_for
-from vinedresser.tracking.tracker import MemoryTracker, NullTracker, Tracker, ending
+from vinedresser.tracking.tracker import NullTracker, Tracker, ending
 from vinedresser.tracking.ui import serve_ui
 
 __all__ = [
-    "MemoryTracker",
     "NullTracker",
     "RunRow",
     "Store",

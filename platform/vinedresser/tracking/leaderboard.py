@@ -12,9 +12,9 @@ from vinedresser.tracking.runs import pages
 from vinedresser.tracking.store import (
     ABSENT,
     Store,
-    connect,
     initialise,
     none_if,
+    open_client,
     server_errors,
 )
 
@@ -68,9 +68,9 @@ def _row(run: "Run") -> RunRow:
 
 
 def leaderboard(store: Store, *, experiment: str | None = None, limit: int = 20) -> list[RunRow]:
-    """Return an experiment's runs: sweeps first, each kind best first, without a value last.
+    """Return the runs of an experiment: sweeps first, then by value, best first; without one last.
 
-    Runs ranked by different metrics stand in groups, one per metric. Reads the 5,000 newest.
+    Runs ranked by different metrics form groups, one per metric. Reads the 5,000 newest.
 
     Args:
         store: store of the runs.
@@ -89,9 +89,9 @@ def leaderboard(store: Store, *, experiment: str | None = None, limit: int = 20)
 
     if experiment in (None, store.experiment):
         identity = initialise(store)
-        client = connect(store)
+        client = open_client(store)
     else:
-        client = connect(store)
+        client = open_client(store)
         with server_errors(store):
             found = client.get_experiment_by_name(experiment)
             if found is None:
@@ -114,7 +114,7 @@ def tagged_folder(store: Store, run_id: str) -> Path | None:
         ConfigError: no such run, or several.
         MachineError: the store does not answer.
     """
-    client = connect(store)
+    client = open_client(store)
     with server_errors(store):
         if len(run_id) < RUN_ID_LENGTH:
             names = {one.experiment_id for one in client.search_experiments()}
@@ -138,7 +138,7 @@ def experiments(store: Store) -> list[str]:
     Raises:
         MachineError: the store does not answer.
     """
-    client = connect(store)
+    client = open_client(store)
     with server_errors(store):
         names = [one.name for one in client.search_experiments()]
     return sorted(name for name in names if name != "Default")

@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from vinedresser.errors import BusyError, MachineError
-from vinedresser.tracking.store import Store, connect, logger, why
-from vinedresser.tracking.tracker import State
+from vinedresser.tracking.store import Store, logger, open_client, why
+from vinedresser.tracking.tracker import State, Tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def safe_key(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name)[:MAX_KEY]
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """A run in MLflow. Made by `open_run`; one per run, in the process that owns it.
 
     An error of opening that a user can repair, as a deleted experiment, is raised by the next call
@@ -204,7 +204,7 @@ class MlflowTracker:
             self._wake.wait_for(lambda: self._is_wanted, timeout=self._patience)
         try:
             self._run_id = self._opening()
-            client = connect(self._store)
+            client = open_client(self._store)
         except Exception as error:  # noqa: BLE001 (raised where somebody can act on it)
             with self._wake:
                 if isinstance(error, MachineError | BusyError):
@@ -218,16 +218,21 @@ class MlflowTracker:
             self._opened.set()
         while True:
             with self._wake:
-                self._wake.wait_for(self._is_due, timeout=FLUSH_SECONDS)
+                self._wake.wait_for(
+                    lambda: (
+                        self._final is not None
+                        or (
+                            len(self._points) >= FLUSH_METRICS
+                            and time.monotonic() >= self._not_before
+                        )
+                    ),
+                    timeout=FLUSH_SECONDS,
+                )
                 final = self._final
             if final is not None or time.monotonic() >= self._not_before:
                 self._deliver(client, final)
             if final is not None:
                 return
-
-    def _is_due(self) -> bool:
-        is_full = len(self._points) >= FLUSH_METRICS and time.monotonic() >= self._not_before
-        return self._final is not None or is_full
 
     def _deliver(self, client: "MlflowClient", final: State | None) -> None:
         """Send all that waits; what a failing server did not take stays in the outbox."""

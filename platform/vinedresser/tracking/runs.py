@@ -15,11 +15,11 @@ from vinedresser.errors import BusyError, MachineError
 from vinedresser.tracking.outbox import BATCH_TAGS, MAX_TAG, MlflowTracker, safe_key
 from vinedresser.tracking.store import (
     Store,
-    connect,
     initialise,
     is_reachable,
     locked,
     logger,
+    open_client,
     server_errors,
 )
 from vinedresser.workspace.process import is_alive, this_process
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 KEY, OWNER, RESUMED = "vinedresser.key", "vinedresser.owner", "vinedresser.resumed"
-REASON = "vinedresser.reason"
+REASON_TAG = "vinedresser.reason"
 # MLflow's limit of a parameter's value.
 MAX_PARAM = 6000
-LOCK_SECONDS = 60.0
 MAX_NAME = 200
 
 
@@ -46,27 +45,23 @@ def flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield safe_key(f"{prefix}{key}"), text[:MAX_PARAM]
 
 
-def _revision() -> str:
-    """Return the commit of the working directory; empty outside of a repository."""
-    git = shutil.which("git")
-    if git is None:
-        return ""
-    try:
-        command = [git, "rev-parse", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=False)  # noqa: S603 (fixed words)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def _provenance() -> dict[str, str]:
-    tags = {OWNER: this_process(), "vinedresser.host": socket.gethostname()}
-    tags["vinedresser.version"] = version("vinedresser")
-    # A container's user may have no name, for which getpass raises.
-    tags["mlflow.user"] = os.environ.get("LOGNAME") or os.environ.get("USER") or f"{os.getuid()}"
-    if revision := _revision():
-        tags["mlflow.source.git.commit"] = revision
-    return tags | {"mlflow.source.name": "vinedresser", "mlflow.source.type": "LOCAL"}
+    """Return tags: process, host, user, version, and the commit of the working directory."""
+    tags = {
+        OWNER: this_process(),
+        "vinedresser.host": socket.gethostname(),
+        "vinedresser.version": version("vinedresser"),
+        # A container's user may have no name, for which getpass raises.
+        "mlflow.user": os.environ.get("LOGNAME") or os.environ.get("USER") or f"{os.getuid()}",
+        "mlflow.source.name": "vinedresser",
+        "mlflow.source.type": "LOCAL",
+    }
+    # No git, no repository, or a slow disk.
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = [shutil.which("git") or "git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2, check=True)  # noqa: S603 (fixed words)
+        tags["mlflow.source.git.commit"] = done.stdout.strip()
+    return tags
 
 
 def open_run(
@@ -105,8 +100,8 @@ def open_run(
         if not is_reachable(store):
             raise MachineError(f"tracking store {store.shown}: does not answer")
         experiment = initialise(store)
-        client = connect(store)
-        with locked(store, f"run {key}", seconds=LOCK_SECONDS), server_errors(store):
+        client = open_client(store)
+        with locked(store, f"run {key}"), server_errors(store):
             run_id = _open(client, experiment, dict(flat(params)), {**tags, **_provenance()})
         with contextlib.suppress(BusyError, MachineError):  # the next run tries again
             for orphan in [] if parent else reap(store):
@@ -133,7 +128,7 @@ def _open(
         if before.params.get(key, value) != value
     }
     # The reason of its end no longer holds; a tag can only be emptied in the same batch.
-    stale = {REASON: ""} if REASON in before.tags else {}
+    stale = {REASON_TAG: ""} if REASON_TAG in before.tags else {}
     client.update_run(run_id, status="RUNNING")
     fresh = {key: value for key, value in params.items() if key not in before.params}
     _write(client, run_id, fresh, {**changed, **stale, **tags, RESUMED: str(count)})
@@ -168,7 +163,7 @@ def reap(store: Store) -> list[str]:
     Raises:
         MachineError: the store does not answer.
     """
-    client, experiment = connect(store), initialise(store)
+    client, experiment = open_client(store), initialise(store)
     closed = []
     with server_errors(store):
         for run in pages(client, experiment, "attributes.status = 'RUNNING'"):
@@ -181,26 +176,28 @@ def reap(store: Store) -> list[str]:
 def end_children(store: Store, parent: str, reason: str) -> None:
     """Close the RUNNING children of a run as KILLED, whatever process owned them.
 
-    Raises:
-        MachineError: the store does not answer.
+    Where the store does not answer they stay RUNNING, with a warning.
     """
-    client, experiment = connect(store), initialise(store)
     query = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent}'"
-    with server_errors(store):
-        for run in pages(client, experiment, query):
-            client.set_tag(run.info.run_id, REASON, reason)
-            client.set_terminated(run.info.run_id, "KILLED")
+    try:
+        client, experiment = open_client(store), initialise(store)
+        with server_errors(store):
+            for run in pages(client, experiment, query):
+                client.set_tag(run.info.run_id, REASON_TAG, reason)
+                client.set_terminated(run.info.run_id, "KILLED")
+    except MachineError as error:
+        logger.warning("%s; stopped runs may stay RUNNING there", error.args[0])
 
 
 def _close(client: "MlflowClient", store: Store, run: "Run") -> bool:
     """Close an orphan unless it was opened again since it was found."""
     run_id = run.info.run_id
-    with locked(store, f"run {run.data.tags.get(KEY, run_id)}", seconds=LOCK_SECONDS):
+    with locked(store, f"run {run.data.tags.get(KEY, run_id)}"):
         now = client.get_run(run_id)
         owner = now.data.tags.get(OWNER, "")
         if now.info.status != "RUNNING" or is_alive(owner):
             return False
-        client.set_tag(run_id, REASON, f"its process {owner} ended without closing")
+        client.set_tag(run_id, REASON_TAG, f"its process {owner} ended without closing")
         client.set_terminated(run_id, "KILLED")
         return True
 

@@ -5,10 +5,7 @@ import glob
 import hashlib
 import logging
 import os
-import ssl
-import urllib.error
 import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -27,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vinedresser")
 
 T = TypeVar("T")
+# Of the wait for another process that holds a named lease.
+LOCK_SECONDS = 60.0
 # MLflow's error codes.
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 EXISTS = ("RESOURCE_ALREADY_EXISTS",)
@@ -113,7 +112,7 @@ def _set_defaults() -> None:
         os.environ.setdefault(key, value)
 
 
-def connect(store: Store) -> "MlflowClient":
+def open_client(store: Store) -> "MlflowClient":
     """Return a client of the store; MLflow's process-wide state stays as it is."""
     if store.artifacts is not None:
         relocate(Path(store.uri.removeprefix(_SQLITE)), store.artifacts)
@@ -126,14 +125,14 @@ def connect(store: Store) -> "MlflowClient":
     return MlflowClient(tracking_uri=store.uri, registry_uri=store.uri)
 
 
-def locked(store: Store, name: str, *, seconds: float) -> AbstractContextManager[Lease]:
+def locked(store: Store, name: str) -> AbstractContextManager[Lease]:
     """Hold a named lease of the workspace.
 
     Raises:
-        BusyError: another process held it for all of `seconds`.
+        BusyError: another process held it for 60 s.
     """
     path = store.leases / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
-    return leased(path, name, wait=seconds)
+    return leased(path, name, wait=LOCK_SECONDS)
 
 
 def why(error: BaseException, store: Store) -> str:
@@ -176,22 +175,19 @@ def none_if(codes: tuple[str, ...], call: Callable[[], T]) -> T | None:
 
 
 def is_reachable(store: Store) -> bool:
-    """Return whether a server answers within 5 s; True for a database.
+    """Return whether a server answers within 5 s, with any status; True for a database.
 
     Needs no mlflow, so that an absent server does not cost 3 s of import.
     """
     if not store.is_server:
         return True
-    parts = urllib.parse.urlsplit(store.uri)
-    host = parts.netloc.rpartition("@")[2]
-    url = f"{parts.scheme}://{host}{parts.path.rstrip('/')}/health"
+    import requests
+
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT):  # noqa: S310 (http or https, see is_server)
-            return True
-    except OSError as error:
-        # An answer is an answer; and requests may trust certificates that urllib does not know.
-        is_certificate = isinstance(getattr(error, "reason", None), ssl.SSLError)
-        return isinstance(error, urllib.error.HTTPError) or is_certificate
+        requests.get(f"{store.uri.rstrip('/')}/health", timeout=TIMEOUT)
+    except requests.RequestException:
+        return False
+    return True
 
 
 def initialise(store: Store) -> str:
@@ -209,13 +205,13 @@ def initialise(store: Store) -> str:
     with server_errors(store):
         found = None if _is_new(store) else _experiment(store)
         if found is None:
-            with locked(store, f"creation of {store.shown}", seconds=60):
+            with locked(store, f"creation of {store.shown}"):
                 if _is_new(store):
                     _create_database(store)
                 # The kind makes MLflow's pages open on runs and charts, not on traces of prompts.
                 found = _experiment(store) or none_if(
                     EXISTS,  # on a shared server the lease does not reach other workspaces
-                    lambda: connect(store).create_experiment(
+                    lambda: open_client(store).create_experiment(
                         store.experiment,
                         artifact_location=store.artifacts,
                         tags={"mlflow.experimentKind": "custom_model_development"},
@@ -226,7 +222,7 @@ def initialise(store: Store) -> str:
 
 def _experiment(store: Store) -> str | None:
     """Return the id of the store's experiment, if it exists."""
-    found = connect(store).get_experiment_by_name(store.experiment)
+    found = open_client(store).get_experiment_by_name(store.experiment)
     if found is None:
         return None
     if found.lifecycle_stage != "active":
@@ -255,5 +251,5 @@ def _create_database(store: Store) -> None:
     # A new name each time: MLflow caches opened stores by URI.
     partial = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    connect(replace(store, uri=f"{_SQLITE}{partial}")).search_experiments(max_results=1)
+    open_client(replace(store, uri=f"{_SQLITE}{partial}")).search_experiments(max_results=1)
     partial.replace(path)

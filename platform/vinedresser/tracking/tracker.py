@@ -1,9 +1,8 @@
-"""Tracker: interface of training to a tracking store; in memory for tests, null for none."""
+"""Tracker: interface of training to a tracking store; null for none."""
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from vinedresser.errors import InterruptedRunError
 
@@ -13,12 +12,16 @@ if TYPE_CHECKING:
 State = Literal["FINISHED", "FAILED", "KILLED"]
 
 
-class Tracker(Protocol):
-    """Receiver of a run's metrics, tags and artifacts. No method raises for a server's error."""
+class Tracker:
+    """Receiver of a run's metrics, tags and artifacts; the methods do nothing here.
+
+    No method raises for an error of a server.
+    """
 
     @property
     def run_id(self) -> str:
         """Id of the run in the store; empty without tracking."""
+        return ""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Note metrics at a step (1-based). Non-finite values are skipped and counted."""
@@ -39,72 +42,8 @@ class Tracker(Protocol):
         """End the run with its state and the reason. Only the first call counts."""
 
 
-class NullTracker:
+class NullTracker(Tracker):
     """Tracker without effect: rank > 0, or a dry run."""
-
-    def __init__(self, run_id: str = "") -> None:
-        self.run_id = run_id
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Ignore metrics."""
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Ignore tags."""
-
-    def text(self, content: str, name: str) -> None:
-        """Ignore a text."""
-
-    def table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
-        """Ignore a table."""
-
-    def figure(self, figure: "Figure", name: str) -> None:
-        """Ignore a figure."""
-
-    def close(self, state: State, reason: str = "") -> None:
-        """Do nothing."""
-
-
-class MemoryTracker:
-    """Tracker that keeps everything in lists and dicts, for tests.
-
-    Attributes:
-        metrics: (key, value, step) in the order of logging.
-        artifacts: name -> text, copied columns, or the figure.
-        state: None until closed.
-    """
-
-    def __init__(self, run_id: str = "memory") -> None:
-        self.run_id = run_id
-        self.metrics: list[tuple[str, float, int]] = []
-        self.tags: dict[str, str] = {}
-        self.artifacts: dict[str, Any] = {}
-        self.state: State | None = None
-        self.reason = ""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append each metric."""
-        self.metrics += [(key, float(value), step) for key, value in metrics.items()]
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Merge tags."""
-        self.tags |= tags
-
-    def text(self, content: str, name: str) -> None:
-        """Keep a text."""
-        self.artifacts[name] = content
-
-    def table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
-        """Keep a copy of the columns."""
-        self.artifacts[name] = copy.deepcopy(dict(columns))
-
-    def figure(self, figure: "Figure", name: str) -> None:
-        """Keep the figure itself."""
-        self.artifacts[name] = figure
-
-    def close(self, state: State, reason: str = "") -> None:
-        """Keep the first state."""
-        if self.state is None:
-            self.state, self.reason = state, reason
 
 
 @contextlib.contextmanager

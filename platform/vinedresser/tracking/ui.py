@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 
 from vinedresser.errors import ConfigError, MachineError
 from vinedresser.tracking.store import DEFAULTS, Store, initialise
@@ -33,24 +31,11 @@ def _check_port(port: int) -> None:
             ) from None
 
 
-@contextlib.contextmanager
-def _stop_on_term() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, so that no server is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def serve_ui(store: Store, port: int) -> int:
     """Run the user interface at http://127.0.0.1:<port> until it ends or is interrupted.
 
     Returns:
-        The server's exit code; 0 after Ctrl-C or SIGTERM.
+        The server's exit code; 0 after Ctrl-C, and after SIGTERM as the commands receive it.
 
     Raises:
         MachineError: the port is in use, or the store does not answer.
@@ -66,20 +51,15 @@ def serve_ui(store: Store, port: int) -> int:
         command += ["--artifacts-destination", store.artifacts]
     # In the environment, not in argv: a database's URI may hold a password that `ps` would show.
     environment = {**DEFAULTS, **os.environ, **LIGHT, "MLFLOW_BACKEND_STORE_URI": store.uri}
-    # A session of its own, so that the server and its worker are stopped together, once.
+    # In a new session, so that the server and its worker are stopped together, once.
     server = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603 (argv list)
     try:
-        with _stop_on_term():
-            return server.wait()
+        return server.wait()
     except KeyboardInterrupt:
         return 0
     finally:
-        _stop(server)
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    for each in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(server.pid, each)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(STOP_SECONDS)
+        for each in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(server.pid, each)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(STOP_SECONDS)

@@ -35,7 +35,7 @@ class Outcome:
         best_step: the update after which it was taken.
         history: one entry per evaluation: step, value, teacher_forced_loss, and heads where gated.
         seconds: wall time of training and evaluation, over all resumptions.
-        last_report: what was reported at the end.
+        last_report: the last report; its numbers on dev are those of the model that ships.
     """
 
     key: str

@@ -92,7 +92,7 @@ class Run:
         self.tokenizers = tokenizers(shards)
         self.batches = Batches(shards, experiment.batch, seed=experiment.seed)
         self.schedule = StepSchedule(experiment)
-        self.should_stop = StopRequest(folder.path)
+        self.should_stop = StopRequest(folder)
         self.lease, self.history = Lease(folder.writer_lease), RunHistory(folder.history)
         self.rollbacks = self.history.rollbacks
         self.watchdog = Watchdog(folder.hangs, device, seconds=experiment.compute.hang_seconds)
@@ -115,6 +115,8 @@ class Run:
         self.step = 0
         self.monitor: Monitor | None = None
         self.last_report: dict[str, float] = {}
+        # The numbers on dev of the weights that ship.
+        self.shipped_report: dict[str, float] = {}
         self._seconds_before, self._started = 0.0, time.perf_counter()
         self.parts: dict[str, Any] = {
             "run": self,
@@ -277,6 +279,8 @@ class Run:
             # A resumed or recognised run is compared at the evaluation where it is.
             position = {"step": float(step), "evaluation": float(len(self.evaluator.history))}
             self.last_report = {**logged, **position, "is_last": 0.0}
+            if step == self.evaluator.best_step:
+                self.shipped_report = {k: v for k, v in logged.items() if k.startswith("dev/")}
         # The last report comes after the outcome is written: a scheduler that stops a trial at a
         # report must find it finished.
         if step < self.experiment.steps:
@@ -335,10 +339,11 @@ class Run:
         return step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the run's own state: time, last report, and what its bits depend on (T15)."""
+        """Return the run's own state: time, reports, and what its bits depend on (T15)."""
         return {
             "seconds": self._seconds,
             "last_report": self.last_report,
+            "shipped_report": self.shipped_report,
             "experiment": self.experiment.to_json(),
             "machine": self._machine,
         }
@@ -346,6 +351,7 @@ class Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the run's own state; warn where another machine gives other bits."""
         self._seconds_before, self.last_report = state["seconds"], state["last_report"]
+        self.shipped_report = state["shipped_report"]
         before, now = state["machine"], self._machine
         changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
         if changed and self.device.rank == 0:
@@ -374,6 +380,8 @@ class Run:
             "dev": evaluator.best_scores,
             "step": evaluator.best_step,
         }
+        if not 0 < self.experiment.evaluation.sentences < self.shards.counts["dev"]:
+            scores["reference_digest"] = self.shards.reference_digest("dev")
         bundle = save_bundle(
             self.folder.bundle,
             experiment=self.experiment,
@@ -389,7 +397,7 @@ class Run:
             evaluator.best_step,
             evaluator.history,
             self._seconds,
-            self.last_report,
+            {**self.last_report, **self.shipped_report},
         )
         write_file(self.folder.outcome, json.dumps(asdict(outcome), indent=1) + "\n")
         shutil.rmtree(self.folder.checkpoints, ignore_errors=True)

@@ -31,7 +31,7 @@ from vinedresser.workspace.storage import (
     write_whole,
 )
 
-SCHEMA = 1
+MANIFEST_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _seal(staging: Staging) -> None:
             continue
         name = path.relative_to(staging.path).as_posix()
         files[name] = [path.stat().st_size, file_digest(path)]
-    content = {"schema": SCHEMA, "files": files, "meta": staging.meta}
+    content = {"schema": MANIFEST_SCHEMA, "files": files, "meta": staging.meta}
     content["digest"] = digest_of(content)
     text = json.dumps(content, indent=1, sort_keys=True) + "\n"
     write_whole(staging.path / MANIFEST, text.encode())
@@ -186,8 +186,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedError(f"{path}: not a manifest; the folder is damaged") from None
     if not is_intact:
         raise DamagedError(f"{path}: does not match its own digest; the folder is damaged")
-    if schema != SCHEMA:
-        raise DamagedError(f"{path}: schema {schema}, this version reads {SCHEMA}; write it anew")
+    if schema != MANIFEST_SCHEMA:
+        raise DamagedError(
+            f"{path}: schema {schema}, this version reads {MANIFEST_SCHEMA}; write it anew"
+        )
     return Manifest(folder, files, meta, digest)
 
 

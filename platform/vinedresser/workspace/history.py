@@ -1,7 +1,7 @@
 """History of a run: its failures, rollbacks and deaths of workers, over all of its restarts.
 
-Kept in one file of the run's folder, because whoever counts (a supervisor, Ray, a user) may be a
-new process each time (fault T22).
+Kept in a file of the run's folder: a supervisor, Ray or a user may start a new process each time
+(fault T22).
 """
 
 import contextlib
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vinedresser.errors import DataError, MachineError, TrainingError, VinedresserError
-from vinedresser.workspace.storage import POSIX, Storage, parsed
+from vinedresser.workspace.storage import POSIX, Storage, parsed_object
 
-# The same failure at the same step so many times in a row is no accident (fault T22).
+# Equal failures in a row, at the same step, after which a start is refused (fault T22).
 _SAME_FAILURES = 3
 # Repaired outside of the run: a mount that is away, a checkpoint to be restored from a copy.
 _EXTERNAL = (OSError, DataError, MachineError)
@@ -85,22 +85,17 @@ class RunHistory:
         return deaths
 
     def _entries(self, name: str) -> list[Any]:
-        return _counters(self._storage.read(self._path)).get(name, [])
+        found = parsed_object(self._storage.read(self._path)).get(name)
+        return found if isinstance(found, list) else []
 
     def _change(self, name: str, change: Callable[[list[Any]], list[Any]]) -> list[Any]:
         while True:
             found = self._storage.read(self._path)
-            content = _counters(found)
-            entries = change(content.get(name, []))
-            if entries == content.get(name, []):
+            content = parsed_object(found)
+            before = content.get(name)
+            entries = change(before if isinstance(before, list) else [])
+            if entries == before:
                 return entries
             text = json.dumps({**content, name: entries}) + "\n"
             if self._storage.replace(self._path, text.encode(), expected=found):
                 return entries
-
-
-def _counters(content: bytes | None) -> dict[str, list[Any]]:
-    """Return the counters; none of a file that is absent or damaged."""
-    found = parsed(content)
-    entries = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in entries if isinstance(value, list)}

@@ -1,16 +1,15 @@
 """Lease: an exclusive right, kept in a file by conditional writes.
 
-One mechanism serves as lock between commands and as fence between (re)starts of a run. A lease
-holds a token that is new with each holder, the holder's process, and the time of its last
-heartbeat. It is free once it was released, once its process has died on this host, or once a
-holder on another host has missed its heartbeats. Who works without asking for exclusive access, as
-a restarted worker whose predecessor is believed dead, takes the lease over; the predecessor finds
-another token before its next write and stops (faults T08, S10).
+One mechanism serves as lock between commands and as fence between starts of a run. The fields
+of the file are a token that is new with each holder, the holder's process, and the time of its last
+heartbeat. The lease is free once it was released, once its process has died on this host, or once
+a holder on another host has missed its heartbeats. A restarted worker takes the lease over from
+its predecessor; the predecessor finds another token before its next write and stops (faults T08,
+S10).
 """
 
 import contextlib
 import json
-import logging
 import math
 import threading
 import time
@@ -19,10 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vinedresser.errors import BusyError, MachineError
-from vinedresser.workspace.process import is_alive, shown, this_host, this_process
-from vinedresser.workspace.storage import POSIX, Storage, parsed
-
-_log = logging.getLogger("vinedresser")
+from vinedresser.workspace.process import is_alive, process_label, this_host, this_process
+from vinedresser.workspace.storage import POSIX, Storage, parsed_object
 
 HEARTBEAT_SECONDS = 30.0
 # Four heartbeats: a host whose clock or disk lags by a minute keeps its leases.
@@ -42,10 +39,10 @@ class Lease:
         self.path, self.token, self._storage = path, "", storage
 
     def take(self, *, force: bool = False) -> bool:
-        """Take the lease if it is free; return whether it was.
+        """Take the lease if it is free; return False if it is not.
 
         Args:
-            force: take it over from whoever holds it.
+            force: take it over from another holder.
 
         Raises:
             MachineError: the file cannot be written.
@@ -85,9 +82,9 @@ class Lease:
         self.token = ""
 
     def holder(self) -> str:
-        """Return who holds the lease, for a message."""
+        """Return the process that has the lease, for a message."""
         process = _fields(self._storage.read(self.path)).get("process", "")
-        return shown(process) if process else "another process"
+        return process_label(process) if process else "another process"
 
     def _rewrite(self, content: bytes | None) -> bool:
         found = self._storage.read(self.path)
@@ -111,10 +108,8 @@ def _content(token: str) -> bytes:
 
 
 def _fields(content: bytes | None) -> dict[str, str]:
-    """Return the fields of a lease; none of a file that is absent or damaged."""
-    found = parsed(content)
-    fields = found.items() if isinstance(found, dict) else ()
-    return {str(key): str(value) for key, value in fields}
+    """Return the fields of a lease; empty for a file that is absent or damaged."""
+    return {key: str(value) for key, value in parsed_object(content).items()}
 
 
 @contextlib.contextmanager
@@ -123,7 +118,7 @@ def leased(path: Path, subject: str, *, wait: float | None = 0.0) -> Iterator[Le
 
     Args:
         path: file of the lease.
-        subject: what is held, for the message.
+        subject: name of the right, for the message.
         wait: seconds to wait for another holder to end; None waits for as long as it takes.
 
     Raises:
@@ -135,15 +130,19 @@ def leased(path: Path, subject: str, *, wait: float | None = 0.0) -> Iterator[Le
     while not lease.take():
         if until is not None and time.monotonic() >= until:
             waited = f" for {wait:.0f} s" if wait else ""
-            raise BusyError(f"{subject}: in work by {lease.holder()}{waited}; wait for it to end")
+            raise BusyError(f"{subject}: in use by {lease.holder()}{waited}; wait for it to end")
         time.sleep(_POLL_SECONDS)
     ended = threading.Event()
 
     def keep() -> None:
         is_held = True
-        while is_held and not ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(MachineError, OSError):  # the next one may be written
-                is_held = lease.beat()
+        while is_held:
+            is_over = ended.wait(HEARTBEAT_SECONDS)
+            # The next heartbeat may be written; at the end an error of the block matters more.
+            with contextlib.suppress(MachineError, OSError):
+                is_held = False if is_over else lease.beat()
+                if is_over:
+                    lease.release()
 
     thread = threading.Thread(target=keep, name="lease", daemon=True)
     thread.start()
@@ -152,5 +151,3 @@ def leased(path: Path, subject: str, *, wait: float | None = 0.0) -> Iterator[Le
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(MachineError, OSError):  # the error of the block matters more
-            lease.release()

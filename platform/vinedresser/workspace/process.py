@@ -10,9 +10,9 @@ _NAMESPACE = Path("/proc/self/ns/pid")
 
 
 def this_host() -> str:
-    """Return a name of the host whose process ids this process sees.
+    """Return the name of the host and of the namespace of process ids.
 
-    Containers may share a host name; the namespace of process ids tells them apart.
+    Containers may share a host name; they differ in the namespace.
     """
     namespace = _NAMESPACE.readlink().name.strip("pid:[]") if _NAMESPACE.is_symlink() else ""
     return f"{socket.gethostname()}.{namespace}"
@@ -36,14 +36,14 @@ def is_alive(process: str) -> bool:
         return True
     try:
         found = psutil.Process(int(pid))
-        # A killed process that nobody reaps, as in a container without an init, stays a zombie.
+        # In a container without an init a killed process stays a zombie.
         is_zombie = found.status() == psutil.STATUS_ZOMBIE
         return not is_zombie and abs(found.create_time() - int(started)) < 2
     except (psutil.Error, OverflowError):
         return False
 
 
-def shown(process: str) -> str:
+def process_label(process: str) -> str:
     """Return a process for a message: process 12 on host x."""
     host, _, rest = process.partition("~")
     return f"process {rest.partition('~')[0]} on {host.rpartition('.')[0]}"

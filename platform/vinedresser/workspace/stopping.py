@@ -1,7 +1,7 @@
 """Graceful stop: stop requests as files in run folders, and every signal handler of the package.
 
-A stop request is a file in the folder of a run, so that it reaches a run in another process, on
-another node, or in another thread. The run removes the file once it has stopped.
+A stop request is a file in the folder of a run: the run may be in another process, on another
+node, or in another thread. The run removes the file once it has stopped.
 """
 
 import contextlib
@@ -11,16 +11,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from types import FrameType
 
 from vinedresser.errors import InterruptedRunError
+from vinedresser.workspace.layout import RunFolder
 
 _log = logging.getLogger(__name__)
 
 # Sent by schedulers, and by Ctrl-C.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_STOP = "stop"
 # Seconds between two looks at the file: a look costs some microseconds, on NFS more.
 _POLL_SECONDS = 0.2
 
@@ -28,26 +27,25 @@ _POLL_SECONDS = 0.2
 _stop_here = threading.Event()
 
 
-def request_stop(folder: Path) -> None:
+def request_stop(folder: RunFolder) -> None:
     """Request that the run in a folder stops after its current update."""
-    (folder / _STOP).touch()
+    folder.stop.touch()
 
 
-def stop_requested(folder: Path) -> bool:
+def stop_requested(folder: RunFolder) -> bool:
     """Return whether a stop of the run in a folder is requested."""
-    return (folder / _STOP).exists()
+    return folder.stop.exists()
 
 
-def confirm_stop(folder: Path) -> None:
+def confirm_stop(folder: RunFolder) -> None:
     """Remove a stop request: the run in the folder has stopped."""
-    (folder / _STOP).unlink(missing_ok=True)
+    folder.stop.unlink(missing_ok=True)
 
 
 class StopRequest:
     """Stop request of one run, polled a few times per second at most."""
 
-    def __init__(self, folder: Path) -> None:
-        """Args: the run's folder."""
+    def __init__(self, folder: RunFolder) -> None:
         self._folder, self._next, self._is_requested = folder, 0.0, False
 
     def __call__(self) -> bool:
@@ -95,7 +93,7 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
 
 
 @contextlib.contextmanager
-def graceful_stop(folder: Path) -> Iterator[None]:
+def graceful_stop(folder: RunFolder) -> Iterator[None]:
     """Turn SIGTERM and Ctrl-C inside the block into a stop request; a second signal ends at once.
 
     Raises:
@@ -124,7 +122,9 @@ def graceful_stop(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopping_runs_first(folders: Callable[[], Iterable[Path]], *, grace: float) -> Iterator[None]:
+def stopping_runs_first(
+    folders: Callable[[], Iterable[RunFolder]], *, grace: float
+) -> Iterator[None]:
     """Give runs elsewhere time for a checkpoint before SIGTERM and Ctrl-C take their usual effect.
 
     Args:
@@ -134,7 +134,7 @@ def stopping_runs_first(folders: Callable[[], Iterable[Path]], *, grace: float) 
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def stop_runs(number: int, frame: FrameType | None) -> None:
-        running = [folder for folder in folders() if folder.is_dir()]
+        running = [folder for folder in folders() if folder.path.is_dir()]
         for folder in running:
             request_stop(folder)
         until = time.monotonic() + grace

@@ -172,6 +172,12 @@ def parsed(content: bytes | None) -> Any:
     return None
 
 
+def parsed_object(content: bytes | None) -> dict[str, Any]:
+    """Return the JSON object of a file's content; empty if it is absent or not an object."""
+    found = parsed(content)
+    return found if isinstance(found, dict) else {}
+
+
 def read_json(path: Path) -> Any:
     """Return the JSON value of a file; None if it is absent or not JSON.
 
