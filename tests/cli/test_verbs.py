@@ -102,6 +102,13 @@ def is_clear(error: str, *, lines: int = 1) -> bool:
     return len(found) == lines and all(line.startswith("error[E-") for line in found)
 
 
+def test_train_refuses_a_model_larger_than_the_memory(in_process: Any, files: Any) -> None:
+    code, out, err = in_process("train", files("experiment.json"), "model.d_model=1048576")
+    assert (code, out) == (2, "")
+    assert is_clear(err.splitlines()[-1])
+    assert "model: the weights take " in err
+
+
 # --- help and plans ------------------------------------------------------------------------------
 
 
@@ -156,7 +163,7 @@ def test_overrides_show_in_the_plan(in_process: Any, files: Any) -> None:
     words = ("base.steps=77", "num_trials=3", "--dry-run", "--json")
     _, out, _ = in_process("sweep", files("study.json"), *words)
     plan = json.loads(out)
-    assert plan["resources"]["steps_a_trial"] == 77
+    assert plan["resources"]["steps_per_trial"] == 77
     assert plan["configuration"]["num_trials"] == 3
 
 

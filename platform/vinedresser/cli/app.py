@@ -1,4 +1,4 @@
-"""The program: one verb, its words on stderr, and the one boundary where errors become lines."""
+"""The program: one verb, log lines on stderr, and the boundary that prints errors as lines."""
 
 import contextlib
 import logging
@@ -23,10 +23,11 @@ from vinedresser.cli.verbs.sweep import sweep
 from vinedresser.cli.verbs.train import train
 from vinedresser.cli.verbs.translate import translate
 from vinedresser.cli.verbs.ui import ui
+from vinedresser.config.files import refused
 from vinedresser.errors import ConfigError, InterruptedRunError, MachineError, VinedresserError
 from vinedresser.workspace.stopping import InterruptOnSigterm
 
-# 128 + SIGINT, as shells have it.
+# Exit code by the convention of shells: 128 + SIGINT.
 _INTERRUPTED = 130
 # Parts of torch's messages when a tensor is too large.
 _NO_MEMORY = (
@@ -47,9 +48,9 @@ for verb in (
 
 
 class _ToStderr(logging.Handler):
-    """Words of the package from INFO, each with the seconds since the start; errors of libraries.
+    """Print messages of the package from INFO with seconds since the start; errors of libraries.
 
-    They are written to what `sys.stderr` is at that moment, so that lines appear above a bar.
+    Writes to the current `sys.stderr`, so that lines appear above a progress bar.
     """
 
     def __init__(self) -> None:
@@ -57,17 +58,17 @@ class _ToStderr(logging.Handler):
         self._start = time.time()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """See logging.Handler."""
+        """Write one record as one line."""
         is_own = record.name.split(".")[0] == "vinedresser"
         if is_own or record.levelno >= logging.ERROR:
             seconds = f"{record.created - self._start:7.1f}s" if is_own else ""
-            with contextlib.suppress(OSError, ValueError):  # closed: there is no reader any more
+            with contextlib.suppress(OSError, ValueError):  # closed
                 sys.stderr.write(f"{seconds:8}  {record.getMessage()}\n")
                 sys.stderr.flush()
 
 
 def _open_streams() -> None:
-    """Set up the one log handler, switch telemetry off unless asked for, and quieten libraries."""
+    """Install the log handler; disable telemetry by default and warnings of libraries."""
     for key, value in {
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -100,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0 fine, 2 wrong input or configuration, 3 environment, 4 training or search failed,
-        75 try again later, 130 interrupted, 1 a fault of ours.
+        0 success, 2 wrong input or configuration, 3 environment, 4 training or search failed,
+        75 try again later, 130 interrupted, 1 a bug.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in words or bool(os.environ.get("VINEDRESSER_DEBUG"))
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except typer.Exit as error:
         return error.exit_code
-    except Exception as error:  # the last line of defence against a traceback
+    except Exception as error:  # so that no traceback is printed
         if is_debug:
             raise
         known = _as_known(error)
@@ -130,21 +131,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"error[E-BUG] {type(error).__name__}: {line}; run again with --debug and report it\n"
         )
         return 1
-    if result == _INTERRUPTED:  # what Typer makes of a KeyboardInterrupt
+    if result == _INTERRUPTED:  # Typer's result after a KeyboardInterrupt
         return _exit_code(interrupt)
     return result if isinstance(result, int) else 0
 
 
 def _refuse_control_characters(words: Sequence[str]) -> None:
-    """Refuse words that no file, key or sentence can be; JSON may be spread over lines.
+    """Refuse arguments with control characters; JSON may contain line breaks.
 
     Raises:
-        ConfigError: the first such word.
+        ConfigError: the first such argument.
     """
-    if all(word.isprintable() for word in words):
-        return
-    from vinedresser.config.files import refused
-
     for word in words:
         is_json = word.partition("=")[2][:1] in ("{", "[")
         if problem := refused(word.replace("\n", " ").replace("\r", " ") if is_json else word):
@@ -152,13 +149,14 @@ def _refuse_control_characters(words: Sequence[str]) -> None:
 
 
 def _as_known(error: Exception) -> VinedresserError | None:
-    """Return what the user can act on in an error; None where it is a fault of ours."""
+    """Return the error that the user can act on; None for a bug."""
     if isinstance(error, VinedresserError):
         return error
-    if (message := getattr(error, "format_message", None)) is not None:  # of the command line
+    if (message := getattr(error, "format_message", None)) is not None:  # of Typer
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "vinedresser"
-        text = " ".join(message().split()).rstrip(".")
+        text = " ".join(message().split()).rstrip(".").replace("Value error, ", "")
+        text = text.replace(": Input should", ": expected").replace("expected be", "expected")
         return ConfigError(f"{text}; see `{command} --help`")
     line = " ".join(str(error).split())[:300]
     if isinstance(error, MemoryError) or any(part in line.lower() for part in _NO_MEMORY):

@@ -1,40 +1,101 @@
-"""Arguments that verbs share, and the values behind them.
+"""Arguments and `key=value` options that verbs share, and the values that they resolve to.
 
-Only what the command line itself needs is imported here: torch, ray and mlflow wait for the verb.
+Imports of torch, ray and mlflow are deferred to the functions, so that `--help` is fast.
 """
 
-from collections.abc import Sequence
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import NonNegativeInt, PositiveInt
+
+from vinedresser.cli.render import print_json
+from vinedresser.config import Decoding, Experiment, Section, parse_overrides, resolve
+from vinedresser.errors import ConfigError
+from vinedresser.workspace import layout
 
 if TYPE_CHECKING:
     from vinedresser.bundle import Bundle
-    from vinedresser.config import Section
-    from vinedresser.data.shards import ShardSet
     from vinedresser.distributed.context import RunContext
     from vinedresser.tracking import Store
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="dotted key=value words", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="dotted key=value options", metavar="[KEY=VALUE]...")
 ]
-Model = Annotated[str, typer.Argument(help="bundle folder, run id or models:/name@alias")]
-Workspace = Annotated[
+ModelName = Annotated[str, typer.Argument(help="bundle folder, run id or models:/name@alias")]
+WorkspaceFolder = Annotated[
     Path,
     typer.Option(
-        "--workspace", "-w", envvar="VINEDRESSER_WORKSPACE", help="folder of everything written"
+        "--workspace", "-w", envvar="VINEDRESSER_WORKSPACE", help="folder for all results"
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="the result as JSON on stdout")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="print what would be done and with what, then stop")
+    bool,
+    typer.Option("--dry-run", help="print the resolved configuration and resources, then exit"),
 ]
 HERE = Path("workspace")
 
-# Key of the experiment in each kind of value, so that `task=FILE`, `model=NAME` and
-# `model.dropout=0.2` mean the same for all of them.
+# Key of the experiment in each kind of value: `task=FILE`, `model=NAME` and `model.dropout=0.2`
+# have the same meaning for all of them.
 _EXPERIMENT_AT = {"Experiment": "", "Study": "base.", "Pipeline": "study.base."}
+
+
+class SplitOption(Section):
+    """The split that `evaluate` scores; its other keys are those of Decoding and of the task."""
+
+    split: Literal["train", "dev", "test"] = "test"
+
+
+class Sizes(Section):
+    """Sizes for which `describe` builds a model when no task defines them."""
+
+    # Vocabulary size per side; 0 takes the task's, or 8,000.
+    source: NonNegativeInt = 0
+    target: NonNegativeInt = 0
+    # One vocabulary for both sides; required by `tie: all`.
+    joint: bool | None = None
+    # Above 0: the source is frames with this number of features.
+    features: NonNegativeInt = 0
+
+
+class ShardView(Section):
+    """Options of `describe` for a shard set."""
+
+    # Budget of padded tokens per batch for which the padding efficiency is computed.
+    tokens: PositiveInt = 4096
+    # Folder for the figures; `pictures=` for none.
+    pictures: str | None = "pictures"
+
+
+def split_options(words: Sequence[str], *sections: Section) -> list[dict[str, Any]]:
+    """Return the `key=value` words per section: each goes to the first section with such a key.
+
+    An unknown key goes to the section with the most similar key, whose `override` reports it.
+    """
+    keys = [list(type(section).model_fields) for section in sections]
+    parts: list[dict[str, Any]] = [{} for _ in sections]
+    for key, value in parse_overrides(words).items():
+        head = key.split(".")[0]
+        near = difflib.get_close_matches(head, [name for names in keys for name in names], n=1)
+        owners = [i for name in (head, *near) for i, names in enumerate(keys) if name in names]
+        parts[owners[0] if owners else -1][key] = value
+    return parts
+
+
+def decoding_of(default: Decoding, values: Mapping[str, Any]) -> Decoding:
+    """Return a bundle's decoding with the options of a command.
+
+    Raises:
+        ConfigError: an unknown or bad option, or one without effect.
+    """
+    decoding = default.override(values)
+    if "length_alpha" in values and decoding.beam == 1:
+        raise ConfigError("length_alpha: no effect on greedy search; set beam=2 or more")
+    return decoding
 
 
 def resolve_value(
@@ -42,36 +103,33 @@ def resolve_value(
 ) -> Any:
     """Return the value behind a name, with dotted overrides applied.
 
-    A value of a later kind stands for its `part`: a study for its base, a pipeline for its study.
+    A value of a later kind is replaced by its `part`: a study by its base, a pipeline by its study.
     """
-    from vinedresser.config import parse_overrides, resolve
-
     value = resolve(name, kinds)
     if not isinstance(value, kinds[0]):
         value = getattr(value, part)
-    at = _EXPERIMENT_AT.get(type(value).__name__, "")
+    prefix = _EXPERIMENT_AT.get(type(value).__name__, "")
     changes = {
-        f"{at}{key}" if key.split(".")[0] in ("task", "model") else key: change
+        f"{prefix}{key}" if key.split(".")[0] in ("task", "model") else key: change
         for key, change in parse_overrides(overrides or []).items()
     }
     return value.override(changes)
 
 
 def existing_store(workspace: Path) -> "Store":
-    """Return the workspace's tracking store for reading, which must not create one.
+    """Return the workspace's tracking store for reading, without creating one.
 
     Raises:
         ConfigError: there is none yet.
     """
-    from vinedresser.errors import ConfigError
     from vinedresser.tracking import store_for
 
     store = store_for(workspace, "Default")
     file = store.uri.removeprefix("sqlite:///")
     if file != store.uri and not Path(file).exists():
         raise ConfigError(
-            f"{workspace}: no runs and no models yet; `vinedresser train` makes some, or name "
-            "another folder with --workspace"
+            f"{workspace}: no runs and no models yet; create some with `vinedresser train`, or "
+            "name another folder with --workspace"
         )
     return store
 
@@ -80,15 +138,12 @@ def open_model(name: str, workspace: Path) -> "Bundle":
     """Open and verify the bundle behind a folder, a run id or a registry URI.
 
     Raises:
-        ConfigError: nothing of that name.
+        ConfigError: nothing has that name.
         DataError: the folder holds no intact bundle.
     """
     from vinedresser.bundle import load_bundle
-    from vinedresser.errors import ConfigError
     from vinedresser.registry.registration import fetch
     from vinedresser.tracking import tagged_folder
-    from vinedresser.workspace import layout
-    from vinedresser.workspace.commit import is_committed
 
     if name.startswith("models:/"):
         cache = layout.Workspace(workspace.absolute()).cache
@@ -103,37 +158,40 @@ def open_model(name: str, workspace: Path) -> "Bundle":
             )
         # The tag holds the folder of the run when it was written; the workspace may have moved.
         folder = found if found.is_dir() else layout.Workspace(workspace).runs / found.name
-    if not is_committed(folder) and is_committed(layout.RunFolder(folder).bundle):
-        folder = layout.RunFolder(folder).bundle
-    return load_bundle(folder.absolute())
+    return load_bundle(bundle_in(folder).absolute())
 
 
-def context_of(shards: "ShardSet", workspace: Path, *, kind: str = "train") -> "RunContext":
-    """Return the context of the command's runs, with the task's tracking store.
+def bundle_in(folder: Path) -> Path:
+    """Return the bundle inside a run's folder; any other folder unchanged."""
+    from vinedresser.workspace.commit import is_committed
+
+    bundle = layout.RunFolder(folder).bundle
+    return bundle if not is_committed(folder) and is_committed(bundle) else folder
+
+
+def prepare_context(task: Any, workspace: Path, *, kind: str = "train") -> "RunContext":
+    """Prepare the shards of a task; return the context of the command's runs.
 
     The store of a search or of a pruning is opened here, and runs of killed processes are closed;
     that of a training is opened while the training begins.
     """
-    import logging
-
+    from vinedresser.data import shards
     from vinedresser.distributed.context import RunContext
     from vinedresser.tracking import initialise, reap, store_for
-    from vinedresser.workspace import layout
 
-    store = store_for(workspace, shards.task.name)
+    prepared = shards.prepare(task, layout.Workspace(workspace).shards)
+    store = store_for(workspace, task.name)
     if kind != "train":
         initialise(store)
         for run_id in reap(store):
             logging.getLogger(__name__).info(
                 "tracking: run %s of a killed process closed", run_id[:8]
             )
-    return RunContext(shards, layout.Workspace(workspace.absolute()), store, kind=kind)
+    return RunContext(prepared, layout.Workspace(workspace.absolute()), store, kind=kind)
 
 
-def print_plan(value: "Section", *, as_json: bool) -> None:
-    """Print the resolved configuration, the space and the resources of a dry run."""
-    from vinedresser.cli.render import print_json
-    from vinedresser.config import Experiment
+def print_plan(value: Section, *, as_json: bool) -> None:
+    """Print the resolved configuration, the search space and the resources of a dry run."""
     from vinedresser.config.study import Study
     from vinedresser.pipeline import Pipeline
 
@@ -144,9 +202,9 @@ def print_plan(value: "Section", *, as_json: bool) -> None:
         plan["space"] = value.to_json().get("space") or study.to_json()["space"]
         plan["resources"] = {
             "trials": study.num_trials,
-            "steps_a_trial": study.base.steps,
-            "cpus_a_trial": compute.workers * compute.threads,
-            "workers_a_trial": compute.workers,
+            "steps_per_trial": study.base.steps,
+            "cpus_per_trial": compute.workers * compute.threads,
+            "workers_per_trial": compute.workers,
         }
     elif isinstance(value, Experiment):
         compute = value.compute

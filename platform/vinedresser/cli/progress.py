@@ -1,4 +1,4 @@
-"""Display of a run that trains: a bar at the foot of a terminal, else a line every few seconds."""
+"""Display of a training run: a bar on a terminal, else a line every few seconds."""
 
 import contextlib
 import itertools
@@ -25,10 +25,10 @@ Now = Callable[[], float]
 
 # Seconds between two frames of the bar, and between two lines.
 _FRAME, _LINE = 0.25, 5.0
-# Speed is measured over the last minute: this many points, a second or more apart.
+# Points over which the speed is measured, a second or more apart.
 _POINTS = 60
-# Updates before the time left is shown, unless they take long: the first ones took up to five
-# times as long as the others.
+# Updates, or seconds, before the time left is shown: the first updates took up to five times as
+# long as the others.
 _SURE_STEPS, _SURE_SECONDS = 5, 20.0
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK = 16
@@ -48,7 +48,7 @@ def watching(experiment: Experiment, *, console: Console | None = None) -> Itera
         return
     # No refresh thread: the bar changes only with new progress.
     first = Text("preparing data, model and optimizer", style="dim")
-    # Output into a pipe stays unchanged.
+    # Output to a pipe is not redirected.
     both = sys.stdout.isatty()
     with Live(
         first, console=console, auto_refresh=False, transient=True, redirect_stdout=both
@@ -57,9 +57,9 @@ def watching(experiment: Experiment, *, console: Console | None = None) -> Itera
 
 
 class TimeLeft:
-    """Estimate of the time that a run will still take, from the speed of its last minute.
+    """Estimate of the remaining time of a run, from the speed of its last minute.
 
-    Evaluations are counted separately, at the mean time of those so far.
+    Evaluations are added separately, at their mean time so far.
     """
 
     def __init__(self, now: Now = time.monotonic) -> None:
@@ -71,7 +71,7 @@ class TimeLeft:
         self._evaluations = 0
 
     def add(self, progress: Progress) -> None:
-        """Add the present progress."""
+        """Add the current progress."""
         now = self._now()
         if self._evaluating_since is not None and progress.phase == "training":
             self._evaluated += now - self._evaluating_since
@@ -82,7 +82,7 @@ class TimeLeft:
         self._at = now - self._evaluated
         if not self._last.steps:
             self._first = progress
-        # The first update allocates and compiles: it does not count.
+        # The first update is excluded: it allocates and compiles.
         is_due = not self._points or self._at - self._points[-1][0] >= 1
         if progress.step > self._first.step and is_due:
             self._points.append((self._at, progress.step))
@@ -97,10 +97,10 @@ class TimeLeft:
         steps, seconds = self._last.step - first, self._at - start
         if steps == 0 or (steps < _SURE_STEPS and seconds < _SURE_SECONDS):
             return math.nan
-        a_step = seconds / steps
-        an_evaluation = self._evaluated / max(self._evaluations, 1)
+        per_step = seconds / steps
+        per_evaluation = self._evaluated / max(self._evaluations, 1)
         left = self._last.steps - self._last.step
-        return left * a_step + self._last.evaluations_left * an_evaluation
+        return left * per_step + self._last.evaluations_left * per_evaluation
 
 
 class Evaluations(Listener):
@@ -111,7 +111,7 @@ class Evaluations(Listener):
         self._metric, self._steps = experiment.task.metric, experiment.steps
 
     def evaluated(self, report: Mapping[str, Any]) -> None:
-        """Log the inferred metric, the best so far and the teacher-forced loss."""
+        """Log the inferred metric, its best value so far and the teacher-forced loss."""
         if f"dev/{self._metric}" in report:
             _log.info(
                 "step %.0f/%d  %s %.2f  best %.2f  teacher-forced %.3f nats",
@@ -123,7 +123,7 @@ class Evaluations(Listener):
 
 
 class Lines(Evaluations):
-    """A log line per closed metrics window, five seconds apart or more."""
+    """A log line per closed metrics window, at least five seconds apart."""
 
     def __init__(self, experiment: Experiment, *, now: Now = time.monotonic) -> None:
         """Args: the run, and a clock."""
@@ -131,7 +131,7 @@ class Lines(Evaluations):
         self._now, self._left, self._logged = now, TimeLeft(now), now() - _LINE
 
     def progress(self, progress: Progress) -> None:
-        """Log the progress where a line is due."""
+        """Log the progress if a line is due."""
         self._left.add(progress)
         if progress.loss is None or self._now() - self._logged < _LINE:
             return
@@ -148,7 +148,7 @@ class Lines(Evaluations):
 
 
 class Bar(Evaluations):
-    """Two lines at the foot of a terminal: progress, and loss with speed."""
+    """Two lines at the bottom of a terminal: progress, and loss with speed."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Bar(Evaluations):
         *,
         now: Now = time.monotonic,
     ) -> None:
-        """Args: the run, what draws a frame, and a clock."""
+        """Args: the run, a function that draws a frame, and a clock."""
         super().__init__(experiment)
         self._show, self._now, self._left = show, now, TimeLeft(now)
         self._shown = -math.inf
@@ -166,7 +166,7 @@ class Bar(Evaluations):
         self._phase = ""
 
     def progress(self, progress: Progress) -> None:
-        """Draw the progress, four times per second at most."""
+        """Draw the progress, at most four times per second."""
         self._left.add(progress)
         if progress.loss is not None:
             self._losses.append(progress.loss)
@@ -177,34 +177,32 @@ class Bar(Evaluations):
             self._show(self._frame(progress))
 
     def _frame(self, progress: Progress) -> RenderableType:
-        far = Table.grid(padding=(0, 1), expand=True)
-        far.add_column(ratio=1)
-        far.add_column(no_wrap=True)
+        position = Table.grid(padding=(0, 1), expand=True)
+        position.add_column(ratio=1)
+        position.add_column(no_wrap=True)
         is_evaluating = progress.phase == "evaluating"
         eta = "evaluating" if is_evaluating else _eta(self._left.seconds) or "ETA -:--"
-        # Columns of fixed widths keep the bar in place.
+        # Fixed column widths keep the bar at the same position.
         total = str(progress.steps)
-        where = Text(f"{progress.step:>{len(total)}}/{total}  epoch {_epoch(progress.epoch):<4} ")
-        where.append(f"{eta:<10}", style="bold")
+        label = Text(f"{progress.step:>{len(total)}}/{total}  epoch {_epoch(progress.epoch):<4} ")
+        label.append(f"{eta:<10}", style="bold")
         bar = ProgressBar(total=progress.steps, completed=progress.step)
-        far.add_row(bar, where)
-        return Group(far, self._quality(progress))
-
-    def _quality(self, progress: Progress) -> Text:
-        """Return loss with its curve, speed and best value; cut off where there is no room."""
-        how = Text(no_wrap=True, overflow="ellipsis")
-        if not self._losses:
-            return how.append("the first loss comes with the first log line", style="dim")
-        how.append(f"loss {self._losses[-1]:.2f} ", style="cyan")
-        how.append(sparkline(self._losses), style="cyan dim")
-        how.append(f"  {quantity(self._rate)} tok/s")
-        if progress.best:
-            how.append("  ").append(_best(progress.best), style="green")
-        return how
+        position.add_row(bar, label)
+        # Cut off on a narrow terminal.
+        quality = Text(no_wrap=True, overflow="ellipsis")
+        if self._losses:
+            quality.append(f"loss {self._losses[-1]:.2f} ", style="cyan")
+            quality.append(sparkline(self._losses), style="cyan dim")
+            quality.append(f"  {quantity(self._rate)} tok/s")
+            if progress.best:
+                quality.append("  ").append(_best(progress.best), style="green")
+        else:
+            quality.append("the first loss appears after the first log interval", style="dim")
+        return Group(position, quality)
 
 
 def sparkline(values: Sequence[float], width: int = _SPARK) -> str:
-    """Return a curve in one line of at most `width` characters, each a mean of values."""
+    """Return a one-line curve of at most `width` characters, each a mean of values."""
     if len(values) > width:
         edges = [i * len(values) // width for i in range(width + 1)]
         values = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
@@ -217,7 +215,7 @@ def sparkline(values: Sequence[float], width: int = _SPARK) -> str:
 
 
 def quantity(value: float) -> str:
-    """Return three digits: 987, 11.2k, 1.05M."""
+    """Format a number with three digits: 987, 11.2k, 1.05M."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * size:
             digits = max(0, 2 - int(math.log10(max(value / size, 1))))
@@ -226,7 +224,7 @@ def quantity(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return 1:32, 2:05:10, 3d 04h."""
+    """Format seconds as 1:32, 2:05:10 or 3d 04h."""
     whole = round(seconds)
     if whole >= 100 * 3600:
         return f"{whole // 86400}d {whole % 86400 // 3600:02}h"

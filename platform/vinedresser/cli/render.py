@@ -1,6 +1,6 @@
-"""Renderer of every result: tables and lines for people, JSON for programs, both on stdout.
+"""Output of results on stdout: tables and lines, or JSON.
 
-Text is printed as it is: markup in a path or a sentence has no effect.
+Markup in a path or a sentence has no effect.
 """
 
 import json
@@ -14,7 +14,7 @@ from rich.text import Text
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON value; a number that is not finite becomes null, as JSON has none."""
+    """Print one JSON value; a non-finite number becomes null."""
     plain = _finite(value)
     print(json.dumps(plain, indent=1, default=str, ensure_ascii=False, allow_nan=False))
 
@@ -28,7 +28,7 @@ def _finite(value: Any) -> Any:
 
 
 def print_lines(*lines: str | Text, style: str | None = None) -> None:
-    """Print lines that may be longer than the terminal is wide."""
+    """Print lines without wrapping them to the width of the terminal."""
     console = _console(soft_wrap=True)
     for line in lines:
         console.print(line, style=style)
@@ -44,10 +44,10 @@ def print_table(
     """Print a table without lines.
 
     Args:
-        columns: headers, ">" in front of one that is justified to the right; all empty for none.
-        rows: a cell per column.
+        columns: headers; the prefix ">" aligns a column to the right; no header if all are empty.
+        rows: one cell per column each.
         title: line above the table.
-        soft_wrap: longer than the terminal is wide rather than folded.
+        soft_wrap: do not fold cells to the width of the terminal.
     """
     made = [
         Column(

@@ -8,14 +8,41 @@ import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vinedresser.config import Compute
-from vinedresser.errors import MachineError
+from vinedresser.config import Compute, ModelConfig
+from vinedresser.errors import ConfigError, MachineError
+from vinedresser.model import Vocabulary
 
 _log = logging.getLogger("vinedresser")
+
+
+def refuse_too_large(config: ModelConfig, vocabulary: Vocabulary) -> None:
+    """Refuse a model whose weights are larger than the memory, before they are allocated.
+
+    The model is built on the meta device, without storage: the system may end a process that fills
+    the memory before any allocation fails.
+
+    Raises:
+        ConfigError: the required and the available memory.
+    """
+    try:
+        with torch.device("meta"):
+            parameters = config.instantiate(vocabulary).parameters()
+        required = sum(p.numel() * p.element_size() for p in parameters)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        if "meta tensor" in str(error):  # the constructor reads values of its tensors
+            return
+        raise ConfigError(f"model: {' '.join(str(error).split())[:300]}") from None
+    available = psutil.virtual_memory().total
+    if required > available:
+        raise ConfigError(
+            f"model: the weights take {required / 1e9:,.0f} GB, this machine has "
+            f"{available / 1e9:,.0f} GB; choose smaller sizes"
+        )
 
 
 @dataclass(frozen=True)

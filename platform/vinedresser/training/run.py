@@ -29,7 +29,7 @@ from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
 from vinedresser.tracking import Tracker
 from vinedresser.training.checkpoint import load_parts, newest_checkpoint, save_checkpoint
-from vinedresser.training.device import Device, seed_step
+from vinedresser.training.device import Device, refuse_too_large, seed_step
 from vinedresser.training.ema import AveragedWeights
 from vinedresser.training.evaluator import Evaluator
 from vinedresser.training.listener import Listener, Progress
@@ -130,9 +130,11 @@ class Run:
     def _build_model(self) -> None:
         """Build the model with fresh, warm-started and frozen weights on its device."""
         experiment, is_first = self.experiment, self.device.rank == 0
-        seed_step(experiment.seed, 0, 0)
         joint = self.shards.task.has_joint_vocabulary
-        self.model = experiment.model.instantiate(vocabulary_of(*self.tokenizers, joint=joint))
+        vocabulary = vocabulary_of(*self.tokenizers, joint=joint)
+        refuse_too_large(experiment.model, vocabulary)
+        seed_step(experiment.seed, 0, 0)
+        self.model = experiment.model.instantiate(vocabulary)
         if experiment.init is not None:
             bundle = load_bundle(Path(experiment.init))
             refuse_other_pieces(bundle, *self.tokenizers)

@@ -1,4 +1,4 @@
-"""`check`: what an experiment needs, before a cluster is spent on it."""
+"""`check`: checks of an experiment before its training."""
 
 import time
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from vinedresser.cli.arguments import HERE, AsJson, Overrides, Workspace, resolve_value
+from vinedresser.cli.arguments import HERE, AsJson, Overrides, WorkspaceFolder, resolve_value
 from vinedresser.cli.render import print_json, print_lines, print_table
 
 if TYPE_CHECKING:
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from vinedresser.health.preflight.check import CheckResult
 
 
-# Word and colour of a verdict; None is one that could not be reached.
+# Word and colour of a verdict; None is an undecided one.
 _WORDS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("open", "yellow")}
 
 
 def check(
-    experiment: Annotated[str, typer.Argument(help="import path or file; a study's base will do")],
+    experiment: Annotated[str, typer.Argument(help="import path or file; a study gives its base")],
     overrides: Overrides = None,
-    workspace: Workspace = HERE,
-    price: Annotated[float, typer.Option(help="of an hour of one worker, for the cost")] = 0.0,
+    workspace: WorkspaceFolder = HERE,
+    price: Annotated[float, typer.Option(help="price per worker-hour, for the cost")] = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Check an experiment before it is trained: data, model, memory, time and cost.
+    """Check an experiment before its training: data, model, memory, time and cost.
 
-    Trains for about a minute and keeps nothing of it. Exit code 4 if a check fails.
+    Trains for about a minute and keeps no results. Exit code 4 if a check fails.
     """
     from vinedresser.config import Experiment, resolve
     from vinedresser.config.study import Study
@@ -48,7 +48,7 @@ def check(
     found: list[CheckResult] = []
     is_whole = False
     try:
-        # A line that spins, on a terminal only.
+        # A spinner, on a terminal only.
         with Console(stderr=True, markup=False).status("") as status:
             for each in checks(
                 value, prepared, price=price, begin=lambda name: status.update(f"{name} ...")
@@ -56,7 +56,7 @@ def check(
                 found.append(each)  # noqa: PERF402 - kept also where the next one crashes
         is_whole = True
     finally:
-        # The checks before a crash may give its reason.
+        # The checks before a crash may show its reason.
         if found and not is_whole and not as_json:
             _print_checks(value, found)
     seconds = time.perf_counter() - since
@@ -67,12 +67,8 @@ def check(
     else:
         _print_checks(value, found)
         if trials > 1:
-            print_lines(
-                Text.assemble(
-                    ("time and cost", "dim"),
-                    f": of one trial; a sweep of {trials} takes up to {trials} times that",
-                )
-            )
+            note = f": of one trial; a sweep of {trials} takes up to {trials} times as much"
+            print_lines(Text.assemble(("time and cost", "dim"), note))
         summary = Text("all passed", "green")
         if failed:
             summary = Text(f"{failed} of {len(found)} failed", "bold red")
@@ -88,7 +84,7 @@ def _print_checks(experiment: "Experiment", found: "list[CheckResult]") -> None:
     name = Text(experiment.name, "bold")
     print_lines(Text.assemble(name, f": {kind} on {experiment.task.name}\n"))
     print_table(
-        [Column("check", no_wrap=True), Column("", no_wrap=True), "found", "wanted"],
+        [Column("check", no_wrap=True), Column("", no_wrap=True), "found", "expected"],
         [(c.name, Text(*_WORDS[c.passed]), c.found, c.wanted) for c in found],
     )
     print_lines("")

@@ -1,4 +1,4 @@
-"""`doctor`: what works on this machine; each part is tried, not looked up."""
+"""`doctor`: test of each part that the commands need on this machine."""
 
 import importlib.metadata
 import os
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import typer
 
-from vinedresser.cli.arguments import HERE, AsJson, Workspace
+from vinedresser.cli.arguments import HERE, AsJson, WorkspaceFolder
 from vinedresser.cli.render import print_json, print_table
 
 _SPACE_GB = 2
-# Ray's object store lives there.
+# Folder of Ray's object store.
 _SHARED_MEMORY, _SHARED_GB = "/dev/shm", 0.5  # noqa: S108
 
 
-def doctor(workspace: Workspace = HERE, as_json: AsJson = False) -> None:
-    """Say what works on this machine and what does not."""
+def doctor(workspace: WorkspaceFolder = HERE, as_json: AsJson = False) -> None:
+    """Test this machine: Python, torch, Ray, MLflow, workspace and memory."""
     parts: dict[str, Callable[[], str]] = {
         "python": _python,
         "torch": _torch,
@@ -33,7 +33,7 @@ def doctor(workspace: Workspace = HERE, as_json: AsJson = False) -> None:
     for name, part in parts.items():
         try:
             rows.append((name, True, part()))
-        except Exception as error:  # noqa: BLE001 - whatever is wrong is what is reported
+        except Exception as error:  # noqa: BLE001 - every error is a result
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             rows.append((name, False, reason))
     if as_json:
@@ -71,7 +71,7 @@ def _ray() -> str:
 
 
 def _mlflow(workspace: Path) -> str:
-    """Ask the tracking store for its experiments; without one, try a store that is thrown away."""
+    """Query the tracking store; if there is none, initialise a temporary one."""
     from vinedresser.tracking import experiments, initialise, store_for
 
     version = importlib.metadata.version("mlflow")
@@ -86,18 +86,18 @@ def _mlflow(workspace: Path) -> str:
 
 def _workspace(workspace: Path) -> str:
     folder = workspace.absolute()
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    # Without a name: nothing is left behind, whatever happens.
-    with tempfile.TemporaryFile(dir=place):
-        free = shutil.disk_usage(place).free / 1e9
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    # Without a name: no file remains.
+    with tempfile.TemporaryFile(dir=existing):
+        free = shutil.disk_usage(existing).free / 1e9
     if free < _SPACE_GB:
-        raise RuntimeError(f"{place} has {free:.1f} GB free; at least {_SPACE_GB} are needed")
-    kind = "can be written" if place == folder else "can be made"
+        raise RuntimeError(f"{existing} has {free:.1f} GB free; at least {_SPACE_GB} are needed")
+    kind = "can be written" if existing == folder else "can be created"
     return f"{folder} {kind}, {free:.0f} GB free"
 
 
 def _shared_memory() -> str:
     free = shutil.disk_usage(_SHARED_MEMORY).free / 1e9
     if free < _SHARED_GB:
-        raise RuntimeError(f"{free:.1f} GB free; below {_SHARED_GB} Ray falls back to slow files")
+        raise RuntimeError(f"{free:.1f} GB free; below {_SHARED_GB} GB Ray uses slow files")
     return f"{_SHARED_MEMORY} has {free:.0f} GB free"

@@ -1,37 +1,48 @@
-"""`evaluate`: a model's scores on a split of a task's corpus."""
+"""`evaluate`: scores of a model on a split of a task's corpus."""
 
 from typing import Annotated
 
 import typer
 
-from vinedresser.cli.arguments import HERE, AsJson, Model, Overrides, Workspace, open_model
+from vinedresser.cli.arguments import (
+    HERE,
+    AsJson,
+    ModelName,
+    Overrides,
+    SplitOption,
+    WorkspaceFolder,
+    decoding_of,
+    open_model,
+    split_options,
+)
 from vinedresser.cli.render import print_json
 
 
 def evaluate(
-    model: Model,
+    model: ModelName,
     task: Annotated[str, typer.Argument(help="import path or file of a task")],
     overrides: Overrides = None,
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model on a task; `split=dev`, `beam=4` and `length_alpha=0.6` are its own keys."""
+    """Score a model on a task. Its options are `split=dev`, `beam=4`, `length_alpha=0.6`."""
     from vinedresser import evaluate as scoring
-    from vinedresser.cli.options import SplitOption, decoding_of, split_words
     from vinedresser.config import Decoding, Frames, Task, resolve
     from vinedresser.data.corpora.corpus import read
     from vinedresser.errors import ConfigError
 
-    options, rest = split_words(SplitOption(), overrides or [])
-    own = {key: rest.pop(key) for key in Decoding.model_fields if key in rest}
-    Decoding().override(own)  # a bad option is refused before the model is read
-    value = resolve(task, [Task]).override(rest)
+    value = resolve(task, [Task])
+    parts = split_options(overrides or [], SplitOption(), Decoding(), value)
+    options, value = SplitOption().override(parts[0]), value.override(parts[2])
+    Decoding().override(parts[1])  # a bad option is refused before the model is read
     bundle = open_model(model, workspace)
     is_of_frames = isinstance(value.source_tokenizer, Frames)
     if is_of_frames != bool(bundle.source_tokenizer.features):
         kinds = ("recordings", "text") if is_of_frames else ("text", "recordings")
-        raise ConfigError(f"{task}: its source is {kinds[0]}, the model {model} reads {kinds[1]}")
-    decoding = decoding_of(bundle.experiment.decoding, own)
+        raise ConfigError(
+            f"{task}: the source is {kinds[0]}, the input of model {model} is {kinds[1]}"
+        )
+    decoding = decoding_of(bundle.experiment.decoding, parts[1])
     rows = [(row.source, row.target) for row in read(value, options.split)]
     evaluated = scoring.evaluate(
         bundle.model,

@@ -1,21 +1,28 @@
-"""`export`: a bundle in the model registry, behind the gate."""
+"""`export`: registration of a bundle, with a gate before promotion."""
 
 from typing import Annotated
 
 import typer
 
-from vinedresser.cli.arguments import HERE, AsJson, Model, Overrides, Workspace, open_model
+from vinedresser.cli.arguments import (
+    HERE,
+    AsJson,
+    ModelName,
+    Overrides,
+    WorkspaceFolder,
+    open_model,
+)
 from vinedresser.cli.render import print_json
 
 
 def export(
-    model: Model,
+    model: ModelName,
     name: Annotated[str, typer.Argument(help="name of the registered model")],
     overrides: Overrides = None,
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Register a bundle; it becomes champion only through the gate (split, max_regression)."""
+    """Register a bundle and promote it if it passes the gate (`split`, `max_regression`)."""
     from vinedresser.config import parse_overrides
     from vinedresser.registry.gate import Gate
     from vinedresser.registry.registration import register

@@ -1,25 +1,32 @@
-"""`prepare`: a corpus as verified shards."""
+"""`prepare`: verified shards of a corpus."""
 
 from typing import Annotated, Literal
 
 import typer
 
-from vinedresser.cli.arguments import HERE, AsJson, DryRun, Overrides, Workspace, resolve_value
+from vinedresser.cli.arguments import (
+    HERE,
+    AsJson,
+    DryRun,
+    Overrides,
+    WorkspaceFolder,
+    resolve_value,
+)
 from vinedresser.cli.render import print_json
 
 
 def prepare(
     task: Annotated[str, typer.Argument(help="import path or YAML/JSON file of a task")],
     overrides: Overrides = None,
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
     executor: Annotated[
         Literal["auto", "in_process", "ray"],
-        typer.Option(help="auto: Ray where the corpus is large enough to pay; the same bytes"),
+        typer.Option(help="auto: Ray for a large corpus; the output is the same"),
     ] = "auto",
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Turn a corpus into length-bucketed, verified Parquet shards."""
+    """Convert a corpus to length-bucketed, verified Parquet shards."""
     from vinedresser.config import Task
 
     value = resolve_value(task, [Task], overrides)

@@ -1,4 +1,4 @@
-"""`prune`: a smaller model that is proved equal to the one with closed heads."""
+"""`prune`: a smaller model with a parity certificate."""
 
 from typing import Annotated
 
@@ -8,11 +8,11 @@ from vinedresser.cli.arguments import (
     HERE,
     AsJson,
     DryRun,
-    Model,
+    ModelName,
     Overrides,
-    Workspace,
-    context_of,
+    WorkspaceFolder,
     open_model,
+    prepare_context,
     print_plan,
     resolve_value,
 )
@@ -22,14 +22,14 @@ _DEFAULT = "search_spaces.heads"
 
 
 def prune(
-    model: Model,
+    model: ModelName,
     pruning: Annotated[str, typer.Argument(help="import path or file of a pruning")] = _DEFAULT,
     overrides: Overrides = None,
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Close heads of a finished model, remove them, and prove the smaller model equal."""
+    """Close attention heads of a trained model, remove them, and certify parity."""
     from vinedresser.pruning.search import Pruner, Pruning
 
     words = overrides or []
@@ -39,14 +39,11 @@ def prune(
     if dry_run:
         return print_plan(value, as_json=as_json)
     from vinedresser.cluster import connect
-    from vinedresser.data import shards
-    from vinedresser.workspace import layout
 
     whole = open_model(model, workspace)
     experiment = whole.experiment
     with connect():
-        prepared = shards.prepare(experiment.task, layout.Workspace(workspace).shards)
-        context = context_of(prepared, workspace, kind="prune")
+        context = prepare_context(experiment.task, workspace, kind="prune")
         small = Pruner(experiment.name, value, whole, context=context).run()
     scores, metric = small.scores, small.scores["metric"]
     if as_json:

@@ -1,6 +1,5 @@
-"""`retrain`: the whole chain of a pipeline, and its closing table."""
+"""`retrain`: all steps of a pipeline, and the table of their results."""
 
-import logging
 import shutil
 import sys
 from pathlib import Path
@@ -14,23 +13,21 @@ from vinedresser.cli.arguments import (
     AsJson,
     DryRun,
     Overrides,
-    Workspace,
+    WorkspaceFolder,
     print_plan,
     resolve_value,
 )
 from vinedresser.cli.render import print_json, print_lines, print_table
 
-_log = logging.getLogger(__name__)
-
 
 def retrain(
     pipeline: Annotated[str, typer.Argument(help="import path or file of a pipeline")],
     overrides: Overrides = None,
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Run the whole chain: prepare, sweep, finalist, prune, compact, register."""
+    """Run all steps of a pipeline: prepare, sweep, finalist, prune, compact, register."""
     from vinedresser import pipeline as chain
 
     value = resolve_value(pipeline, [chain.Pipeline], overrides)
@@ -64,7 +61,7 @@ def retrain(
         ],
         title=f"{model}, {found['split']} split",
     )
-    # Without an activated environment the program is found by its path only.
+    # The path of the program, if its environment is not activated.
     program = "vinedresser" if shutil.which("vinedresser") else sys.argv[0]
     at = "" if workspace == Path("workspace") else f" -w {workspace}"
     return print_lines(

@@ -1,28 +1,30 @@
-"""`runs`: leaderboards of sweeps and runs, best first."""
+"""`runs`: leaderleaderboards of sweeps and runs, best first."""
 
 from datetime import timedelta
 from typing import Annotated
 
 import typer
 
-from vinedresser.cli.arguments import HERE, AsJson, Workspace, existing_store
+from vinedresser.cli.arguments import HERE, AsJson, WorkspaceFolder, existing_store
 from vinedresser.cli.render import print_json, print_lines, print_table
 
 
 def runs(
     task: Annotated[str, typer.Argument(help="name of one task; all by default")] = "",
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Show a leaderboard of sweeps and runs."""
+    """Show a leaderboard of sweeps and runs per task."""
     from vinedresser.tracking import experiments, leaderboard
 
     store = existing_store(workspace)
     names = [task] if task else experiments(store)
-    boards = {name: leaderboard(store, experiment=name) for name in names}
+    leaderboards = {name: leaderboard(store, experiment=name) for name in names}
     if as_json:
-        return print_json({name: [vars(row) for row in rows] for name, rows in boards.items()})
-    for name, rows in boards.items():
+        return print_json(
+            {name: [vars(row) for row in rows] for name, rows in leaderboards.items()}
+        )
+    for name, rows in leaderboards.items():
         print_table(
             ["run", "kind", "state", "best", "time", "id"],
             [

@@ -1,4 +1,4 @@
-"""`sweep`: a search, and the table of its trials."""
+"""`sweep`: a search over a study's space, and the table of its trials."""
 
 import math
 from pathlib import Path
@@ -11,8 +11,8 @@ from vinedresser.cli.arguments import (
     AsJson,
     DryRun,
     Overrides,
-    Workspace,
-    context_of,
+    WorkspaceFolder,
+    prepare_context,
     print_plan,
     resolve_value,
 )
@@ -20,13 +20,13 @@ from vinedresser.cli.render import print_json, print_table
 
 
 def sweep(
-    study: Annotated[str, typer.Argument(help="import path or file; a pipeline's study will do")],
+    study: Annotated[str, typer.Argument(help="import path or file; a pipeline gives its study")],
     overrides: Overrides = None,
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Search a study's space with Ray Tune and Optuna, judged by the decoded metric."""
+    """Search a study's space with Ray Tune and Optuna, ranked by the decoded metric."""
     from vinedresser.config.study import Study
     from vinedresser.pipeline import Pipeline
 
@@ -35,12 +35,9 @@ def sweep(
         return print_plan(value, as_json=as_json)
     from vinedresser import sweep as search
     from vinedresser.cluster import connect
-    from vinedresser.data import shards
-    from vinedresser.workspace import layout
 
     with connect(dashboard=value.base.compute.workers > 1):
-        prepared = shards.prepare(value.base.task, layout.Workspace(workspace).shards)
-        context = context_of(prepared, workspace, kind="trial")
+        context = prepare_context(value.base.task, workspace, kind="trial")
         outcome = search.sweep(value, context)
     if as_json:
         trials = [vars(trial) for trial in outcome.trials]

@@ -1,4 +1,4 @@
-"""`train`: one experiment, from its corpus to a bundle."""
+"""`train`: training of one experiment, from its corpus to a bundle."""
 
 import contextlib
 import logging
@@ -11,8 +11,8 @@ from vinedresser.cli.arguments import (
     AsJson,
     DryRun,
     Overrides,
-    Workspace,
-    context_of,
+    WorkspaceFolder,
+    prepare_context,
     print_plan,
     resolve_value,
 )
@@ -22,16 +22,16 @@ _log = logging.getLogger(__name__)
 
 
 def train(
-    experiment: Annotated[str, typer.Argument(help="import path or file; a study's base will do")],
+    experiment: Annotated[str, typer.Argument(help="import path or file; a study gives its base")],
     overrides: Overrides = None,
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="forget this run's checkpoints and outcome")
+        bool, typer.Option("--from-scratch", help="delete this run's checkpoints and outcome first")
     ] = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train one experiment and leave its best model, by the decoded metric, as a bundle."""
+    """Train one experiment; write the best model by the decoded metric as a bundle."""
     from vinedresser.config import Experiment
     from vinedresser.config.study import Study
 
@@ -40,13 +40,10 @@ def train(
         return print_plan(value, as_json=as_json)
     from vinedresser.cli.progress import watching
     from vinedresser.cluster import connect
-    from vinedresser.data import shards
     from vinedresser.distributed import train as distributed
-    from vinedresser.workspace import layout
 
     with connect() if value.compute.workers > 1 else contextlib.nullcontext():
-        prepared = shards.prepare(value.task, layout.Workspace(workspace).shards)
-        context = context_of(prepared, workspace)
+        context = prepare_context(value.task, workspace)
         with watching(value) as listener:
             outcome = distributed.train(
                 value, context, listener=listener, from_scratch=from_scratch

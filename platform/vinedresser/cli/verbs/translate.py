@@ -1,30 +1,38 @@
-"""`translate`: standard input to standard output, line by line."""
+"""`translate`: translation of standard input, line by line."""
 
 import json
 import sys
 from typing import TYPE_CHECKING
 
-from vinedresser.cli.arguments import HERE, AsJson, Model, Overrides, Workspace, open_model
+from vinedresser.cli.arguments import (
+    HERE,
+    AsJson,
+    ModelName,
+    Overrides,
+    WorkspaceFolder,
+    decoding_of,
+    open_model,
+)
 
 if TYPE_CHECKING:
     from vinedresser.bundle import Bundle
     from vinedresser.config import Decoding
 
-# Lines that are read before they are translated: batches of similar lengths.
+# Lines per call of the decoder, which batches lines of similar lengths.
 _LINES = 512
 
 
 def translate(
-    model: Model,
+    model: ModelName,
     overrides: Overrides = None,
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Translate stdin to stdout, line by line; `beam=4` for beam search.
 
-    A model of recordings reads their paths: one a line, or several of one utterance with tabs.
+    For a speech model each line is the path of a recording, or the tab-separated paths of one
+    utterance.
     """
-    from vinedresser.cli.options import decoding_of
     from vinedresser.config import Decoding, parse_overrides
     from vinedresser.errors import DataError
 
@@ -53,7 +61,7 @@ def translate(
 def _print_outputs(
     bundle: "Bundle", lines: list[str], decoding: "Decoding", *, as_json: bool
 ) -> None:
-    """Print one line per line; an empty line stays empty."""
+    """Print one output line per input line; an empty line stays empty."""
     full = [line for line in lines if line.strip()]
     outputs = iter(bundle.translate(full, decoding) if full else [])
     for line in lines:

@@ -1,21 +1,21 @@
-"""`ui`: MLflow's own pages of the workspace."""
+"""`ui`: the MLflow UI of the workspace."""
 
 import sys
 from typing import Annotated
 
 import typer
 
-from vinedresser.cli.arguments import HERE, Workspace
+from vinedresser.cli.arguments import HERE, WorkspaceFolder
 
 
 def ui(
     port: Annotated[int, typer.Argument(help="port on loopback", min=1, max=65535)] = 5000,
-    workspace: Workspace = HERE,
+    workspace: WorkspaceFolder = HERE,
 ) -> None:
-    """Serve the MLflow pages of the workspace on loopback, in their light form."""
+    """Serve the MLflow UI of the workspace on loopback."""
     from vinedresser.tracking import serve_ui, store_for
 
-    sys.stderr.write(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)\n")
+    sys.stderr.write(f"MLflow at http://127.0.0.1:{port} (stop with Ctrl-C)\n")
     code = serve_ui(store_for(workspace, "Default"), port)
     if code:
         raise typer.Exit(code)

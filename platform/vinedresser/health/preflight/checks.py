@@ -39,7 +39,7 @@ from vinedresser.health.preflight.sentences import (
     spread,
 )
 from vinedresser.model import Seq2Seq
-from vinedresser.training.device import resolve_device, seed_step
+from vinedresser.training.device import refuse_too_large, resolve_device, seed_step
 from vinedresser.training.optimizer import freeze
 
 # Batches from which sentences are taken, each of one length: enough for all lengths.
@@ -101,6 +101,7 @@ class _Subject:
     def build(self, config: ModelConfig) -> Seq2Seq:
         """Build the model as a run has it before its first update, in training mode."""
         experiment = self.experiment
+        refuse_too_large(config, self.vocabulary)
         seed_step(experiment.seed, 0, 0)
         model = config.instantiate(self.vocabulary)
         if experiment.init is not None:
