@@ -103,7 +103,7 @@ def is_clear(error: str, *, lines: int = 1) -> bool:
 
 
 def test_train_refuses_a_model_larger_than_the_memory(in_process: Any, files: Any) -> None:
-    code, out, err = in_process("train", files("experiment.json"), "model.d_model=1048576")
+    code, out, err = in_process("train", files("experiment.json"), "model.d_ff=1000000000000")
     assert (code, out) == (2, "")
     assert is_clear(err.splitlines()[-1])
     assert "model: the weights take " in err

@@ -27,7 +27,9 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
         # torch leaves skip_init untyped.
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+        layer: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, inputs, outputs, device=torch.get_default_device()
+        )
     if inputs and outputs:
         nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
