@@ -1,8 +1,10 @@
 """Fixtures of all rooms, and how tests are shared out among the workers of pytest-xdist."""
 
 import contextlib
+import functools
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from vinedresser.data.shards import ShardSet
@@ -41,18 +45,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for `--dist loadgroup`: one group with Ray, else one group per file.
+@functools.cache
+def group_of(file: str) -> str:
+    """Return the name of what a worker runs in one go: the file, or all files that use Ray."""
+    return "ray" if re.search(r"local_ray|mark\.ray", (ROOT / file).read_text()) else file
 
-    One worker then starts the one local Ray, and fixtures of a module are made once.
+
+class FileScheduling(LoadScopeScheduling):
+    """A file is one piece of work, and all files that use Ray are one together.
+
+    One worker then starts the one local Ray, and fixtures of a module are made once. The groups of
+    `--dist loadgroup` do not do it: xdist 3.8 writes them where pytest 9.2 no longer reads them.
     """
-    for item in items:
-        uses_ray = "local_ray" in getattr(item, "fixturenames", ()) or item.get_closest_marker(
-            "ray"
-        )
-        group = "ray" if uses_ray else item.path.relative_to(ROOT).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid.partition("::")[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
+    """Share out files among the workers of `-n`."""
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
