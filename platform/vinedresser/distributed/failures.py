@@ -38,24 +38,22 @@ class ProgressPolicy(FailurePolicy):
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         """Return Ray's decision after a failure; called by Ray's controller."""
-        is_retried = self._is_retried(training_failed_error)
-        return FailureDecision.RETRY if is_retried else FailureDecision.RAISE
-
-    def _is_retried(self, error: Exception) -> bool:
-        failures = _failures(error)
+        failures = _failures(training_failed_error)
         if any(isinstance(one, RolledBackError) for one in failures):
-            return True
+            return FailureDecision.RETRY
         if any(isinstance(one, VinedresserError) for one in failures):
-            return False
+            return FailureDecision.RAISE
         if not failures:  # the group did not start
             self._starts_left -= 1
-            is_startup = "Startup" in type(getattr(error, "controller_failure", None)).__name__
-            return is_startup and self._starts_left > 0
-        if _repeated_hang(self._folder) is not None:
-            return False
-        checkpoints = sorted(self._folder.checkpoints.glob("step-????????"))
-        newest = checkpoint_step(checkpoints[-1]) if checkpoints else 0
-        return RunHistory(self._folder.history).add_death(newest) < _DEATHS
+            kind = type(getattr(training_failed_error, "controller_failure", None)).__name__
+            is_retried = "Startup" in kind and self._starts_left > 0
+        elif _repeated_hang(self._folder) is not None:
+            is_retried = False
+        else:
+            checkpoints = sorted(self._folder.checkpoints.glob("step-????????"))
+            newest = checkpoint_step(checkpoints[-1]) if checkpoints else 0
+            is_retried = RunHistory(self._folder.history).add_death(newest) < _DEATHS
+        return FailureDecision.RETRY if is_retried else FailureDecision.RAISE
 
 
 def _failures(error: BaseException) -> list[BaseException]:

@@ -7,6 +7,7 @@ from the registry itself, so that a failure before changes nothing.
 
 import contextlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator
@@ -29,18 +30,19 @@ from vinedresser.tracking.store import (
     initialise,
     is_reachable,
     locked,
-    logger,
     none_if,
     open_client,
     server_errors,
 )
 from vinedresser.workspace.commit import Manifest, is_committed, quarantine, verify
 from vinedresser.workspace.layout import BundleFolder
-from vinedresser.workspace.storage import POSIX, make_folder, read_json
+from vinedresser.workspace.storage import POSIX, make_folder, parsed_object
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+_log = logging.getLogger(__name__)
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 BUNDLE = "bundle"
@@ -82,12 +84,12 @@ def read_scores(bundle: Path) -> dict[str, Any]:
     path = BundleFolder(bundle).scores
     if not path.is_file():
         raise DataError(f"{path}: missing; score the model before it is exported")
-    scores = read_json(path)
-    if scores is None:
-        raise DataError(f"{path}: not JSON; export the model again")
-    if not isinstance(scores, dict) or scores.get("metric") not in METRICS:
-        raise DataError(f"{path}: expected `metric`, one of {', '.join(METRICS)}; score it again")
-    return dict(scores)
+    scores = parsed_object(POSIX.read(path))
+    if scores.get("metric") not in METRICS:
+        raise DataError(
+            f"{path}: expected JSON with `metric`, one of {', '.join(METRICS)}; score it again"
+        )
+    return scores
 
 
 def register(
@@ -162,7 +164,7 @@ def fetch(uri: str, *, store: Store, cache: Path) -> Manifest:
                 if cached.digest == target.name:
                     return cached
             except DamagedError as error:
-                logger.warning("%s; downloading it again", error.args[0])
+                _log.warning("%s; downloading it again", error.args[0])
             quarantine(target)
         make_folder(cache)
         with _downloaded(client, store, version, cache) as found:
@@ -193,7 +195,7 @@ def _intact_version(
             with _downloaded(client, store, version):
                 return version
         except DamagedError as error:
-            logger.warning("%s; registering the bundle again", error.args[0])
+            _log.warning("%s; registering the bundle again", error.args[0])
     return None
 
 

@@ -35,7 +35,7 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
         # By content in the place of its path, as in the key of a run.
         content["base"] = {**content["base"], "init": read_manifest(Path(study.base.init)).digest}
     key, workspace = digest_of(content), context.workspace
-    folder = workspace.sweep(study.name, key)
+    folder = workspace.sweep_folder(study.name, key)
     with leased(folder.lease, f"sweep {folder.name}"):
         known = read_outcome(folder, workspace)
         if known is not None:

@@ -167,7 +167,7 @@ class TrialWatch(tune.Callback):
         del iteration, trials
         self.running[trial.trial_id] = trial.config
         params = short_params(trial.config["params"])
-        _log.info("  trial %d  starts with %s", trial.config["number"], params)
+        _log.info("trial %d: starts with %s", trial.config["number"], params)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: Mapping[str, Any], **_: Any
@@ -176,13 +176,13 @@ class TrialWatch(tune.Callback):
         del iteration, trials
         number, (metric, *others) = trial.config["number"], self._objectives
         if FAILURE in result:
-            return _log.info("  trial %d  failed: %s", number, result[FAILURE])
+            return _log.info("trial %d: failed: %s", number, result[FAILURE])
         value = float(result.get(f"dev/{metric}", math.nan))
         better = min if self._objectives[metric] == "min" else max
         self._best = value if math.isnan(self._best) else better(self._best, value)
         shown = [f"{metric} {value:.2f}", *(f"{k} {result.get(k, math.nan):.4g}" for k in others)]
         return _log.info(
-            "  trial %d  step %d/%d  %s  best so far %.2f",
+            "trial %d: step %d/%d  %s  best so far %.2f",
             number, result.get("step", 0), self._base.steps, "  ".join(shown), self._best,
         )  # fmt: skip
 
@@ -191,13 +191,13 @@ class TrialWatch(tune.Callback):
         del iteration, trials
         last = self._ended(trial)
         if not (last.get("is_last") or FAILURE in last):
-            _log.info("  trial %d  stopped early", trial.config["number"])
+            _log.info("trial %d: stopped early", trial.config["number"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Log a trial whose process died."""
         del iteration, trials
         self._ended(trial)
-        _log.info("  trial %d  failed: %s", trial.config["number"], DIED)
+        _log.info("trial %d: failed: %s", trial.config["number"], DIED)
 
     def folders(self, context: RunContext) -> list[RunFolder]:
         """Return the run folders of the trials that run."""

@@ -7,6 +7,7 @@ the outbox every 5 s, or sooner when 200 metrics wait. After an error of the ser
 
 import io
 import json
+import logging
 import math
 import re
 import tempfile
@@ -19,12 +20,14 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from vinedresser.errors import BusyError, MachineError
-from vinedresser.tracking.store import Store, logger, open_client, why
+from vinedresser.tracking.store import Store, open_client, why
 from vinedresser.tracking.tracker import State, Tracker
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
+
+_log = logging.getLogger(__name__)
 
 # Importing mlflow takes 1 s of processor and opening a run in a new database 3 s, all of it Python
 # that holds the interpreter. So the run is opened when there is something to deliver, after the
@@ -172,7 +175,7 @@ class MlflowTracker(Tracker):
         self._opened.wait()
         self._thread.join(CLOSE_SECONDS)
         if self._points or self._thread.is_alive():
-            logger.warning(
+            _log.warning(
                 "tracking store %s: %d metrics of run %s were not delivered",
                 self._store.shown, self.pending, self._run_id,
             )  # fmt: skip
@@ -208,7 +211,7 @@ class MlflowTracker(Tracker):
         except Exception as error:  # noqa: BLE001 (raised where somebody can act on it)
             with self._wake:
                 if isinstance(error, MachineError | BusyError):
-                    logger.warning("%s; the run goes on without tracking", error.args[0])
+                    _log.warning("%s; the run goes on without tracking", error.args[0])
                 else:
                     self._error = error
                 self._is_lost = True
@@ -297,4 +300,4 @@ class MlflowTracker(Tracker):
     def _warn(self, message: str) -> None:
         if not self._is_warned:
             self._is_warned = True
-            logger.warning("tracking store %s: %s", self._store.shown, message)
+            _log.warning("tracking store %s: %s", self._store.shown, message)

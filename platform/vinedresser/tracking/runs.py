@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,7 +19,6 @@ from vinedresser.tracking.store import (
     initialise,
     is_reachable,
     locked,
-    logger,
     open_client,
     server_errors,
 )
@@ -27,6 +27,8 @@ from vinedresser.workspace.process import is_alive, this_process
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
+
+_log = logging.getLogger(__name__)
 
 KEY, OWNER, RESUMED = "vinedresser.key", "vinedresser.owner", "vinedresser.resumed"
 REASON_TAG = "vinedresser.reason"
@@ -105,7 +107,7 @@ def open_run(
             run_id = _open(client, experiment, dict(flat(params)), {**tags, **_provenance()})
         with contextlib.suppress(BusyError, MachineError):  # the next run tries again
             for orphan in [] if parent else reap(store):
-                logger.info("tracking: run %s of a killed process closed", orphan[:8])
+                _log.info("tracking: run %s of a killed process closed", orphan[:8])
         return run_id
 
     return MlflowTracker(store, opening)
@@ -186,7 +188,7 @@ def end_children(store: Store, parent: str, reason: str) -> None:
                 client.set_tag(run.info.run_id, REASON_TAG, reason)
                 client.set_terminated(run.info.run_id, "KILLED")
     except MachineError as error:
-        logger.warning("%s; stopped runs may stay RUNNING there", error.args[0])
+        _log.warning("%s; stopped runs may stay RUNNING there", error.args[0])
 
 
 def _close(client: "MlflowClient", store: Store, run: "Run") -> bool:

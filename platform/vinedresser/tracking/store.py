@@ -21,8 +21,6 @@ from vinedresser.workspace.lease import Lease, leased
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-logger = logging.getLogger("vinedresser")
-
 T = TypeVar("T")
 # Of the wait for another process that holds a named lease.
 LOCK_SECONDS = 60.0

@@ -59,7 +59,7 @@ def serve_ui(store: Store, port: int) -> int:
         return 0
     finally:
         for each in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            gone = (ProcessLookupError, PermissionError)
+            with contextlib.suppress(*gone, subprocess.TimeoutExpired):
                 os.killpg(server.pid, each)
-            with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(STOP_SECONDS)

@@ -75,21 +75,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _seal(staging: Staging) -> None:
-    files = {}
-    (staging.path / MANIFEST).unlink(missing_ok=True)  # of a committed folder that was copied in
-    for path in sorted(p for p in staging.path.rglob("*") if p.is_file() or p.is_dir()):
-        sync(path)
-        if path.is_dir():
-            continue
-        name = path.relative_to(staging.path).as_posix()
-        files[name] = [path.stat().st_size, file_digest(path)]
-    content = {"schema": MANIFEST_SCHEMA, "files": files, "meta": staging.meta}
-    content["digest"] = digest_of(content)
-    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
-    write_whole(staging.path / MANIFEST, text.encode())
-
-
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """Make a temporary folder on the target's file system; those of killed writers are removed.
@@ -125,7 +110,17 @@ def commit(target: Path) -> Iterator[Staging]:
     with staging(target) as path:
         written = Staging(path)
         yield written
-        _seal(written)
+        files = {}
+        (path / MANIFEST).unlink(missing_ok=True)  # of a committed folder that was copied in
+        for entry in sorted(p for p in path.rglob("*") if p.is_file() or p.is_dir()):
+            sync(entry)
+            if entry.is_file():
+                size, digest = entry.stat().st_size, file_digest(entry)
+                files[entry.relative_to(path).as_posix()] = [size, digest]
+        content = {"schema": MANIFEST_SCHEMA, "files": files, "meta": written.meta}
+        content["digest"] = digest_of(content)
+        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        write_whole(path / MANIFEST, text.encode())
         if not POSIX.publish(path, target) and not is_committed(target):
             raise DamagedError(f"{target}: exists without a {MANIFEST}; move it out of the way")
 

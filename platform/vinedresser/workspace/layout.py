@@ -117,7 +117,7 @@ class Workspace:
         """Return the folder of a run, by its experiment's name and its key."""
         return RunFolder(content_folder(self.runs, name, key))
 
-    def sweep(self, name: str, key: str) -> SweepFolder:
+    def sweep_folder(self, name: str, key: str) -> SweepFolder:
         """Return the folder of a sweep, by its study's name and its key."""
         return SweepFolder(content_folder(self.sweeps, name, key))
 
