@@ -39,6 +39,7 @@ from vinedresser.data.shards import open_shards, prepare, tokenizers
 from vinedresser.evaluate import Scoring, evaluate
 from vinedresser.metrics import measure
 from vinedresser.model import Vocabulary
+from vinedresser.objective import Objective
 from vinedresser.training.device import resolve_device, seed_step
 from vinedresser.training.ema import AveragedWeights
 from vinedresser.training.optimizer import build_optimizer, learning_rate
@@ -122,11 +123,12 @@ def train_ours(job: Job) -> dict[str, Any]:
     seed_step(job.seed, 0, 0)
     vocabulary = Vocabulary(shards.source_size, shards.target_size, joint=True)
     model = experiment.model.build(vocabulary).train()
-    optimizer = build_optimizer(model, experiment.optim, gate_lr_factor=1.0)
+    objective = Objective(experiment.objective, model)
+    optimizer = build_optimizer(objective, experiment.optim)
     averaged = AveragedWeights(model, experiment.optim.ema_decay)
     batches = stream(shards, experiment.batch, seed=job.seed)
     begun, tokens = time.process_time(), 0
-    for step in training_steps(model, batches, optimizer, experiment, device=here):
+    for step in training_steps(objective, batches, optimizer, experiment, device=here):
         averaged.update(step.index)
         tokens += int(step.tokens)
     seconds = time.process_time() - begun

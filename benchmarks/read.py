@@ -36,6 +36,7 @@ class Trainer:
         from vinedresser.bundle import vocabulary_of
         from vinedresser.config import Compute, Experiment
         from vinedresser.data.shards import tokenizers
+        from vinedresser.objective import Objective
         from vinedresser.training.device import resolve_device
         from vinedresser.training.optimizer import build_optimizer
 
@@ -45,7 +46,7 @@ class Trainer:
             {
                 "task": shards.task.to_json(),
                 "model": model,
-                "objective": {"label_smoothing": 0.1},
+                "objective": {"likelihood": {"label_smoothing": 0.1}},
                 "batch": {"max_padded_tokens": TOKENS},
                 "steps": 1_000_000,
             }
@@ -54,7 +55,8 @@ class Trainer:
         self.device = resolve_device(Compute(device="cpu", precision="bf16", threads=threads))
         vocabulary = vocabulary_of(*tokenizers(shards), joint=True)
         self.model = self.experiment.model.build(vocabulary).train()
-        self.optimizer = build_optimizer(self.model, self.experiment.optim, gate_lr_factor=1.0)
+        self.objective = Objective(self.experiment.objective, self.model)
+        self.optimizer = build_optimizer(self.objective, self.experiment.optim)
         self.steps = self._steps(shards)
         self.rate(WARM_UP_STEPS)
 

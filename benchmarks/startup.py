@@ -51,7 +51,7 @@ def _experiment(workers: int = 1) -> Any:
     return Experiment.from_json({
         "name": "startup", "task": multi30k().to_json(),
         "model": {"kind": "transformer-small", "tie": "all"},
-        "objective": {"label_smoothing": 0.1}, "batch": {"max_padded_tokens": 4096},
+        "objective": {"likelihood": {"label_smoothing": 0.1}}, "batch": {"max_padded_tokens": 4096},
         "compute": {"workers": workers, "threads": 1, "device": "cpu"}, "steps": 100000,
     })  # fmt: skip
 
@@ -162,6 +162,7 @@ def work(plain: str, shards: str, rank: int, seconds: float) -> None:
     from vinedresser.data.batching.reader import stream
     from vinedresser.data.shards import open_shards
     from vinedresser.model import Vocabulary
+    from vinedresser.objective import Objective
     from vinedresser.training.device import resolve_device
     from vinedresser.training.optimizer import build_optimizer
     from vinedresser.training.step import training_steps
@@ -173,10 +174,11 @@ def work(plain: str, shards: str, rank: int, seconds: float) -> None:
     here = resolve_device(experiment.compute, rank=rank)
     torch.manual_seed(1)
     model = experiment.model.build(Vocabulary(opened.source_size, opened.source_size, joint=True))
-    optimizer = build_optimizer(model.train(), experiment.optim, gate_lr_factor=1.0)
+    objective = Objective(experiment.objective, model.train())
+    optimizer = build_optimizer(objective, experiment.optim)
     batches = stream(opened, experiment.batch, seed=experiment.seed, rank=rank, of=workers)
     begun, spent, tokens, over = 0.0, 0.0, 0, torch.zeros(1)
-    for step in training_steps(model, batches, optimizer, experiment, device=here):
+    for step in training_steps(objective, batches, optimizer, experiment, device=here):
         if step.index == WARM_UP:
             _meet()
             begun, spent = time.perf_counter(), time.process_time()

@@ -22,7 +22,7 @@ import torch
 from vinedresser.batch import Batch
 from vinedresser.config.kinds import named_model
 from vinedresser.model import Seq2Seq, Vocabulary
-from vinedresser.objectives import likelihood
+from vinedresser.objective import target_nll
 
 FEATURES, IDS, SENTENCES, FRAMES, TOKENS = 80, 60, 8, 400, 40
 KINDS = ("concat", "pool", "conv")
@@ -57,7 +57,7 @@ def stepper(model: Seq2Seq, batch: Batch, precision: str) -> Callable[[], float]
     def step() -> float:
         begun = time.process_time()
         with cast or contextlib.nullcontext():
-            loss = likelihood(model, model(batch), batch)
+            loss = target_nll(model, model(batch), batch)
         loss.mean.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -170,6 +170,7 @@ def work(model: str, precision: str, seconds: float, shards: Path, seed: int) ->
     from vinedresser.data.batching.reader import stream
     from vinedresser.data.shards import open_shards
     from vinedresser.model import Vocabulary
+    from vinedresser.objective import Objective
     from vinedresser.training.device import resolve_device
     from vinedresser.training.optimizer import build_optimizer
     from vinedresser.training.step import training_steps
@@ -178,7 +179,7 @@ def work(model: str, precision: str, seconds: float, shards: Path, seed: int) ->
     plain = {
         "task": opened.task.to_json(),
         "model": {"kind": model, **({"tie": "all"} if model in TIES_ALL else {})},
-        "objective": {"label_smoothing": 0.1},
+        "objective": {"likelihood": {"label_smoothing": 0.1}},
         "optim": {"lr": 1e-3},
         "compute": {"threads": 1, "precision": precision, "device": "cpu"},
         "steps": 10**6,
@@ -189,10 +190,11 @@ def work(model: str, precision: str, seconds: float, shards: Path, seed: int) ->
     torch.manual_seed(seed)
     size = opened.source_size
     built = experiment.model.build(Vocabulary(size, size, joint=True)).train()
-    optimizer = build_optimizer(built, experiment.optim, gate_lr_factor=1.0)
+    objective = Objective(experiment.objective, built)
+    optimizer = build_optimizer(objective, experiment.optim)
     batches = stream(opened, tokens=4096, seed=seed)
     marks, tokens = [], 0
-    for step in training_steps(built, batches, optimizer, experiment, device=here):
+    for step in training_steps(objective, batches, optimizer, experiment, device=here):
         tokens += int(step.tokens)
         marks.append((time.process_time(), tokens))
         if len(marks) > WARM_UP + 1 and marks[-1][0] - marks[WARM_UP][0] > seconds:

@@ -40,6 +40,7 @@ from vinedresser.config import Evaluation, Experiment
 from vinedresser.data.batching.reader import Batches, load_split, stream
 from vinedresser.data.shards import ShardSet, prepare, tokenizers
 from vinedresser.evaluate import Scores, Scoring, evaluate
+from vinedresser.objective import Objective
 from vinedresser.tracking import NullTracker
 from vinedresser.training.device import Device, resolve_device
 from vinedresser.training.listener import Listener
@@ -105,7 +106,7 @@ def base_of(task: str, data: Path) -> Experiment:
         "evaluation": Evaluation(num_evaluations=4, sentences=500).to_json(),
         "checkpoint_every": 1_000_000,
         "optim.warmup_steps": 0,
-        "objective.sampling.probability": 0.0,
+        "objective.likelihood.sampling.probability": 0.0,
     }
     if task == "cmudict":
         return demo.EXPERIMENT.override({"name": task, **shared})
@@ -228,11 +229,12 @@ def probe(experiment: Experiment, shards: ShardSet, where: Device, seconds: floa
     """CPU seconds of an update, over about `seconds` of them and 8 at least."""
     vocabulary = vocabulary_of(*tokenizers(shards), joint=shards.task.has_joint_vocabulary)
     model = experiment.model.build(vocabulary).train()
-    optimizer = build_optimizer(model, experiment.optim, gate_lr_factor=1.0)
+    objective = Objective(experiment.objective, model)
+    optimizer = build_optimizer(objective, experiment.optim)
     endless = experiment.override({"steps": 1_000_000})
     started = 0.0
     with contextlib.closing(stream(shards, experiment.batch, seed=99)) as batches:
-        for step in training_steps(model, batches, optimizer, endless, device=where):
+        for step in training_steps(objective, batches, optimizer, endless, device=where):
             spent = time.process_time() - started
             if step.index == 3:  # buffers and kernels are there
                 started = time.process_time()

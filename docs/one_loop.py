@@ -17,11 +17,12 @@ import torch
 
 from trainables.transformer import TransformerConfig
 from vinedresser.bundle import vocabulary_of
-from vinedresser.config import Batching, Decoding, Optim, Task
+from vinedresser.config import Batching, Decoding, Optim, Task, Terms
 from vinedresser.data.batching.reader import Batches, in_order, load_split
 from vinedresser.data.shards import prepare, tokenizers
 from vinedresser.decode import decode
 from vinedresser.metrics import measure
+from vinedresser.objective import Objective
 from vinedresser.training.ema import AveragedWeights
 from vinedresser.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 
@@ -93,7 +94,7 @@ def main() -> float:
         model = config.build(vocabulary)
         evaluated = config.build(vocabulary).eval()
         optim = Optim(lr=3e-3, warmup_steps=100)
-        optimizer = build_optimizer(model, optim, gate_lr_factor=1.0)
+        optimizer = build_optimizer(Objective(Terms(), model), optim)
         ema = AveragedWeights(model, optim.ema_decay)
 
         model.train()

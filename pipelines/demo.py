@@ -29,7 +29,7 @@ PIPELINE = Pipeline(
             "evaluation.num_evaluations": 2,
         },
         # At 0.1 a few of this model's 24 heads close, at 1 more than half of them.
-        space={"objective.l0": FloatDistribution(0.1, 1.0, log=True)},
+        space={"objective.head_penalty.weight": FloatDistribution(0.1, 1.0, log=True)},
         num_trials=4,
         max_regression=1.0,
     ),

@@ -25,7 +25,7 @@ PIPELINE = Pipeline(
             "compute.threads": 1,
             "evaluation.num_evaluations": 2,
         },
-        space={"objective.l0": FloatDistribution(0.1, 1.0, log=True)},
+        space={"objective.head_penalty.weight": FloatDistribution(0.1, 1.0, log=True)},
         num_trials=4,
         max_regression=1.0,
     ),

@@ -11,7 +11,9 @@ from vinedresser.config.study import Stopping, Study
 
 STUDY = Study(
     name="g2p-architectures",
-    base=EXPERIMENT.override({"name": "architectures", "objective.sampling.probability": 0.0}),
+    base=EXPERIMENT.override(
+        {"name": "architectures", "objective.likelihood.sampling.probability": 0.0}
+    ),
     space={
         "model": CategoricalDistribution(["rnn", "rnn-small", "conv-small", "transformer-tiny"]),
         "model.dropout": FloatDistribution(0.0, 0.2),

@@ -12,14 +12,14 @@ from vinedresser.config import (
     Batching,
     Evaluation,
     Experiment,
-    Objective,
     Optim,
-    ScheduledSampling,
     Task,
+    Terms,
     Tokenizer,
 )
 from vinedresser.config.study import Stopping, Study
 from vinedresser.data.corpora.kinds.lexicon import LexiconCorpus
+from vinedresser.objectives.likelihood import LikelihoodConfig, ScheduledSampling
 
 # The field's public test list (PRONASYL 2007). Its words are kept out where the list is at hand.
 _TEST_LIST = Path(__file__).parents[2] / "shared/data/cmudict/pronasyl2007_test.tsv"
@@ -52,7 +52,9 @@ EXPERIMENT = Experiment(
         dropout=0.0,
         attention_dropout=0.0,
     ),
-    objective=Objective(sampling=ScheduledSampling(probability=0.1, decay_steps=400)),
+    objective=Terms(
+        likelihood=LikelihoodConfig(sampling=ScheduledSampling(probability=0.1, decay_steps=400))
+    ),
     optim=Optim(lr=2e-3, warmup_steps=100),
     batch=Batching(max_padded_tokens=512),
     # A quarter of the dev words ranks trials; the finalist is evaluated on all of them.
@@ -65,7 +67,7 @@ STUDY = Study(
     name="g2p-sampling",
     base=EXPERIMENT,
     space={
-        "objective.sampling.probability": FloatDistribution(0.0, 0.4),
+        "objective.likelihood.sampling.probability": FloatDistribution(0.0, 0.4),
         "optim.clip_norm": FloatDistribution(0.1, 10.0, log=True),
         "optim.warmup_steps": IntDistribution(20, 400, log=True),
     },

@@ -12,13 +12,14 @@ from vinedresser.config import (
     Compute,
     Evaluation,
     Experiment,
-    Objective,
     Optim,
     Task,
+    Terms,
     Tokenizer,
 )
 from vinedresser.config.study import Stopping, Study
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
+from vinedresser.objectives.likelihood import LikelihoodConfig
 
 TASK = Task(
     name="translation",
@@ -35,7 +36,7 @@ EXPERIMENT = Experiment(
     name="translation",
     task=TASK,
     model=TransformerConfig(tie="all"),
-    objective=Objective(label_smoothing=0.1),
+    objective=Terms(likelihood=LikelihoodConfig(label_smoothing=0.1)),
     optim=Optim(lr=1.5e-3, warmup_steps=300, anneal=0.5),
     # So early, many small updates do more than few large ones, though a token costs a quarter more.
     batch=Batching(max_padded_tokens=1024),
@@ -60,7 +61,7 @@ STUDY = Study(
         }
     ),
     space={
-        "objective.sampling.probability": FloatDistribution(0.0, 0.4),
+        "objective.likelihood.sampling.probability": FloatDistribution(0.0, 0.4),
         "optim.clip_norm": FloatDistribution(0.1, 10.0, log=True),
         "optim.warmup_steps": IntDistribution(50, 400, log=True),
     },

@@ -29,9 +29,9 @@ TRANSFORMER = {
 }  # fmt: skip
 # What draws at random, and what is trained beside weights.
 GATED = {
-    "objective.sampling": {"probability": 0.5, "decay_steps": 10},
+    "objective.likelihood.sampling": {"probability": 0.5, "decay_steps": 10},
     "model.concrete_heads": ["enc_self", "dec_enc"],
-    "objective.l0": 0.5,
+    "objective.head_penalty.weight": 0.5,
 }
 
 

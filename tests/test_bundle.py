@@ -221,7 +221,9 @@ class TestWarmStart:
         assert not torch.equal(next(model.parameters()), next(bundle.model.parameters()))
 
     def test_gates_that_are_new_stay_open_and_change_no_output(self, bundle, reversal):
-        config = pruning_experiment(bundle, {"objective.l0": 0.5}, kinds=["enc_self", "dec_enc"])
+        config = pruning_experiment(
+            bundle, {"objective.head_penalty.weight": 0.5}, kinds=["enc_self", "dec_enc"]
+        )
         assert config.init == str(bundle.folder)
         model = built(config, reversal, seed=5)
         account = warm_start(model, bundle, config.model)

@@ -12,7 +12,7 @@ from vinedresser.batch import BOS, EOS, PAD, Batch, is_real, pad_ids
 from vinedresser.decode import beam_search, greedy, length_limits, length_penalty
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.output import Output
-from vinedresser.objectives import likelihood
+from vinedresser.objective import target_nll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,7 +146,7 @@ def test_summed_log_probabilities_are_the_likelihood():
     rows = [[*found.ids[i], EOS] for i in ended]
     sources = pad_ids([SOURCES[i] for i in ended])
     batch = Batch(*sources, *pad_ids(rows), torch.arange(len(ended)))
-    total = float(likelihood(model, model(batch), batch).total.detach())
+    total = float(target_nll(model, model(batch), batch).total.detach())
     assert total == pytest.approx(sum(found.nll[i] for i in ended), abs=1e-3)
 
 

@@ -11,7 +11,7 @@ from vinedresser.batch import EOS, Batch, pad_ids
 from vinedresser.evaluate import conditioning_gap, sentence_nll, with_other_sources
 from vinedresser.model import Memory, Vocabulary
 from vinedresser.nn.output import Output
-from vinedresser.objectives import likelihood
+from vinedresser.objective import target_nll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,7 +118,7 @@ def test_sentences_sum_up_to_the_loss():
     model = built(Transformer).eval()
     found_B = sentence_nll(model, batch)
     assert float(found_B.sum()) == pytest.approx(
-        float(likelihood(model, model(batch), batch).total)
+        float(target_nll(model, model(batch), batch).total)
     )
     alone = batch_of([[5, 6, EOS]], [[EOS]])
     assert float(found_B[1]) == pytest.approx(float(sentence_nll(model, alone)), rel=1e-5)

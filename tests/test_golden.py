@@ -95,9 +95,9 @@ FORMS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
                     "values": "low_rank", "value_rank": 3,
                     "concrete_heads": ["enc_self", "dec_self", "dec_enc"],
                 },
-                "objective.l0": 0.3,
-                "objective.label_smoothing": 0.1,
-                "objective.sampling": {"probability": 0.4, "decay_steps": 20},
+                "objective.head_penalty.weight": 0.3,
+                "objective.likelihood.label_smoothing": 0.1,
+                "objective.likelihood.sampling": {"probability": 0.4, "decay_steps": 20},
                 "batch.per_update": 2,
                 "batch.order": "bucket_by_source",
                 "optim.decay": "inverse_sqrt",
@@ -120,7 +120,7 @@ FORMS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
                         "filters": 8,
                     },
                 },
-                "objective.sampling": {
+                "objective.likelihood.sampling": {
                     "probability": 0.5, "feedback": "sample", "decay": "inverse_sigmoid",
                     "decay_steps": 8,
                 },
@@ -140,8 +140,8 @@ FORMS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
                     "bidirectional": True, "encoder_layers": 2, "decoder_layers": 2,
                     "layer_norm": True, "reverse_source": True, "tie": "none",
                 },
-                "objective.label_smoothing": 0.2,
-                "objective.sampling": {
+                "objective.likelihood.label_smoothing": 0.2,
+                "objective.likelihood.sampling": {
                     "probability": 0.5, "feedback": "sample", "decay": "constant",
                 },
                 "batch.subset": 0.5,
@@ -161,7 +161,7 @@ FORMS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
                     "kind": "listener", "width": 16, "encoder_units": 12,
                     "subsampling": {"layers": 2}, "encoder_layers": 3,
                 },
-                "objective.sampling": {"probability": 0.5, "decay": "exponential"},
+                "objective.likelihood.sampling": {"probability": 0.5, "decay": "exponential"},
                 "batch.max_padded_tokens": 512,
             },
         ),
@@ -173,7 +173,7 @@ FORMS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
                     "bidirectional": False, "score": "cosine", "input_feeding": True,
                     "decoder_layers": 2, "layer_norm": True, "tie": "none",
                 },
-                "objective.sampling": {
+                "objective.likelihood.sampling": {
                     "probability": 0.3, "feedback": "sample", "decay": "constant",
                 },
             },
@@ -191,8 +191,8 @@ FORMS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
                     "decoder_layers": 3, "weight_norm": False, "positions": "none", "tie": "none",
                     "subsampling": {"kind": "conv", "layers": 1},
                 },
-                "objective.label_smoothing": 0.1,
-                "objective.sampling": {"probability": 0.3, "decay": "constant"},
+                "objective.likelihood.label_smoothing": 0.1,
+                "objective.likelihood.sampling": {"probability": 0.3, "decay": "constant"},
                 "batch.order": "random",
                 "batch.subword_alpha": 0.2,
                 "decoding.beam": 2,

@@ -13,14 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainables
 from vinedresser.batch import EOS, Batch, pad_ids
-from vinedresser.config import Compute, Objective
+from vinedresser.config import Compute, Terms
 from vinedresser.config.kinds import ZOO, ModelConfig, kind_class
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError, MachineError
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.gates import head_gates
+from vinedresser.objective import Objective
 from vinedresser.training.device import resolve_device
-from vinedresser.training.step import Trainee
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,10 +170,10 @@ def test_outputs_and_gradients_are_the_same_on_two_devices(name, sides):
     found = []
     for model in (one, two):
         batch = batch_of().to(model.device)
-        l0 = 0.1 if head_gates(model) else 0.0
-        trainee = Trainee(model, Objective(l0=l0))
-        nats, goal = trainee(batch, 1.0, batch.tokens)
-        goal.backward()
+        weight = 0.1 if head_gates(model) else 0.0
+        terms = Terms.from_json({"head_penalty": {"weight": weight}})
+        nats, loss = Objective(terms, model)(batch, batch.tokens, step=1, seed=0)
+        loss.backward()
         grads = [p.grad.cpu() for p in model.parameters()]
         ids = greedy(model, batch.source_BS, batch.source_lengths_B, cap=8).ids
         beams = beam_search(

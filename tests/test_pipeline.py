@@ -58,7 +58,14 @@ def pipeline_of(study: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[str
         "finalist": {"steps": 400, "optim.lr": 5e-3},
         "pruning": {
             "overrides": {"steps": 80, "evaluation.num_evaluations": 2, "optim.lr": 2e-3},
-            "space": {"objective.l0": {"type": "float", "low": 0.3, "high": 1.5, "log": True}},
+            "space": {
+                "objective.head_penalty.weight": {
+                    "type": "float",
+                    "low": 0.3,
+                    "high": 1.5,
+                    "log": True,
+                }
+            },
             "num_trials": 2,
             "max_regression": 30.0,
         },

@@ -39,26 +39,32 @@ FORMS: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "rnn, sampled, bf16": (
         "symbols",
         {"kind": "rnn", "width": 16, "encoder_units": 8, "cell": "gru", "bidirectional": True},
-        {"objective.sampling": _SAMPLED, "compute.precision": "bf16"},
+        {"objective.likelihood.sampling": _SAMPLED, "compute.precision": "bf16"},
     ),
     "attention_rnn, bf16": ("symbols", _ATTENTION, {"compute.precision": "bf16"}),
     "attention_rnn, input feeding, sampled": (
         "symbols",
         {**_ATTENTION, "input_feeding": True},
-        {"objective.sampling": {**_SAMPLED, "decay": "inverse_sigmoid"}},
+        {"objective.likelihood.sampling": {**_SAMPLED, "decay": "inverse_sigmoid"}},
     ),
     "conv, bf16": (
-        "symbols", _CONV, {"compute.precision": "bf16", "objective.label_smoothing": 0.1},
+        "symbols",
+        _CONV,
+        {"compute.precision": "bf16", "objective.likelihood.label_smoothing": 0.1},
     ),
-    "conv, sampled": ("symbols", _CONV, {"objective.sampling": _SAMPLED}),
+    "conv, sampled": ("symbols", _CONV, {"objective.likelihood.sampling": _SAMPLED}),
     "transformer, unaveraged": (
         "symbols", _TRANSFORMER, {"optim.ema_decay": 0, "optim.decay": "inverse_sqrt"},
     ),
     "transformer, gated, sampled": (
-        "symbols", _GATED, {"objective.l0": 0.5, "objective.sampling": _SAMPLED},
+        "symbols",
+        _GATED,
+        {"objective.head_penalty.weight": 0.5, "objective.likelihood.sampling": _SAMPLED},
     ),
     "transformer, gated, bf16": (
-        "symbols", {**_GATED, "tie": "all"}, {"objective.l0": 0.5, "compute.precision": "bf16"},
+        "symbols",
+        {**_GATED, "tie": "all"},
+        {"objective.head_penalty.weight": 0.5, "compute.precision": "bf16"},
     ),
     "transformer, accumulated, part frozen": (
         "symbols",

@@ -155,7 +155,12 @@ def watch(points: Points, trace: Path) -> None:
 
 def line_of(step: Step) -> str:
     """An update as text that loses no bit."""
-    floats = (float(step.nats), float(step.gradient_norm), step.learning_rate, step.epsilon)
+    floats = (
+        float(step.nll),
+        float(step.gradient_norm),
+        step.learning_rate,
+        step.metrics["teacher_forcing_ratio"],
+    )
     return " ".join([str(step.index), str(int(step.tokens)), *(x.hex() for x in floats)])
 
 

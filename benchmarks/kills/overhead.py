@@ -57,7 +57,7 @@ def _one(config: Experiment, folder: Path, count: int) -> dict[str, float]:
         tracker=NullTracker(),
     )
     batches = stream(shards, config.batch, seed=config.seed)
-    steps = training_steps(run.model, batches, run.optimizer, config, device=run.device)
+    steps = training_steps(run.objective, batches, run.optimizer, config, device=run.device)
     for _ in range(_WARM_UP):
         run.ema.update(next(steps).index)
     began = time.perf_counter()

@@ -5,6 +5,7 @@ length, and beams of different sentences never compete.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,9 +47,51 @@ def length_limits(source_lengths_B: Tensor, cap: int) -> Tensor:
     return (2 * source_lengths_B + 10).clamp(max=cap)
 
 
-@torch.no_grad()
 def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) -> Decoded:
-    """Take the most probable next token until EOS or the limit of the sentence."""
+    """Decode the most probable next token, until EOS or the sentence's limit."""
+
+    def best(states_BD: Tensor) -> tuple[Tensor, Tensor]:
+        log_p, tokens = model.output.best(states_BD, 1)
+        return log_p[:, 0], tokens[:, 0]
+
+    return _stepwise(model, source_BS, lengths_B, cap, best)
+
+
+def sample(
+    model: Seq2Seq,
+    source_BS: Tensor,
+    lengths_B: Tensor,
+    *,
+    cap: int,
+    generator: torch.Generator | None = None,
+) -> Decoded:
+    """Draw each next token from the model's distribution, until EOS or the sentence's limit.
+
+    Args:
+        model: in eval mode.
+        source_BS: padded source ids.
+        lengths_B: their lengths.
+        cap: no output is longer.
+        generator: on the model's device; None takes torch's global one.
+    """
+
+    def drawn(states_BD: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = model.output.sample(states_BD, generator)
+        log_p = model.output.log_probs(states_BD).gather(1, tokens[:, None])
+        return log_p[:, 0], tokens
+
+    return _stepwise(model, source_BS, lengths_B, cap, drawn)
+
+
+@torch.no_grad()
+def _stepwise(
+    model: Seq2Seq,
+    source_BS: Tensor,
+    lengths_B: Tensor,
+    cap: int,
+    choose: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Decoded:
+    """Decode with one hypothesis per sentence; `choose` maps states to log p and token ids."""
     limits_B = length_limits(lengths_B, cap)
     B, longest = len(limits_B), int(limits_B.max())
     device = source_BS.device
@@ -60,9 +103,9 @@ def greedy(model: Seq2Seq, source_BS: Tensor, lengths_B: Tensor, *, cap: int) ->
     is_open = torch.ones(B, dtype=torch.bool, device=device)
     for t in range(longest):
         states, state = model.step(state, tokens)
-        best, tokens = (found[:, 0] for found in model.output.best(states, 1))
+        log_p, tokens = choose(states)
         out_BT[rows, t] = torch.where(is_open, tokens, EOS)
-        nll_B[rows] -= torch.where(is_open, best, 0.0)
+        nll_B[rows] -= torch.where(is_open, log_p, 0.0)
         is_open = is_open & (tokens != EOS) & (t + 1 < limits_B[rows])
         num_open = int(is_open.sum())
         if num_open == 0:

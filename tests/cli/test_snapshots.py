@@ -246,7 +246,7 @@ def test_errors(shown: Shown, compared: Any, files: Any, tmp_path: Path) -> None
         ("train", one, "model=transformer-smal"),
         ("train", one, "model.kind=os.path"),
         ("train", one, "optim.warmup_steps=50"),
-        ("train", one, "objective.l0=0.1"),
+        ("train", one, "objective.head_penalty.weight=0.1"),
         ("train", one, "compute.workers=2", "batch.per_update=3"),
         ("train", one, "compute.device=cuda", "compute.devices.encoder=cpu"),
         ("train", one, "batch.order=sorted"),

@@ -53,7 +53,7 @@ def test_twenty_problems_and_how_many_more(experiment):
         ("optim.lr", float("inf")),
         ("optim.lr", -1),
         ("optim.lr", True),
-        ("objective.l0", True),
+        ("objective.head_penalty.weight", True),
         ("steps", True),
         ("steps", 1.5),
         ("steps", None),
@@ -96,10 +96,10 @@ def test_more_evaluations_than_steps(experiment):
 
 
 def test_pruning_without_gates(experiment):
-    tree = {**experiment, "objective": {"l0": 0.1}}
+    tree = {**experiment, "objective": {"head_penalty": {"weight": 0.1}}}
     assert "set model.concrete_heads" in refusal(tree)
     gated = {"kind": "tiny_zoo.tiny", "concrete_heads": ["encoder"]}
-    assert Experiment.from_json({**tree, "model": gated}).objective.l0 == 0.1
+    assert Experiment.from_json({**tree, "model": gated}).objective.head_penalty.weight == 0.1
 
 
 # The sections that are chosen by what stands in them.

@@ -89,7 +89,7 @@ def test_what_is_no_range_is_refused(space, message):
 
 def test_a_front_is_not_stopped_early():
     gated = {**BASE, "model": {"kind": "transformer", "concrete_heads": ["enc_self"]}}
-    space = {"objective.l0": {"type": "float", "low": 0.1, "high": 1.0}}
+    space = {"objective.head_penalty.weight": {"type": "float", "low": 0.1, "high": 1.0}}
     more = {"base": gated, "space": space, "name": "s", "objectives": ["inferred", "dev/heads"]}
     with pytest.raises(ConfigError, match="stopping: null"):
         Study.from_json(more)

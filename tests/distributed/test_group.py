@@ -27,7 +27,7 @@ from vinedresser.distributed.context import RunContext
 from vinedresser.distributed.resources import num_groups, require
 from vinedresser.distributed.train import train
 from vinedresser.errors import InterruptedRunError, MachineError, TrainingError
-from vinedresser.objectives import likelihood
+from vinedresser.objective import Objective, target_nll
 from vinedresser.sweep import sweep
 from vinedresser.training.device import seed_step
 from vinedresser.training.listener import Listener, Progress
@@ -80,7 +80,8 @@ def reference(experiment: Experiment, shards: ShardSet) -> Mapping[str, torch.Te
     model = experiment.model.build(
         vocabulary_of(*tokenizers(shards), joint=shards.task.has_joint_vocabulary)
     )
-    optimizer = build_optimizer(model, experiment.optim, gate_lr_factor=1.0)
+    objective = Objective(experiment.objective, model)
+    optimizer = build_optimizer(objective, experiment.optim)
     ranks = [
         stream(
             shards, tokens=experiment.batch.max_padded_tokens, seed=experiment.seed, rank=rank, of=2
@@ -94,7 +95,7 @@ def reference(experiment: Experiment, shards: ShardSet) -> Mapping[str, torch.Te
         for batch in batches:
             memory = model.encode(batch.source_BS, batch.source_lengths_B)
             states_BTD = model.decode(memory, batch.inputs_BT)
-            (likelihood(model, states_BTD, batch, label_smoothing=0.0).total / tokens).backward()
+            (target_nll(model, states_BTD, batch, label_smoothing=0.0).total / tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), experiment.optim.clip_norm)
         rate = learning_rate(experiment.optim, step=step, steps=experiment.steps)
         set_learning_rate(optimizer, rate)

@@ -31,7 +31,7 @@ from vinedresser.figures.attention_maps import (
     kind_of,
 )
 from vinedresser.model import Seq2Seq, Vocabulary
-from vinedresser.objectives import likelihood
+from vinedresser.objective import target_nll
 
 SYMBOLS = Symbols("symbols", list("abcdefgh"))
 SMALL = {"d_model": 32, "d_ff": 64, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0,
@@ -277,7 +277,7 @@ def learnt(one_thread: None) -> tuple[dict[str, float], dict[str, float], Memory
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for step in range(150):
         batch = train.batch(np.arange(32 * step, 32 * (step + 1)))
-        loss = likelihood(model, model(batch), batch, label_smoothing=0.0)
+        loss = target_nll(model, model(batch), batch, label_smoothing=0.0)
         optimizer.zero_grad()
         (loss.total / batch.tokens).backward()
         optimizer.step()

@@ -112,7 +112,7 @@ class TestHealthy:
         changes = {
             "steps": 200,
             "batch": {"max_padded_tokens": 512},
-            "objective": {"sampling": sampling},
+            "objective": {"likelihood": {"sampling": sampling}},
         }
         run = run_of(shards, tmp_path / "run", optim={"lr": 2e-3, "warmup_steps": 50}, **changes)
         run.execute()

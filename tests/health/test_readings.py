@@ -15,6 +15,7 @@ from vinedresser.config import Experiment
 from vinedresser.health.activations import Activations, observed
 from vinedresser.health.readings import Readings, layer_of
 from vinedresser.model import Seq2Seq, Vocabulary
+from vinedresser.objective import Objective
 from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer, freeze
 from vinedresser.training.step import training_steps
@@ -64,8 +65,9 @@ def endless() -> Iterator[Batch]:
 
 
 def trained(model: Seq2Seq, config: Experiment, monitor: Readings | None) -> None:
-    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, endless(), optimizer, config, device=HERE, monitor=monitor)
+    objective = Objective(config.objective, model)
+    optimizer = build_optimizer(objective, config.optim)
+    steps = training_steps(objective, endless(), optimizer, config, device=HERE, monitor=monitor)
     assert len(list(steps)) == config.steps
 
 
@@ -427,7 +429,8 @@ def test_nothing_waits_for_the_gpu_but_take(name):
     config = experiment(MODELS[name])
     model = built(config).to(device).train()
     monitor, batch = Readings(model, every=1), batch_of(ROWS).to(device)
-    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+    objective = Objective(config.objective, model)
+    optimizer = build_optimizer(objective, config.optim)
     is_real_BT = batch.is_real_BT
     for index in (1, 2):
         torch.cuda.set_sync_debug_mode("error" if index == 2 else "default")

@@ -7,7 +7,7 @@ from torch import Tensor
 from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.output import FullOutput
-from vinedresser.objectives import likelihood
+from vinedresser.objective import target_nll
 
 V = 7
 TARGETS = [[4, 5, 6, EOS], [EOS], [6, 6, EOS]]
@@ -47,7 +47,7 @@ def scores_BTV() -> Tensor:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_uniform_logits_cost_ln_v_a_token(batch, smoothing):
-    loss = likelihood(Plain(), torch.full((3, 4, V), 3.0), batch, label_smoothing=smoothing)
+    loss = target_nll(Plain(), torch.full((3, 4, V), 3.0), batch, label_smoothing=smoothing)
     assert int(loss.tokens) == 8
     assert float(loss.mean) == pytest.approx(math.log(V), rel=1e-6)
 
@@ -55,14 +55,14 @@ def test_uniform_logits_cost_ln_v_a_token(batch, smoothing):
 def test_the_sum_of_log_probabilities_by_hand(batch, scores_BTV):
     log_p = scores_BTV.log_softmax(-1)
     wanted = -sum(log_p[b, t, v] for b, row in enumerate(TARGETS) for t, v in enumerate(row))
-    assert float(likelihood(Plain(), scores_BTV, batch).total) == pytest.approx(float(wanted))
+    assert float(target_nll(Plain(), scores_BTV, batch).total) == pytest.approx(float(wanted))
 
 
 def test_padding_adds_nothing(batch, scores_BTV):
-    clean = likelihood(Plain(), scores_BTV, batch, label_smoothing=0.1)
+    clean = target_nll(Plain(), scores_BTV, batch, label_smoothing=0.1)
     dirty = scores_BTV.clone()
     dirty[batch.target_BT == PAD] = math.nan
-    found = likelihood(Plain(), dirty.requires_grad_(), batch, label_smoothing=0.1)
+    found = target_nll(Plain(), dirty.requires_grad_(), batch, label_smoothing=0.1)
     assert torch.equal(found.total, clean.total)
     found.total.backward()
     assert (dirty.grad[batch.target_BT == PAD] == 0).all()
@@ -73,17 +73,17 @@ def test_a_perfect_model_costs_the_entropy_of_the_smoothed_target(batch, smoothi
     """methods.md 78."""
     gold, rest = 1 - smoothing + smoothing / V, smoothing / V
     target_BTV = torch.full((3, 4, V), rest).scatter(2, batch.target_BT[..., None], gold)
-    loss = likelihood(Plain(), target_BTV.log(), batch, label_smoothing=smoothing)
+    loss = target_nll(Plain(), target_BTV.log(), batch, label_smoothing=smoothing)
     entropy = -gold * math.log(gold) - (V - 1) * rest * math.log(rest)
     assert float(loss.mean) == pytest.approx(entropy, rel=1e-5)
-    sure = likelihood(Plain(), 30 * target_BTV, batch, label_smoothing=smoothing)
+    sure = target_nll(Plain(), 30 * target_BTV, batch, label_smoothing=smoothing)
     assert float(sure.mean) > entropy
 
 
 def test_sums_add_over_parts_and_means_do_not(batch, scores_BTV):
-    whole = likelihood(Plain(), scores_BTV, batch)
+    whole = target_nll(Plain(), scores_BTV, batch)
     parts = [
-        likelihood(Plain(), scores_BTV[i : i + 1, : len(row)], batch_of([row]))
+        target_nll(Plain(), scores_BTV[i : i + 1, : len(row)], batch_of([row]))
         for i, row in enumerate(TARGETS)
     ]
     assert float(sum(p.total for p in parts)) == pytest.approx(float(whole.total), rel=1e-6)
@@ -92,9 +92,9 @@ def test_sums_add_over_parts_and_means_do_not(batch, scores_BTV):
 
 
 def test_large_scores_stay_finite_and_bf16_is_summed_in_fp32(batch):
-    loss = likelihood(Plain(), 1e4 * torch.eye(V)[torch.arange(4) + 1].expand(3, 4, V), batch)
+    loss = target_nll(Plain(), 1e4 * torch.eye(V)[torch.arange(4) + 1].expand(3, 4, V), batch)
     assert loss.total.isfinite()
-    half = likelihood(Plain(), torch.zeros(3, 4, V, dtype=torch.bfloat16), batch)
+    half = target_nll(Plain(), torch.zeros(3, 4, V, dtype=torch.bfloat16), batch)
     assert float(half.mean) == pytest.approx(math.log(V), rel=1e-6)
 
 

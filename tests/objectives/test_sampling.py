@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,24 +16,35 @@ from trainables.conv import ConvConfig
 from trainables.rnn import RnnConfig
 from trainables.transformer import TransformerConfig
 from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
-from vinedresser.config import Experiment, ModelConfig, Objective, ScheduledSampling
+from vinedresser.config import Experiment, ModelConfig, Terms
 from vinedresser.decode import greedy
 from vinedresser.errors import ConfigError
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.norms import BatchNorm, PowerNorm
 from vinedresser.nn.output import Output
-from vinedresser.objectives import gold_share, likelihood, mixed_inputs
+from vinedresser.objective import Objective, target_nll
+from vinedresser.objectives.likelihood import (
+    LikelihoodConfig,
+    ScheduledSampling,
+    mixed_inputs,
+    teacher_forcing_ratio,
+)
 from vinedresser.training.device import seed_step
-from vinedresser.training.step import Trainee
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sampled(model: Seq2Seq, probability: float, **more: Any) -> Objective:
+    sampling = ScheduledSampling(probability=probability, decay="constant", **more)
+    return Objective(Terms(likelihood=LikelihoodConfig(sampling=sampling)), model)
+
 
 DECAYS = ("constant", "linear", "exponential", "inverse_sigmoid")
 
 
 def share(decay: str, step: int, *, p: float = 1.0, k: float = 100.0) -> float:
     config = ScheduledSampling(probability=p, decay=decay, decay_steps=k)
-    return gold_share(config, step)
+    return teacher_forcing_ratio(config, step)
 
 
 def test_linear():
@@ -164,13 +176,13 @@ NOWHERE = Memory(torch.zeros(0), torch.zeros(0))
 
 
 def test_no_gold_after_the_beginning_at_p_1():
-    found = mixed_inputs(Counting(), NOWHERE, gold(50, 9), epsilon=0.0)
+    found = mixed_inputs(Counting(), NOWHERE, gold(50, 9), teacher_forcing_ratio=0.0)
     assert (found == torch.tensor([BOS, *range(10, 18)])).all()
 
 
 def test_a_recurrence_says_what_follows_from_its_own_tokens():
     """1, then 1, 2, 4, ...: each is the sum of all before it, and 5 nowhere."""
-    found = mixed_inputs(Adding(), NOWHERE, gold(50, 9), epsilon=0.0)
+    found = mixed_inputs(Adding(), NOWHERE, gold(50, 9), teacher_forcing_ratio=0.0)
     assert (found == torch.tensor([1, 1, 2, 4, 8, 16, 32, 64, 128])).all()
 
 
@@ -185,9 +197,9 @@ class AddingWhole(Adding):
 
 def test_two_passes_follow_gold_and_exact_feedback_follows_its_own_tokens():
     batch = gold(50, 9)
-    twice = mixed_inputs(AddingWhole(), NOWHERE, batch, epsilon=0.0)
+    twice = mixed_inputs(AddingWhole(), NOWHERE, batch, teacher_forcing_ratio=0.0)
     assert (twice == torch.tensor([1, 1, 6, 11, 16, 21, 26, 31, 36])).all()
-    found = mixed_inputs(AddingWhole(), NOWHERE, batch, epsilon=0.0, exact=True)
+    found = mixed_inputs(AddingWhole(), NOWHERE, batch, teacher_forcing_ratio=0.0, exact=True)
     assert (found == torch.tensor([1, 1, 2, 4, 8, 16, 32, 64, 128])).all()
 
 
@@ -198,20 +210,19 @@ def test_exact_feedback_is_what_the_model_decodes(name):
     differs = False
     for seed in range(6):
         model, batch = real(MODELS[name], seed)
-        trainee = Trainee(
-            model.eval(), Objective(sampling=ScheduledSampling(probability=1, exact=True))
-        )
-        trainee.training = True  # without dropout
+        objective = sampled(model.eval(), 1, exact=True)  # without dropout
         with pytest.MonkeyPatch.context() as patch:
             spy = Spy(model, patch)
-            trainee(batch, 0.0, batch.tokens)
+            objective(batch, batch.tokens, step=1, seed=0)
         (fed_BT,) = spy.inputs
         free = greedy(model, batch.source_BS, batch.source_lengths_B, cap=9).ids
         for row, ids, length in zip(fed_BT.tolist(), free, batch.target_lengths_B, strict=True):
             count = min(len(ids), int(length) - 1)
             assert row[1 : 1 + count] == ids[:count]
         memory = model.encode(batch.source_BS, batch.source_lengths_B)
-        differs |= not torch.equal(fed_BT, mixed_inputs(model, memory, batch, epsilon=0.0))
+        differs |= not torch.equal(
+            fed_BT, mixed_inputs(model, memory, batch, teacher_forcing_ratio=0.0)
+        )
     assert differs
 
 
@@ -219,13 +230,13 @@ def test_exact_feedback_refuses_norms_over_positions():
     plain = {"task": TASK, "model": {"kind": "transformer", "norm_kind": "batch"}}
     assert Experiment.from_json(plain)
     with pytest.raises(ConfigError, match=r"norm_kind batch takes statistics"):
-        Experiment.from_json({**plain, "objective": {"sampling": {"exact": True}}})
+        Experiment.from_json({**plain, "objective": {"likelihood": {"sampling": {"exact": True}}}})
 
 
 def test_a_recurrence_with_some_gold():
     torch.manual_seed(0)
     batch = gold(40, 9)
-    found = mixed_inputs(Adding(), NOWHERE, batch, epsilon=0.5)
+    found = mixed_inputs(Adding(), NOWHERE, batch, teacher_forcing_ratio=0.5)
     sums = found.cumsum(1)[:, :-1]
     is_gold, is_sum = found[:, 1:] == 5, found[:, 1:] == sums
     assert (is_gold | is_sum).all()
@@ -236,7 +247,7 @@ def test_a_recurrence_with_some_gold():
 @pytest.mark.parametrize("model", [Counting(), Adding()], ids=["twice", "steps"])
 def test_all_gold_at_p_0(model):
     batch = gold(50, 9)
-    found = mixed_inputs(model, NOWHERE, batch, epsilon=1.0)
+    found = mixed_inputs(model, NOWHERE, batch, teacher_forcing_ratio=1.0)
     assert torch.equal(found, batch.inputs_BT)
 
 
@@ -249,7 +260,7 @@ def test_the_share_of_own_tokens(p, model, monkeypatch):
     monkeypatch.setattr(
         Adding, "step", lambda _, state, ids_B: (F.one_hot(ids_B * 0 + 7, 8).float(), state)
     )
-    found = mixed_inputs(model(), NOWHERE, batch, epsilon=1 - p)
+    found = mixed_inputs(model(), NOWHERE, batch, teacher_forcing_ratio=1 - p)
     assert (found[:, 0] == BOS).all()
     own = found[:, 1:] != batch.inputs_BT[:, 1:]
     n = own.numel()
@@ -264,7 +275,7 @@ def test_the_share_of_own_tokens(p, model, monkeypatch):
 def test_only_rows_that_take_their_own_token_are_projected():
     torch.manual_seed(0)
     model = Adding()
-    inputs = mixed_inputs(model, NOWHERE, gold(100, 9), epsilon=0.9)
+    inputs = mixed_inputs(model, NOWHERE, gold(100, 9), teacher_forcing_ratio=0.9)
     assert model.output.rows == int((inputs != gold(100, 9).inputs_BT).sum())
     assert 40 < model.output.rows < 120  # 80 of 800 are expected
 
@@ -281,7 +292,9 @@ class Drawing(Counting):
 
 def test_sampled_feedback_has_the_models_probabilities():
     torch.manual_seed(0)
-    found = mixed_inputs(Drawing(), NOWHERE, gold(400, 251), epsilon=0.0, feedback="sample")
+    found = mixed_inputs(
+        Drawing(), NOWHERE, gold(400, 251), teacher_forcing_ratio=0.0, feedback="sample"
+    )
     counts = torch.bincount(found[:, 1:].flatten(), minlength=6)
     assert int(counts.sum()) == 100_000
     assert (counts[SHARES == 0] == 0).all()
@@ -290,7 +303,9 @@ def test_sampled_feedback_has_the_models_probabilities():
     # Each its own draw: neighbours agree as often as two independent ones do.
     agree = float((found[:, 1:-1] == found[:, 2:]).float().mean())
     assert agree == pytest.approx(float(SHARES.square().sum()), abs=0.01)
-    assert (mixed_inputs(Drawing(), NOWHERE, gold(9, 9), epsilon=0.0)[:, 1:] == 1).all()
+    assert (
+        mixed_inputs(Drawing(), NOWHERE, gold(9, 9), teacher_forcing_ratio=0.0)[:, 1:] == 1
+    ).all()
 
 
 SIZES = {"width": 16, "encoder_units": 8, "dropout": 0.1}
@@ -332,7 +347,7 @@ def test_the_second_pass_is_fed_the_first_ones_predictions(monkeypatch):
     model, batch = real()
     model.eval()  # no dropout: predictions can be computed again
     spy = Spy(model, monkeypatch)
-    Trainee(model, Objective())(batch, 0.0, batch.tokens)
+    sampled(model, 1)(batch, batch.tokens, step=1, seed=0)
     first, second = spy.inputs
     assert torch.equal(first, batch.inputs_BT)
     assert spy.learns == [False, True]
@@ -347,16 +362,14 @@ def test_the_second_pass_is_fed_the_first_ones_predictions(monkeypatch):
 def test_teacher_forcing_decodes_once(name, monkeypatch):
     model, batch = real(MODELS[name])
     spy = Spy(model, monkeypatch)
-    trainee = Trainee(model, Objective(sampling=ScheduledSampling(probability=1)))
-    trainee(batch, 1.0, batch.tokens)
+    sampled(model, 0)(batch, batch.tokens, step=1, seed=0)
     assert len(spy.inputs) == 1
     assert (spy.inputs[0][batch.target_BT == PAD] != BOS).all()
     # Off in evaluation, whatever the share.
-    trainee.eval()
-    nats, _ = trainee(batch, 0.0, batch.tokens)
+    nats, _ = sampled(model, 1).eval()(batch, batch.tokens, step=1, seed=0)
     assert len(spy.inputs) == 2
     assert torch.equal(spy.inputs[1], batch.inputs_BT)
-    assert torch.equal(nats, likelihood(model, model(batch), batch).total)
+    assert torch.equal(nats, target_nll(model, model(batch), batch).total)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -367,7 +380,9 @@ def test_seed_step_and_rank_alone_decide(name, feedback):
     def fed(seed: int, step: int, rank: int) -> list[list[int]]:
         seed_step(seed, step, rank)
         memory = model.encode(batch.source_BS, batch.source_lengths_B)
-        return mixed_inputs(model, memory, batch, epsilon=0.5, feedback=feedback).tolist()
+        return mixed_inputs(
+            model, memory, batch, teacher_forcing_ratio=0.5, feedback=feedback
+        ).tolist()
 
     triples = list(itertools.product(range(2), range(5), range(2)))
     found = [fed(*triple) for triple in triples]
@@ -382,10 +397,10 @@ def test_seed_step_and_rank_alone_decide(name, feedback):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradients_reach_every_parameter_after_the_pass_without(name, precision):
     model, batch = real(MODELS[name])
-    objective = Objective(sampling=ScheduledSampling(probability=1, feedback="sample"))
+    objective = sampled(model, 0.5, feedback="sample")
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        _, goal = Trainee(model, objective)(batch, 0.5, batch.tokens)
-    goal.backward()
+        _, loss = objective(batch, batch.tokens, step=1, seed=0)
+    loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
@@ -406,7 +421,7 @@ def test_an_own_end_of_sentence_ends_nothing(kind, monkeypatch):
 
     monkeypatch.setattr(model.output, "best", ending)
     spy = Spy(model, monkeypatch)
-    _, goal = Trainee(model, Objective())(batch, 0.0, batch.tokens)
+    _, goal = sampled(model, 1)(batch, batch.tokens, step=1, seed=0)
     assert spy.inputs[1].tolist() == [[BOS, EOS, EOS, EOS, PAD], [BOS, EOS, EOS, EOS, EOS]]
     assert len(masks) == 6
     assert all(torch.equal(mask, batch.is_real_BT) for mask in masks)

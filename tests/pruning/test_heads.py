@@ -191,5 +191,9 @@ def test_gates_start_open_from_a_finished_model():
     task = {"name": "t", "corpus": corpus, "tokenizer": {"kind": "symbols"}, "metric": "per"}
     with pytest.raises(ConfigError, match="no gates"):
         Experiment.from_json(
-            {"task": task, "model": {"kind": "transformer"}, "objective": {"l0": 0.1}}
+            {
+                "task": task,
+                "model": {"kind": "transformer"},
+                "objective": {"head_penalty": {"weight": 0.1}},
+            }
         )

@@ -475,7 +475,8 @@ def test_several_objectives_give_a_front_and_a_leaderboard(search: Any, tmp_path
         ("per", "dev/heads", "dev/teacher_forced_error", "dev/parameters"), "min"
     )
     changes = {
-        "base.model.concrete_heads": ["enc_self"], "base.objective.l0": 1.0, "base.steps": 20,
+        "base.model.concrete_heads": ["enc_self"], "base.objective.head_penalty.weight": 1.0,
+        "base.steps": 20,
         "space": {"optim.lr": {"type": "categorical", "choices": [1e-3, 8e-3]}},
         "objectives": ["inferred", *list(objectives)[1:-1], ["dev/parameters", "min"]],
         "stopping": None, "num_trials": 3,

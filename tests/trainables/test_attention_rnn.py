@@ -13,7 +13,7 @@ from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError
 from vinedresser.model import Vocabulary
 from vinedresser.nn.record import recording
-from vinedresser.objectives import likelihood
+from vinedresser.objective import target_nll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -224,7 +224,7 @@ def test_learns_to_reverse_unseen_words_without_an_error(order):
     )
     for batch in itertools.islice((reversals(64, (2, 5), s) for s in itertools.count(1)), steps):
         optimizer.zero_grad()
-        likelihood(model, model(batch), batch).mean.backward()
+        target_nll(model, model(batch), batch).mean.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -24,14 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 import trainables
 from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
-from vinedresser.config import Experiment, ModelConfig, Objective, ScheduledSampling
+from vinedresser.config import Experiment, ModelConfig, Terms
 from vinedresser.config.kinds import ZOO, kind_class
 from vinedresser.decode import beam_search, greedy
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.record import recording
-from vinedresser.objectives import gold_share, likelihood, mixed_inputs
+from vinedresser.objective import Objective, target_nll
+from vinedresser.objectives.likelihood import (
+    LikelihoodConfig,
+    ScheduledSampling,
+    mixed_inputs,
+)
 from vinedresser.training.device import seed_step
-from vinedresser.training.step import Trainee
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 
@@ -165,7 +169,7 @@ def test_what_stands_on_padding_changes_nothing(model, batch):
 
 def test_gradients_reach_every_parameter(model, batch):
     model.train()
-    loss = likelihood(model, model(batch), batch)
+    loss = target_nll(model, model(batch), batch)
     loss.mean.backward()
     parameters = dict(model.named_parameters())
     unused = [name for name, p in parameters.items() if p.grad is None]
@@ -305,7 +309,7 @@ def test_inputs_are_gold_or_what_the_model_says_there(config, batch):
         is_own_BT[:, 0] = False
         assert int(is_own_BT.sum()) == 9 if p == 1 else 0 < int(is_own_BT.sum()) < 9
         torch.manual_seed(seed)
-        found_BT = mixed_inputs(model, encoded(model, batch), batch, epsilon=1 - p)
+        found_BT = mixed_inputs(model, encoded(model, batch), batch, teacher_forcing_ratio=1 - p)
         assert torch.equal(found_BT, fed_by_hand(model, batch, is_own_BT))
         assert torch.equal(found_BT[~is_own_BT], batch.inputs_BT[~is_own_BT])
         said |= set(found_BT[is_own_BT].tolist())
@@ -322,15 +326,16 @@ def test_inputs_are_gold_or_what_the_model_says_there(config, batch):
 
 def test_the_loss_and_its_gradient_are_those_of_the_mixed_inputs(model, batch):
     """Through every state, and not through the choice."""
-    sampling = ScheduledSampling(probability=1)
+    sampling = ScheduledSampling(probability=1, decay="constant")
+    objective = Objective(Terms(likelihood=LikelihoodConfig(sampling=sampling)), model)
     torch.manual_seed(7)
-    nats, goal = Trainee(model, Objective(sampling=sampling))(batch, 0.0, batch.tokens)
-    found = torch.autograd.grad(goal, list(model.parameters()), allow_unused=True)
+    nats, loss = objective(batch, batch.tokens, step=1, seed=0)
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     memory = encoded(model, batch)
     torch.manual_seed(7)
-    inputs_BT = mixed_inputs(model, memory, batch, epsilon=0.0)
+    inputs_BT = mixed_inputs(model, memory, batch, teacher_forcing_ratio=0.0)
     assert not torch.equal(inputs_BT, batch.inputs_BT)
-    loss = likelihood(model, model.decode(memory, inputs_BT), batch)
+    loss = target_nll(model, model.decode(memory, inputs_BT), batch)
     wanted = torch.autograd.grad(loss.mean, list(model.parameters()), allow_unused=True)
     assert_near(nats, loss.total.detach(), 1e-5)
     for one, other in zip(found, wanted, strict=True):
@@ -348,7 +353,8 @@ def test_longer_padding_changes_no_fed_token(model, batch):
         batch.rows_B,
     )
     found, longer = (
-        mixed_inputs(model, encoded(model, batch), b, epsilon=0.0) for b in (batch, wider)
+        mixed_inputs(model, encoded(model, batch), b, teacher_forcing_ratio=0.0)
+        for b in (batch, wider)
     )
     assert torch.equal(longer[:, :7], found)
     assert torch.equal(longer[:, 7:], wider.inputs_BT[:, 7:])
@@ -356,21 +362,21 @@ def test_longer_padding_changes_no_fed_token(model, batch):
 
 def test_sampling_at_p_0_is_teacher_forcing_to_the_bit(config, batch):
     """Losses, gradients and weights of updates with dropout, against a loop that cannot sample."""
-    off = Objective(sampling=ScheduledSampling(probability=0, decay="constant", feedback="sample"))
+    off = ScheduledSampling(probability=0, decay="constant", feedback="sample")
+    terms = Terms(likelihood=LikelihoodConfig(sampling=off))
     found: list[list[Tensor]] = []
     for is_plain in (True, False):
         model = build(config).train()
-        trainee, tensors = Trainee(model, off), list[Tensor]()
+        objective, tensors = Objective(terms, model), list[Tensor]()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         for step in range(1, 3):
             seed_step(1, step, 0)
             optimizer.zero_grad()
             if is_plain:
-                loss = likelihood(model, model(batch), batch)
+                loss = target_nll(model, model(batch), batch)
                 nats, goal = loss.total, loss.total / batch.tokens
             else:
-                epsilon = gold_share(off.sampling, step - 1)
-                nats, goal = trainee(batch, epsilon, batch.tokens)
+                nats, goal = objective(batch, batch.tokens, step=step, seed=0)
             goal.backward()
             gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             tensors += [nats.detach(), *gradients]
@@ -420,7 +426,7 @@ def test_frames(listener):
         filled.source_BS[i, length:] = 9.0
     assert_near(log_probs_of(listener, filled), whole, 1e-5)
     listener.train()
-    likelihood(listener, listener(batch), batch).mean.backward()
+    target_nll(listener, listener(batch), batch).mean.backward()
     parameters = dict(listener.named_parameters())
     assert not [name for name, p in parameters.items() if p.grad is None]
     assert any(
@@ -439,7 +445,7 @@ def test_the_shortest_sentence_alone(model):
 def test_bf16_is_finite_and_near_fp32(model, batch):
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = likelihood(model, model(batch), batch)
+        loss = target_nll(model, model(batch), batch)
     loss.mean.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     model.eval()
@@ -458,11 +464,11 @@ def test_overfits_one_batch_and_decodes_it(config, batch):
         model.train()
         for _ in range(10):
             optimizer.zero_grad()
-            likelihood(model, model(batch), batch).mean.backward()
+            target_nll(model, model(batch), batch).mean.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         model.eval()
-        loss = float(likelihood(model, model(batch), batch).mean.detach())
+        loss = float(target_nll(model, model(batch), batch).mean.detach())
         if loss < 0.01:
             break
     assert loss < 0.01
@@ -532,7 +538,7 @@ def learn_to_reverse(config: ModelConfig, longest: int, *, steps: int) -> int:
         chosen = [row for row in rows if longest < 3 or row not in held_out]
         batch = batch_of([[*row, EOS] for row in chosen], [[*row[::-1], EOS] for row in chosen])
         optimizer.zero_grad()
-        likelihood(model, model(batch), batch).mean.backward()
+        target_nll(model, model(batch), batch).mean.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 25 == 0 and not (errors := reversal_errors(model, held_out)):
@@ -671,12 +677,12 @@ def test_learns_to_reverse_longer_sources(module, small):
 
 def gradients(model: Seq2Seq, batch: Batch, wrap: Callable[[nn.Module], nn.Module]) -> list[Tensor]:
     """Of the mean over all tokens of TARGET; twice, for DDP finds unused parameters late."""
-    trainee = wrap(Trainee(model, Objective()))
+    trainee = wrap(Objective(Terms(), model))
     for _ in range(2):
         model.zero_grad()
         workers = dist.get_world_size() if isinstance(trainee, DistributedDataParallel) else 1
         tokens = torch.tensor(sum(map(len, TARGET)) / workers)
-        trainee(batch, 1.0, tokens)[1].backward()
+        trainee(batch, tokens, step=1, seed=0)[1].backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 

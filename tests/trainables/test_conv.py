@@ -11,7 +11,7 @@ from trainables.conv import VARIANTS, Attention, ConvConfig, DecoderLayer, Encod
 from vinedresser.batch import EOS, Batch, is_real, pad_ids
 from vinedresser.errors import ConfigError
 from vinedresser.model import Memory, Vocabulary
-from vinedresser.objectives import likelihood
+from vinedresser.objective import target_nll
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 
@@ -106,7 +106,7 @@ def test_the_encoder_gets_the_mean_of_the_layers_gradients(monkeypatch):
 
     def gradient() -> torch.Tensor:
         model.zero_grad()
-        likelihood(model, model(batch), batch).total.backward()
+        target_nll(model, model(batch), batch).total.backward()
         return model.encoder[-1].convolution.bias.grad.clone()
 
     scaled = gradient()

@@ -11,7 +11,7 @@ from trainables.rnn import Rnn, RnnConfig
 from vinedresser.batch import EOS, Batch, pad_ids
 from vinedresser.decode import beam_search, greedy
 from vinedresser.model import Memory, Vocabulary
-from vinedresser.objectives import likelihood
+from vinedresser.objective import target_nll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,7 +151,7 @@ def wrong_reversals(lengths: tuple[int, int], steps: int) -> int:
     )
     for batch in itertools.islice((words(64, seed) for seed in itertools.count(1)), steps):
         optimizer.zero_grad()
-        likelihood(model, model(batch), batch).mean.backward()
+        target_nll(model, model(batch), batch).mean.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

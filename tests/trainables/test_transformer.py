@@ -21,7 +21,8 @@ from vinedresser.model import Vocabulary
 from vinedresser.nn.gates import head_gates
 from vinedresser.nn.norms import BatchNorm
 from vinedresser.nn.positions import sinusoids
-from vinedresser.objectives import likelihood, mixed_inputs
+from vinedresser.objective import target_nll
+from vinedresser.objectives.likelihood import mixed_inputs
 from vinedresser.pruning.heads import compact
 from vinedresser.pruning.parity import certify
 
@@ -195,7 +196,7 @@ def test_gradient_reaches_the_first_of_twelve_layers(norm):
     deep = SMALL.override({"norm": norm, "encoder_layers": 12, "decoder_layers": 12})
     model = deep.build(Vocabulary(11, 11))
     batch = batch_of()
-    likelihood(model, model(batch), batch).mean.backward()
+    target_nll(model, model(batch), batch).mean.backward()
     for stack in (model.encoder, model.decoder):
         norms = [
             float(nn.utils.get_total_norm([p.grad for p in layer.parameters()])) for layer in stack
@@ -301,9 +302,9 @@ class TestBatchNorm:
         torch.manual_seed(0)
         model, batch = self.CONFIG.build(Vocabulary(11, 11)), batch_of()
         memory = model.encode(batch.source_BS, batch.source_lengths_B)
-        inputs = mixed_inputs(model, memory, batch, epsilon=0.0)
+        inputs = mixed_inputs(model, memory, batch, teacher_forcing_ratio=0.0)
         inputs[:, 1] = EOS
-        loss = likelihood(model, model.decode(memory, inputs), batch)
+        loss = target_nll(model, model.decode(memory, inputs), batch)
         assert loss.mean.isfinite()
 
 

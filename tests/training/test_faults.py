@@ -385,7 +385,7 @@ def train(rank, workers, until, workspace, store):
     def steps(*words, **more):
         trace = (workspace / f"trace-{rank}").open("a")
         for step in real(*words, **more):
-            print(step.index, float(step.nats).hex(), int(step.tokens), file=trace, flush=True)
+            print(step.index, float(step.nll).hex(), int(step.tokens), file=trace, flush=True)
             yield step
             if step.index == until:
                 dist.barrier() if workers > 1 else None
@@ -536,7 +536,11 @@ def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):
         ("model.dropout", 0.3, "model.dropout 0.1 -> 0.3"),
         ("batch.max_padded_tokens", 80, "batch.max_padded_tokens 160 -> 80"),
         ("seed", 7, "seed 1 -> 7"),
-        ("objective.label_smoothing", 0.1, "objective.label_smoothing 0.0 -> 0.1"),
+        (
+            "objective.likelihood.label_smoothing",
+            0.1,
+            "objective.likelihood.label_smoothing 0.0 -> 0.1",
+        ),
     ],
 )
 def test_t16_a_changed_key_is_another_run(reversal, tmp_path, caplog, key, value, said):

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vinedresser.batch import Batch
-from vinedresser.config import Experiment, Optim
+from vinedresser.config import Experiment, Optim, Terms
 from vinedresser.errors import ConfigError
 from vinedresser.model import Vocabulary
 from vinedresser.nn.gates import HeadGates
+from vinedresser.objective import Objective
 from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer, freeze, learning_rate, set_learning_rate
 from vinedresser.training.step import training_steps
@@ -38,9 +39,10 @@ def test_noam_with_the_width_of_the_model(tiny_study):
     model = experiment.model.build(Vocabulary(10, 10))
     ids_BT, lengths_B = torch.full((2, 3), 4), torch.tensor([3, 3])
     batch = Batch(ids_BT, lengths_B, ids_BT, lengths_B, torch.arange(2))
-    optimizer = build_optimizer(model, experiment.optim, gate_lr_factor=1)
+    objective = Objective(experiment.objective, model)
+    optimizer = build_optimizer(objective, experiment.optim)
     here = Device(torch.device("cpu"), None)
-    steps = training_steps(model, itertools.repeat(batch), optimizer, experiment, device=here)
+    steps = training_steps(objective, itertools.repeat(batch), optimizer, experiment, device=here)
     d = experiment.model.d_model
     wanted = [d**-0.5 * min(s**-0.5, s * 4**-1.5) for s in range(1, 9)]
     assert [step.learning_rate for step in steps] == pytest.approx(wanted)
@@ -96,18 +98,23 @@ def test_every_rate_is_positive_and_at_most_the_peak(warmup, steps, anneal, deca
 
 
 class Gated(nn.Module):
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.gates = nn.Linear(3, 2), HeadGates(2)
         self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
 
 
+NO_TERMS = Terms.from_json({"likelihood": {"weight": 0}})
 CONFIG = Optim(lr=0.5, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.1)
 
 
 def test_gates_have_a_group_and_a_rate_of_their_own():
     model = Gated()
-    optimizer = build_optimizer(model, CONFIG, gate_lr_factor=10)
+    terms = {"likelihood": {"weight": 0}, "head_penalty": {"gate_lr_factor": 10}}
+    objective = Objective(Terms.from_json(terms), model)
+    optimizer = build_optimizer(objective, CONFIG)
     rest, gates = optimizer.param_groups
     assert {id(p) for p in rest["params"]} == {id(p) for p in model.linear.parameters()}
     assert [id(p) for p in gates["params"]] == [id(model.gates.log_alpha)]
@@ -119,20 +126,22 @@ def test_gates_have_a_group_and_a_rate_of_their_own():
 
 
 def test_without_gates_there_is_one_group():
-    assert len(build_optimizer(nn.Linear(2, 2), CONFIG, gate_lr_factor=10).param_groups) == 1
+    assert len(build_optimizer(Objective(NO_TERMS, nn.Linear(2, 2)), CONFIG).param_groups) == 1
 
 
 def test_tied_weights_are_updated_once():
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     model[1].weight = model[0].weight
-    optimizer = build_optimizer(model, CONFIG, gate_lr_factor=1)
+    objective = Objective(NO_TERMS, model)
+    optimizer = build_optimizer(objective, CONFIG)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
 
 
 def test_the_first_adam_step_is_the_rate_times_the_sign():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
-    optimizer = build_optimizer(model, Optim(weight_decay=0.0), gate_lr_factor=1)
+    objective = Objective(NO_TERMS, model)
+    optimizer = build_optimizer(objective, Optim(weight_decay=0.0))
     set_learning_rate(optimizer, 0.25)
     model.weight.grad = torch.full((1, 1), -3.0)
     optimizer.step()
@@ -173,7 +182,8 @@ def test_a_shared_weight_is_frozen_by_any_of_its_names(patterns, wanted):
     ]
     assert not set(trained) & set(" = ".join(wanted).split(" = "))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model, CONFIG, gate_lr_factor=1)
+    objective = Objective(NO_TERMS, model)
+    optimizer = build_optimizer(objective, CONFIG)
     model.output(model.between(model.source_embedding(torch.arange(5)))).exp().sum().backward()
     optimizer.step()
     for name, parameter in model.named_parameters():

@@ -274,7 +274,7 @@ def test_the_best_so_far_is_among_what_is_stored(config, reversal, tmp_path, mon
         return replace(found, scores=replace(found.scores, value=next(values)))
 
     monkeypatch.setattr(evaluator, "evaluate", evaluated_so)
-    config = config.override({"objective.l0": 0.0, "model.concrete_heads": []})
+    config = config.override({"objective.head_penalty.weight": 0.0, "model.concrete_heads": []})
     run = a_run(config, reversal, tmp_path / "whole")
     expected = ending(run, run.execute())
     killed_run(config, reversal, tmp_path / "killed", 16)

@@ -17,8 +17,8 @@ def schedule(**changes: object) -> StepSchedule:
     return StepSchedule(base.override({"optim.warmup_steps": 0, **changes}))
 
 
-def due(of: StepSchedule, index: int, *, is_last: bool = False) -> Due:
-    return of.due(Step(index, *[torch.tensor(1.0)] * 3, 0.1, 1.0, is_last=is_last))
+def due(of: StepSchedule, index: int, *, stop: bool = False) -> Due:
+    return of.due(Step(index, *[torch.tensor(1.0)] * 3, 0.1, stop=stop))
 
 
 @given(steps=st.integers(8, 5000), data=st.data())
@@ -42,10 +42,10 @@ def test_windows_close_at_evaluations_checkpoints_and_stops():
     assert due(found, 3) == Due(log=True, evaluate=False, checkpoint=False)
     assert due(found, 40) == Due(log=True, evaluate=False, checkpoint=True)
     assert due(found, 75) == Due(log=True, evaluate=True, checkpoint=False)
-    assert due(found, 4, is_last=True) == Due(log=True, evaluate=False, checkpoint=True)
+    assert due(found, 4, stop=True) == Due(log=True, evaluate=False, checkpoint=True)
 
 
 @pytest.mark.parametrize("index", [75, 150])
 def test_a_run_that_stops_at_an_evaluation_stores_and_makes_up_for_it_later(index):
     found = schedule(steps=150, **{"evaluation.num_evaluations": 2})
-    assert due(found, index, is_last=True) == Due(log=True, evaluate=False, checkpoint=True)
+    assert due(found, index, stop=True) == Due(log=True, evaluate=False, checkpoint=True)

@@ -9,16 +9,18 @@ from torch import nn
 
 from trainables.transformer import TransformerConfig
 from vinedresser.batch import EOS, Batch, pad_ids
-from vinedresser.config import Compute, Experiment, Objective, Optim, ScheduledSampling
+from vinedresser.config import Compute, Experiment, Optim, Terms
 from vinedresser.errors import (
     ConfigError,
     MachineError,
 )
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.gates import HeadGates, expected_open_share
+from vinedresser.objective import Objective
+from vinedresser.objectives.likelihood import ScheduledSampling
 from vinedresser.training.device import Device, resolve_device, seed_step
 from vinedresser.training.optimizer import OptimizerState, build_optimizer, freeze
-from vinedresser.training.step import Step, Trainee, training_steps
+from vinedresser.training.step import Step, training_steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,8 +56,9 @@ def endless() -> Iterator[Batch]:
 
 def trained(config: Experiment, *, device: Device = HERE) -> tuple[Seq2Seq, list[Step]]:
     model = built(config)
-    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    return model, list(training_steps(model, endless(), optimizer, config, device=device))
+    objective = Objective(config.objective, model)
+    optimizer = build_optimizer(objective, config.optim)
+    return model, list(training_steps(objective, endless(), optimizer, config, device=device))
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -64,49 +67,58 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 
 class TestGradients:
-    def gradient(
-        self, objective: Objective, parts: list[tuple[Batch, float]]
-    ) -> list[torch.Tensor]:
+    def gradient(self, terms: Terms, parts: list[tuple[Batch, float]]) -> list[torch.Tensor]:
         """Averaged over parts, as data-parallel training does; each part has its divisor."""
         gated = experiment(**{"model.concrete_heads": ["enc_self"]})
         model = built(gated).eval()
-        trainee = Trainee(model, objective)
+        objective = Objective(terms, model)
         for batch, tokens in parts:
-            _, goal = trainee(batch, 1.0, torch.tensor(tokens))
-            (goal / len(parts)).backward()
+            _, loss = objective(batch, torch.tensor(tokens), step=1, seed=0)
+            (loss / len(parts)).backward()
         return [p.grad.clone() for p in model.parameters()]
 
     @pytest.mark.parametrize("l0", [0.0, 0.7])
     def test_ranks_with_unequal_tokens_equal_one_whole_batch(self, l0):
-        objective = Objective(l0=l0, label_smoothing=0.1)
+        terms = Terms.from_json(
+            {"likelihood": {"label_smoothing": 0.1}, "head_penalty": {"weight": l0}}
+        )
         whole, left, right = batch_of(ROWS), batch_of(ROWS[:1]), batch_of(ROWS[1:])
         total = float(whole.tokens)
         assert float(left.tokens) != float(right.tokens)
-        wanted = self.gradient(objective, [(whole, total)])
-        found = self.gradient(objective, [(left, total / 2), (right, total / 2)])
+        wanted = self.gradient(terms, [(whole, total)])
+        found = self.gradient(terms, [(left, total / 2), (right, total / 2)])
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
         own = [(left, float(left.tokens)), (right, float(right.tokens))]  # means of means
-        naive = self.gradient(objective, own)
+        naive = self.gradient(terms, own)
         assert max(float((a - b).abs().max()) for a, b in zip(naive, wanted, strict=True)) > 1e-3
 
     def test_what_is_reported_is_the_sum_of_nats_alone(self):
         model = built(experiment(**{"model.concrete_heads": ["enc_self"]})).eval()
         batch = batch_of(ROWS)
-        nats, goal = Trainee(model, Objective(l0=2.0))(batch, 1.0, batch.tokens)
+        terms = Terms.from_json({"head_penalty": {"weight": 2.0}})
+        nll, loss = Objective(terms, model)(batch, batch.tokens, step=1, seed=0)
         share = expected_open_share(model).item()
-        assert goal.item() == pytest.approx(nats.item() / int(batch.tokens) + 2 * share, rel=1e-6)
-        assert not nats.requires_grad
+        assert loss.item() == pytest.approx(nll.item() / int(batch.tokens) + 2 * share, rel=1e-6)
+        assert not nll.requires_grad
 
 
 class TestSteps:
     def test_sampling_at_p_0_is_bit_identical_to_teacher_forcing(self):
         plain, _ = trained(experiment())
         off = experiment(
-            **{"objective.sampling": {"probability": 0.0, "decay": "constant", "decay_steps": 3}}
+            **{
+                "objective.likelihood.sampling": {
+                    "probability": 0.0,
+                    "decay": "constant",
+                    "decay_steps": 3,
+                }
+            }
         )
         assert same_weights(trained(off)[0], plain)
-        on = experiment(**{"objective.sampling": {"probability": 0.5, "decay": "constant"}})
+        on = experiment(
+            **{"objective.likelihood.sampling": {"probability": 0.5, "decay": "constant"}}
+        )
         assert not same_weights(trained(on)[0], plain)
 
     def test_a_run_is_a_function_of_its_seed(self):
@@ -115,35 +127,45 @@ class TestSteps:
         assert not same_weights(one, other)
 
     def test_a_run_in_two_halves_is_the_run(self):
-        config = experiment(**{"objective.sampling": {"probability": 0.5, "decay_steps": 4}})
+        config = experiment(
+            **{"objective.likelihood.sampling": {"probability": 0.5, "decay_steps": 4}}
+        )
         whole, steps = trained(config)
         model = built(config)
-        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        objective = Objective(config.objective, model)
+        optimizer = build_optimizer(objective, config.optim)
         source = endless()
         torch.manual_seed(99)
-        first = training_steps(model, source, optimizer, config, device=HERE)
+        first = training_steps(objective, source, optimizer, config, device=HERE)
         halves = [next(first) for _ in range(4)]
         torch.manual_seed(77)
-        halves += training_steps(model, source, optimizer, config, device=HERE, start=4)
+        halves += training_steps(objective, source, optimizer, config, device=HERE, start=4)
         assert same_weights(model, whole)
         assert [s.index for s in halves] == [s.index for s in steps] == list(range(1, 9))
 
     def test_each_step_tells_its_rate_share_and_tokens(self):
         sampling = ScheduledSampling(probability=0.8, decay_steps=8)
         config = experiment(
-            **{"optim.warmup_steps": 2, "optim.anneal": 0, "objective.sampling": sampling.to_json()}
+            **{
+                "optim.warmup_steps": 2,
+                "optim.anneal": 0,
+                "objective.likelihood.sampling": sampling.to_json(),
+            }
         )
         _, steps = trained(config)
         rate = config.optim.lr
         assert [s.learning_rate for s in steps] == pytest.approx([rate / 2] + [rate] * 7)
-        assert [s.epsilon for s in steps] == pytest.approx([1 - 0.1 * i for i in range(8)])
+        assert [s.metrics["teacher_forcing_ratio"] for s in steps] == pytest.approx(
+            [1 - 0.1 * i for i in range(8)]
+        )
         assert [int(s.tokens) for s in steps[:2]] == [11, 8]
 
     def test_gradients_are_clipped_to_the_norm(self):
         config = experiment(steps=1, **{"optim.clip_norm": 0.01})
         model = built(config)
-        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-        (step,) = training_steps(model, endless(), optimizer, config, device=HERE)
+        objective = Objective(config.objective, model)
+        optimizer = build_optimizer(objective, config.optim)
+        (step,) = training_steps(objective, endless(), optimizer, config, device=HERE)
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
         assert float(step.gradient_norm) > 0.01
         assert float(norm) == pytest.approx(0.01, rel=1e-3)
@@ -151,7 +173,7 @@ class TestSteps:
     def test_bf16_learns_too(self):
         config = experiment(steps=60, **{"optim.lr": 5e-3, "model.dropout": 0})
         _, steps = trained(config, device=Device(torch.device("cpu"), torch.bfloat16))
-        assert float(steps[-1].nats) < 0.5 * float(steps[1].nats)
+        assert float(steps[-1].nll) < 0.5 * float(steps[1].nll)
 
     def test_a_rank_draws_its_own_numbers(self):
         def drawn(seed: int, step: int, rank: int) -> float:
@@ -185,8 +207,9 @@ class Poisoned:
 def test_a_gradient_that_is_not_finite_never_reaches_weights_or_moments():
     config = experiment(**{"optim.anneal": 0})
     model = built(config)
-    optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-    steps = training_steps(model, iter(Poisoned(model, {3})), optimizer, config, device=HERE)
+    objective = Objective(config.objective, model)
+    optimizer = build_optimizer(objective, config.optim)
+    steps = training_steps(objective, iter(Poisoned(model, {3})), optimizer, config, device=HERE)
     next(steps), next(steps)
     before = [p.detach().clone() for p in model.parameters()]
     state = OptimizerState(optimizer)
@@ -214,8 +237,9 @@ class TestOutOfMemory:
             return whole(source_BS, lengths_B)
 
         model.encode = encode
-        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-        return model, list(training_steps(model, endless(), optimizer, config, device=HERE))
+        objective = Objective(config.objective, model)
+        optimizer = build_optimizer(objective, config.optim)
+        return model, list(training_steps(objective, endless(), optimizer, config, device=HERE))
 
     @pytest.mark.fault("T03")
     @pytest.mark.parametrize(
@@ -227,7 +251,7 @@ class TestOutOfMemory:
         assert not caplog.records
         parted, found = self.trained(12, error)
         assert "out of memory at 3 x 6 source and 3 x 6 target tokens" in caplog.text
-        assert float(found[0].nats) == pytest.approx(float(wanted[0].nats), rel=1e-6)
+        assert float(found[0].nll) == pytest.approx(float(wanted[0].nll), rel=1e-6)
         assert int(found[0].tokens) == int(wanted[0].tokens)
         for a, b in zip(parted.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-5)
@@ -256,7 +280,7 @@ class TestAccumulation:
             "model.dropout": 0,
             "model.attention_dropout": 0,
             "model.concrete_heads": ["enc_self"],
-            "objective.l0": l0,
+            "objective.head_penalty.weight": l0,
             "steps": 1,
             "optim.clip_norm": 1e9,
         }
@@ -267,8 +291,9 @@ class TestAccumulation:
             for gate in model.modules():
                 if isinstance(gate, HeadGates):
                     gate.eval()  # no noise, which would differ by batch
-            optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-            list(training_steps(model, iter(batches), optimizer, config, device=HERE))
+            objective = Objective(config.objective, model)
+            optimizer = build_optimizer(objective, config.optim)
+            list(training_steps(objective, iter(batches), optimizer, config, device=HERE))
             return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
         whole = gradient([batch_of(ROWS)], 1)
@@ -279,9 +304,10 @@ class TestAccumulation:
     def test_an_update_that_is_not_whole_is_not_made(self):
         config = experiment(**{"batch.per_update": 2})
         model = built(config)
-        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
+        objective = Objective(config.objective, model)
+        optimizer = build_optimizer(objective, config.optim)
         three = iter([batch_of(ROWS)] * 3)
-        assert len(list(training_steps(model, three, optimizer, config, device=HERE))) == 1
+        assert len(list(training_steps(objective, three, optimizer, config, device=HERE))) == 1
 
     def test_workers_must_divide_what_they_share(self):
         with pytest.raises(ConfigError, match=r"per_update 3 is no multiple .* 2; set it to 2"):
@@ -297,8 +323,9 @@ class TestFreezing:
         model = built(config)
         frozen = freeze(model, config.optim.freeze)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimizer = build_optimizer(model, config.optim, gate_lr_factor=10)
-        list(training_steps(model, endless(), optimizer, config, device=HERE))
+        objective = Objective(config.objective, model)
+        optimizer = build_optimizer(objective, config.optim)
+        list(training_steps(objective, endless(), optimizer, config, device=HERE))
         assert frozen
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, before[name]) == (name in frozen), name

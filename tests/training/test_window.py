@@ -12,7 +12,7 @@ from vinedresser.training.window import MetricsWindow
 
 def step(index: int, nats: float, tokens: int, norm: float) -> Step:
     scalars = [torch.tensor(float(nats)), torch.tensor(tokens), torch.tensor(float(norm))]
-    return Step(index, *scalars, learning_rate=index / 10, epsilon=1 - index / 100)
+    return Step(index, *scalars, learning_rate=index / 10, metrics={"some_share": 1 - index / 100})
 
 
 def test_sums_travel():
@@ -30,7 +30,7 @@ def test_sums_travel():
             "train/gradient_norm_mean": 1.75,
             "train/skipped_updates": 0.0,
             "train/clipped_share": 0.5,
-            "train/gold_share": 0.98,
+            "train/some_share": 0.98,
         }
     )
 

@@ -9,15 +9,13 @@ from vinedresser.config.experiment import (
     Compute,
     Evaluation,
     Experiment,
-    Feedback,
-    Objective,
     Optim,
-    ScheduledSampling,
 )
 from vinedresser.config.files import parse_overrides, read_file, resolve
 from vinedresser.config.kinds import ModelConfig
 from vinedresser.config.section import Section
 from vinedresser.config.task import Frames, MetricName, SafeName, Task, Tokenizer
+from vinedresser.config.terms import TermConfig, Terms
 
 __all__ = [
     "AnyCorpus",
@@ -30,16 +28,15 @@ __all__ = [
     "Decoding",
     "Evaluation",
     "Experiment",
-    "Feedback",
     "Frames",
     "MetricName",
     "ModelConfig",
-    "Objective",
     "Optim",
     "SafeName",
-    "ScheduledSampling",
     "Section",
     "Task",
+    "TermConfig",
+    "Terms",
     "Tokenizer",
     "parse_overrides",
     "read_file",

@@ -19,11 +19,11 @@ from vinedresser.config.decoding import Decoding
 from vinedresser.config.kinds import AnyModel
 from vinedresser.config.section import Section
 from vinedresser.config.task import SafeName, Task
+from vinedresser.config.terms import Terms
 from vinedresser.errors import ConfigError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 BatchOrder = Literal["alternating_max", "bucket_by_source", "random"]
-Feedback = Literal["argmax", "sample"]
 
 
 def _read_task(value: Any, info: ValidationInfo) -> Any:
@@ -74,50 +74,6 @@ class Optim(Section):
     # Decay of the averaged weights that are evaluated and shipped; 0 switches averaging off.
     # Averaging gains 2 to 5 PER points before annealing and nothing after it.
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-
-
-class ScheduledSampling(Section):
-    """Feeding the model its own predictions (methods.md 6-11; Bengio et al. 2015).
-
-    `probability` is p, the share of target inputs taken from the model itself, 0.1 to 0.4 as a
-    rule; papers give the share of gold tokens, epsilon = 1 - p, which is no setting here. Whatever
-    the decay, p never exceeds `probability`.
-    """
-
-    probability: Probability = 0.0
-    # What the model said: its most probable token, or one drawn from its probabilities.
-    feedback: Feedback = "argmax"
-    # Predict each token after the mixed prefix, step by step, on models that are not recurrent too;
-    # recurrent ones always do. False: two passes over all positions, predictions follow the gold
-    # prefix. The default is the cheaper one (costs: objectives/sampling.py).
-    exact: bool = False
-    # How epsilon falls from 1: at once, linearly, k**i, or k / (k + exp(i / k)).
-    decay: Literal["constant", "linear", "exponential", "inverse_sigmoid"] = "linear"
-    # linear: updates until `probability` is reached; exponential: updates until epsilon is 1/e;
-    # inverse_sigmoid: k itself, at least 1; epsilon is k / (k + 1) at first and 0.5 at k * ln(k).
-    decay_steps: PositiveFloat = 500.0
-
-    @model_validator(mode="after")
-    def _starts_with_gold(self) -> Self:
-        if self.decay == "inverse_sigmoid" and self.decay_steps < 1:
-            raise ValueError(
-                f"decay inverse_sigmoid with decay_steps {self.decay_steps:g} starts below one "
-                "half of gold tokens; Fix: decay_steps of 1 or more"
-            )
-        return self
-
-
-class Objective(Section):
-    """What is minimised, in nats per real target token."""
-
-    label_smoothing: Probability = 0.0
-    sampling: ScheduledSampling = ScheduledSampling()
-    # lambda of the L0 penalty on attention heads: lambda x expected share of open gates
-    # (methods.md 82 in the normalised convention of its traps).
-    l0: NonNegativeFloat = 0.0
-    # Learning rate of the gates over the model's. After 700 updates at 1e-3 and l0 = 0.3, 0 of 24
-    # heads had closed at a factor of 10, 7 at 40.
-    gate_lr_factor: PositiveFloat = 40.0
 
 
 class Batching(Section):
@@ -210,7 +166,7 @@ class Experiment(Section):
     # Written out, or the name of its YAML/JSON file or module.
     task: AnyTask
     model: AnyModel
-    objective: Objective = Objective()
+    objective: Terms = Field(default_factory=Terms)
     optim: Optim = Optim()
     batch: Batching = Batching()
     evaluation: Evaluation = Evaluation()
@@ -256,18 +212,11 @@ class Experiment(Section):
             )
         if self.evaluation.num_evaluations > self.steps:
             raise ValueError(f"evaluation.num_evaluations is more than steps {self.steps}")
-        norm_kind = getattr(self.model, "norm_kind", "layer")
-        if self.objective.sampling.exact and norm_kind != "layer":
-            raise ValueError(
-                "objective.sampling.exact feeds one position at a time, model.norm_kind "
-                f"{norm_kind} takes statistics over all of them; set one of: sampling.exact=false, "
-                "norm_kind=layer"
-            )
-        gated = bool(getattr(self.model, "concrete_heads", ()))
-        if self.objective.l0 > 0 and not gated:
-            raise ValueError(
-                "objective.l0 is above 0 but the model has no gates; set model.concrete_heads"
-            )
+        for name, term in self.objective.active.items():
+            try:
+                term.check(self.model)
+            except ValueError as error:
+                raise ValueError(f"objective.{name}: {error}") from None
         return self
 
     @property

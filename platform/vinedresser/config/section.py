@@ -128,6 +128,8 @@ def _replace(
 
 
 def _refuse_unknown(owner: Section, head: str, tree: Mapping[str, Any], key: str) -> None:
+    if owner.model_config.get("extra") == "allow":
+        return  # the section itself knows which keys it takes
     known = [*type(owner).model_fields, *(["kind"] if "kind" in tree else [])]
     if head not in known:
         below = _one_level_below(owner, head)
@@ -148,6 +150,10 @@ def _refuse_other_kind(
 
 def _read_field(owner: Section, head: str, value: Any, key: str) -> Any:
     """A plain value as what a section's field makes of it, other fields left aside."""
+    if head not in type(owner).model_fields:
+        return getattr(
+            type(owner).from_json({head: value}, where=key.removesuffix(f".{head}")), head
+        )
     field = type(owner).model_fields[head]
     annotation: Any = field.annotation
     for extra in field.metadata:
@@ -235,9 +241,10 @@ def _fields_at(cls: type[Section], path: Sequence[str | int], value: Any) -> lis
     """The keys that are known at a place inside a section class."""
     classes: list[type[Section]] = [cls]
     for part in path:
-        inner = [c for k in classes if part in k.model_fields for c in _sections(k, str(part))]
+        inner = [c for k in classes for c in _sections(k, str(part))]
+        is_named = any(k.model_config.get("extra") == "allow" for k in classes)
         value = value[part]
-        kind = value.get("kind") if isinstance(value, Mapping) else None
+        kind = value.get("kind", part if is_named else None) if isinstance(value, Mapping) else None
         classes = [c for c in inner if _is_kind(c, kind)] or inner or classes
     return sorted({name for k in classes for name in k.model_fields})
 
@@ -256,7 +263,14 @@ def _is_kind(cls: type[Section], kind: object) -> bool:
 def _sections(cls: type[Section], name: str) -> list[type[Section]]:
     """The section classes that a field may hold, subclasses included."""
     found: list[type[Section]] = []
-    open_ = [c for c in _leaves(cls.model_fields[name].annotation) if issubclass(c, Section)]
+    hint = (
+        typing.get_type_hints(cls)["__pydantic_extra__"]
+        if cls.model_config.get("extra") == "allow"
+        else None
+    )
+    if name in cls.model_fields:
+        hint = cls.model_fields[name].annotation
+    open_ = [c for c in _leaves(hint) if issubclass(c, Section)]
     while open_:
         found.append(open_.pop())
         open_ += found[-1].__subclasses__()

@@ -342,7 +342,7 @@ def exposure_gap(log: Log) -> Finding | None:
         "exposure_gap",
         f"decoded minus teacher-forced error went from {before:.1f} to {now:.1f} points since step "
         f"{first}",
-        "Train on the model's own outputs: objective.sampling.probability 0.1 to 0.4.",
+        "Train on the model's own outputs: objective.likelihood.sampling.probability 0.1 to 0.4.",
         last,
     )
 

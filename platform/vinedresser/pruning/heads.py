@@ -131,6 +131,6 @@ def pruning_experiment(
     base = {
         "init": str(finalist.folder),
         "model.concrete_heads": list(kinds),
-        "objective.sampling.decay": "constant",
+        "objective.likelihood.sampling.decay": "constant",
     }
     return finalist.experiment.override({**base, **overrides})

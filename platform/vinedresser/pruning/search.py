@@ -147,7 +147,7 @@ class Pruner:
             "parameters": [num_parameters(whole.model), num_parameters(small)],
             "sentences_per_second": [round(before, 1), round(after, 1)],
         }
-        objective = gated.experiment.objective.override({"l0": 0.0})
+        objective = gated.experiment.objective.override({"head_penalty.weight": 0.0})
         save_bundle(
             target,
             experiment=gated.experiment.model_copy(

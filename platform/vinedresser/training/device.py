@@ -141,15 +141,17 @@ def _keep_freed_memory() -> None:
         _log.debug("no glibc: its allocator stays as it is")
 
 
-def seed_step(seed: int, step: int, number: int) -> None:
-    """Makes every random draw of a batch a pure function of (seed, step, its number in the update).
+def seed_step(seed: int, step: int, number: int) -> int:
+    """Make every random draw of a batch a pure function of (seed, step, its number in the update).
 
     So a resumed run draws what the uninterrupted one would have, with no state to store, and so
-    does a run on another number of workers.
+    does a run on another number of workers. Returns the seed of torch's global generator.
     """
     # Odd multipliers spread neighbouring triples over the 64-bit seeds (Weyl sequence).
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + number * 0x94D049BB133111EB
-    torch.manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)
+    mixed &= 0x7FFF_FFFF_FFFF_FFFF
+    torch.manual_seed(mixed)
+    return mixed
 
 
 def is_out_of_memory(error: BaseException) -> bool:

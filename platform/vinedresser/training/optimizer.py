@@ -10,7 +10,7 @@ from torch import nn
 from vinedresser.config import Optim
 from vinedresser.config.section import did_you_mean
 from vinedresser.errors import ConfigError
-from vinedresser.nn.gates import HeadGates
+from vinedresser.objective import Objective
 
 
 def learning_rate(config: Optim, *, step: int, steps: int, d_model: int | None = None) -> float:
@@ -73,22 +73,17 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [" = ".join(of_one) for of_one in found]
 
 
-def build_optimizer(model: nn.Module, config: Optim, *, gate_lr_factor: float) -> torch.optim.Adam:
-    """Return AdamW over all parameters; gates learn `gate_lr_factor` times as fast, undecayed.
+def build_optimizer(objective: Objective, config: Optim) -> torch.optim.Adam:
+    """Return AdamW over the joint parameters of an objective.
 
-    Each group has a `factor`, multiplied with the learning rate of the step.
+    Each group has a `factor`, multiplied with the learning rate of the step. Groups that a term
+    makes of the model's parameters come last.
     """
-    gates = {
-        id(module.log_alpha): module.log_alpha
-        for module in model.modules()
-        if isinstance(module, HeadGates) and module.log_alpha.requires_grad
-    }
-    rest = [p for p in model.parameters() if id(p) not in gates and p.requires_grad]
-    groups = [{"params": rest, "factor": 1.0}]
-    if gates:
-        groups.append({"params": [*gates.values()], "factor": gate_lr_factor, "weight_decay": 0.0})
+    groups = [group for term in objective.terms.values() for group in term.model_groups()]
+    grouped = {id(p) for group in groups for p in group["params"]}
+    rest = [p for p in objective.joint_parameters() if id(p) not in grouped]
     return torch.optim.AdamW(
-        groups,
+        [{"params": rest, "factor": 1.0}, *(group for group in groups if group["params"])],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

@@ -27,6 +27,7 @@ from vinedresser.data.batching.prefetch import prefetched
 from vinedresser.data.batching.reader import Batches
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
+from vinedresser.objective import Objective
 from vinedresser.tracking import Tracker
 from vinedresser.training.checkpoint import load_parts, newest_checkpoint, save_checkpoint
 from vinedresser.training.device import Device, refuse_too_large, seed_step
@@ -99,9 +100,8 @@ class Run:
         self.stragglers = StragglerDetector(device)
         self._build_model()
         optim = experiment.optim
-        self.optimizer = build_optimizer(
-            self.model, optim, gate_lr_factor=experiment.objective.gate_lr_factor
-        )
+        self.objective = Objective(experiment.objective, self.model, self.tokenizers[1])
+        self.optimizer = build_optimizer(self.objective, optim)
         self.ema = AveragedWeights(self.model, optim.ema_decay)
         self.window = MetricsWindow(
             optim.clip_norm,
@@ -121,6 +121,7 @@ class Run:
         self.parts: dict[str, Any] = {
             "run": self,
             "model": self.model,
+            "objective": self.objective,
             "optimizer": OptimizerState(self.optimizer),
             "ema": self.ema,
             "evaluator": self.evaluator,
@@ -179,7 +180,7 @@ class Run:
             self.window.restart()
             self._report_progress(start)
             for step in training_steps(
-                self.model,
+                self.objective,
                 batches,
                 self.optimizer,
                 # Each rollback halves the rate.
@@ -199,7 +200,7 @@ class Run:
                     self._evaluate(step.index)
                 if due.checkpoint:
                     self._checkpoint(step.index)
-                if step.is_last:
+                if step.stop:
                     raise InterruptedRunError(
                         f"stopped on request at step {step.index}; run the same command to resume"
                     )

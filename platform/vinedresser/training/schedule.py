@@ -44,8 +44,8 @@ class StepSchedule:
         uninterrupted one does. A run that stops writes a checkpoint only; its evaluation, if one
         is due, is made up for when it resumes.
         """
-        evaluate = step.index in self.evaluations and not step.is_last
-        checkpoint = step.index % self._checkpoint_every == 0 or step.is_last
+        evaluate = step.index in self.evaluations and not step.stop
+        checkpoint = step.index % self._checkpoint_every == 0 or step.stop
         log = step.index % self.log_every == 0 or evaluate or checkpoint
         return Due(log, evaluate, checkpoint)
 

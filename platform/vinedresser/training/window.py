@@ -56,7 +56,7 @@ class MetricsWindow:
             DivergedError: more updates than allowed are not finite, or the loss has exploded.
         """
         norms = torch.stack([step.gradient_norm for step in self._steps])
-        nll = torch.stack([step.nats for step in self._steps])
+        nll = torch.stack([step.nll for step in self._steps])
         is_finite = torch.isfinite(norms) & torch.isfinite(nll)
         self.not_finite = [
             s for s, finite in zip(self._steps, is_finite.tolist(), strict=True) if not finite
@@ -66,7 +66,7 @@ class MetricsWindow:
         if self.skipped > self._max_skipped:
             bad = self.not_finite[0] if self.not_finite else last
             raise DivergedError(
-                f"step {bad.index}: loss {float(bad.nats / bad.tokens):.3g} nats per token, "
+                f"step {bad.index}: loss {float(bad.nll / bad.tokens):.3g} nats per token, "
                 f"gradient norm {float(bad.gradient_norm):.3g}; lower optim.lr or "
                 "optim.clip_norm, lengthen optim.warmup_steps, or allow optim.max_skipped"
             )
@@ -92,7 +92,7 @@ class MetricsWindow:
             "train/gradient_norm_mean": float(finite.mean()) if len(finite) else math.nan,
             "train/clipped_share": float((norms > self._clip_norm).float().mean()),
             "train/skipped_updates": float(self.skipped),
-            "train/gold_share": last.epsilon,
+            **{f"train/{name}": value for name, value in last.metrics.items()},
             "train/tokens_per_second": tokens / seconds,
             "train/seconds_per_step": seconds / steps,
         }

@@ -39,6 +39,7 @@ from vinedresser.health.preflight.sentences import (
     spread,
 )
 from vinedresser.model import Seq2Seq
+from vinedresser.objective import Objective
 from vinedresser.training.device import refuse_too_large, resolve_device, seed_step
 from vinedresser.training.optimizer import freeze
 
@@ -169,6 +170,7 @@ def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Che
     experiment, shards, device = subject.experiment, subject.shards, subject.device
     model = subject.build(experiment.model)
     freeze(model, experiment.optim.freeze)
+    objective = Objective(experiment.objective, model, subject.encoders[1])
     begin("a short training")
     brief = short(experiment, tokens=subject.short_tokens)
     dev = list(
@@ -176,7 +178,7 @@ def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Che
     )
     with closing(stream(shards, brief.batch, seed=experiment.seed)) as batches:
         yield check_conditioning(
-            model, batches, dev, brief, device, vocabulary=subject.vocabulary.target
+            objective, batches, dev, brief, device, vocabulary=subject.vocabulary.target
         )
     begin("batch invariance")
     assert subject.dry is not None
@@ -185,10 +187,10 @@ def _of_the_model(subject: _Subject, begin: Begin, price: float) -> Iterator[Che
         model, subject.dry, compared, vocabulary=subject.vocabulary.source, cap=subject.cap
     )
     begin("memory")
-    yield check_memory(model, collated(compared[: _COMPARED // 2]), experiment, device)
+    yield check_memory(objective, collated(compared[: _COMPARED // 2]), experiment, device)
     begin("speed")
     with closing(stream(shards, experiment.batch, seed=experiment.seed)) as batches:
-        found = speed(model, batches, experiment, device)
+        found = speed(objective, batches, experiment, device)
     begin("one evaluation")
     seconds = evaluation_seconds(model, subject.dev, subject.encoders[1], experiment)
     yield check_cost(experiment, shards, found, seconds, price=price)

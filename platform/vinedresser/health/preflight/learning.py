@@ -23,7 +23,7 @@ from vinedresser.health.rules import (
     is_uniform_guess,
 )
 from vinedresser.model import Seq2Seq
-from vinedresser.objectives import likelihood
+from vinedresser.objective import Objective, target_nll
 from vinedresser.training.device import Device, seed_step
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.step import training_steps
@@ -71,7 +71,7 @@ def check_first_loss(
             "first loss", passed, found, f"below {written}", "" if passed else pointer, figures
         )
     states_BTD, is_real_BT = model(batch), batch.is_real_BT
-    trained = float(likelihood(model, states_BTD, batch).mean)
+    trained = float(target_nll(model, states_BTD, batch).mean)
     log_p_NV = model.output.log_probs(states_BTD[is_real_BT])
     decoded = float(F.nll_loss(log_p_NV, batch.target_BT[is_real_BT]))
     if abs(trained - decoded) > MAX_LOSS_DRIFT * max(1.0, decoded):
@@ -106,7 +106,7 @@ def check_gradients(model: Seq2Seq, batch: Batch) -> CheckResult:
     """
     batch = batch.to(model.device)
     model.zero_grad(set_to_none=True)
-    torch.autograd.backward(likelihood(model, model(batch), batch).mean)
+    torch.autograd.backward(target_nll(model, model(batch), batch).mean)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel()]
     idle = [n for n, p in named if p.grad is None or not bool(p.grad.any())]
     wild = [n for n, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
@@ -148,7 +148,7 @@ def check_overfitting(
     for updates in _overfitting(model, batch, device):  # noqa: B007 - its last value is reported
         model.eval()
         with torch.no_grad():
-            loss = float(likelihood(model, model(batch), batch).mean)
+            loss = float(target_nll(model, model(batch), batch).mean)
         outputs = greedy(model, batch.source_BS, batch.source_lengths_B, cap=cap).ids
         model.train()
         wanted = [s.target_T.tolist()[:-1] for s in sentences]
@@ -188,7 +188,7 @@ def _overfitting(model: Seq2Seq, batch: Batch, device: Device) -> Iterator[int]:
             group["lr"] = rate * min(1.0, update / 10)
         seed_step(0, update, 0)
         with device.autocast():
-            loss = likelihood(model, model(batch), batch).mean
+            loss = target_nll(model, model(batch), batch).mean
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -200,7 +200,7 @@ def _overfitting(model: Seq2Seq, batch: Batch, device: Device) -> Iterator[int]:
 
 
 def check_conditioning(
-    model: Seq2Seq,
+    objective: Objective,
     batches: Iterator[Batch],
     dev: Sequence[Batch],
     experiment: Experiment,
@@ -214,7 +214,7 @@ def check_conditioning(
     the gap is significant.
 
     Args:
-        model: on its device, in training mode; trained further.
+        objective: with its model on its device, in training mode; trained further.
         batches: of train.
         dev: held-out batches.
         experiment: steps and warm-up as `short` makes them.
@@ -226,10 +226,8 @@ def check_conditioning(
             "conditioning", None, "dev has no two sentences for a batch", "2 or more",
             "give dev more sentences, or raise decoding.max_padded_tokens",
         )  # fmt: skip
-    optimizer = build_optimizer(
-        model, experiment.optim, gate_lr_factor=experiment.objective.gate_lr_factor
-    )
-    steps = training_steps(model, batches, optimizer, experiment, device=device)
+    model, optimizer = objective.model, build_optimizer(objective, experiment.optim)
+    steps = training_steps(objective, batches, optimizer, experiment, device=device)
     since, loss, result = time.perf_counter(), 0.0, None
     updates, is_late = 0, False
     for updates in itertools.count():
@@ -239,7 +237,7 @@ def check_conditioning(
             if is_late or updates == LOOKS[-1] or _is_significant(result):
                 break
         step = next(steps)
-        loss = float(step.nats / step.tokens)
+        loss = float(step.nll / step.tokens)
         if not math.isfinite(loss):
             break
     # Worse than a uniform guess after all that: not learning.

@@ -22,6 +22,7 @@ from vinedresser.evaluate import Scoring, evaluate
 from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.rules import MAX_LEAK
 from vinedresser.model import Seq2Seq
+from vinedresser.objective import Objective
 from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.step import training_steps
@@ -37,12 +38,12 @@ BLOCKS, UPDATES_PER_BLOCK = 8, 25
 
 
 def check_memory(
-    model: Seq2Seq, batch: Batch, experiment: Experiment, device: Device
+    objective: Objective, batch: Batch, experiment: Experiment, device: Device
 ) -> CheckResult:
     """Check the growth of resident and GPU memory over updates of one shape (methods.md 37).
 
     Args:
-        model: on its device, in training mode; trained further.
+        objective: with its model on its device, in training mode; trained further.
         batch: on the CPU; the same for each update.
         experiment: as it is trained; growth is projected to its `steps`.
         device: device and precision.
@@ -55,13 +56,13 @@ def check_memory(
             "compute": experiment.compute.model_copy(update={"workers": 1}),
         }
     )
-    optimizer = build_optimizer(model, once.optim, gate_lr_factor=once.objective.gate_lr_factor)
+    optimizer = build_optimizer(objective, once.optim)
     process, trim = psutil.Process(), getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
     read: dict[str, Callable[[], int]] = {"RSS": lambda: int(process.memory_info().rss)}
     if device.primary.type == "cuda":
         read["GPU"] = lambda: torch.cuda.memory_allocated(device.primary)
     seen: dict[str, list[int]] = {name: [] for name in read}
-    for step in training_steps(model, itertools.repeat(batch), optimizer, once, device=device):
+    for step in training_steps(objective, itertools.repeat(batch), optimizer, once, device=device):
         if step.index % UPDATES_PER_BLOCK == 0:
             # Free what waits for the collector or the heap: otherwise a leak stays unseen in the
             # room that earlier, larger batches left in the heap.
@@ -108,7 +109,7 @@ class Speed:
 
 
 def speed(
-    model: Seq2Seq, batches: Iterator[Batch], experiment: Experiment, device: Device
+    objective: Objective, batches: Iterator[Batch], experiment: Experiment, device: Device
 ) -> Speed:
     """Time updates on real batches, in the experiment's precision, threads and objective."""
     count = experiment.batches_a_rank
@@ -119,12 +120,12 @@ def speed(
             "compute": experiment.compute.model_copy(update={"workers": 1}),
         }
     )
-    optimizer = build_optimizer(model, alone.optim, gate_lr_factor=alone.objective.gate_lr_factor)
+    optimizer = build_optimizer(objective, alone.optim)
     seconds: list[float] = []
     tokens: list[int] = []
     since = begun = time.perf_counter()
-    for step in training_steps(model, batches, optimizer, alone, device=device):
-        tokens.append(int(step.tokens + 0 * step.nats))  # waits for the device
+    for step in training_steps(objective, batches, optimizer, alone, device=device):
+        tokens.append(int(step.tokens + 0 * step.nll))  # waits for the device
         now = time.perf_counter()
         seconds.append(now - since)
         since = now
