@@ -58,7 +58,7 @@ def bits(state: Any) -> Any:
 
 
 def test_terms_are_modules():
-    assert kinds(TERMS) == ["head_penalty", "likelihood"]
+    assert {"head_penalty", "likelihood"} <= set(kinds(TERMS))
     assert list(Terms().active) == ["likelihood"]
     terms = Terms.from_json({REINFORCE: {"weight": 0.5}})
     assert list(terms.active) == ["likelihood", REINFORCE]
