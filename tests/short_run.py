@@ -14,7 +14,7 @@ from tests.memory_tracker import MemoryTracker
 from vinedresser.config import Experiment
 from vinedresser.data.shards import ShardSet
 from vinedresser.health.monitor import RunMonitor
-from vinedresser.health.rules import RunFacts
+from vinedresser.health.series import RunFacts
 from vinedresser.training.device import Device
 from vinedresser.training.listener import Listener
 from vinedresser.training.optimizer import OptimizerState

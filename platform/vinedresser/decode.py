@@ -1,7 +1,7 @@
 """Greedy and beam search over Seq2Seq.start, step and select only.
 
-The output of a sentence depends on its source alone: its length limit is a function of its own
-length, and beams of different sentences never compete.
+The output of a sentence depends on its source alone: its length limit is a function of the length
+of its source, and beams of different sentences never compete.
 """
 
 import math

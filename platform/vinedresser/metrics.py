@@ -107,7 +107,7 @@ def metric_name(name: str) -> str:
     """Return the name of a metric.
 
     Raises:
-        ValueError: no such metric; says what each of them counts.
+        ValueError: no such metric; lists the known ones with their units.
     """
     if name not in METRICS:
         known = ", ".join(f"{key} ({metric.unit})" for key, metric in METRICS.items())

@@ -17,7 +17,8 @@ from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.errors import DivergedError
 from vinedresser.health.monitor import RunMonitor
-from vinedresser.health.rules import Finding, RunFacts
+from vinedresser.health.rules import Finding
+from vinedresser.health.series import RunFacts
 from vinedresser.model import Memory
 from vinedresser.training.device import Device
 from vinedresser.workspace.layout import RunFolder

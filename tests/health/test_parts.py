@@ -19,7 +19,7 @@ from vinedresser.health.preflight.independence import (
     check_batch_invariance,
     check_stepwise_equality,
 )
-from vinedresser.health.preflight.learning import check_first_loss, judged
+from vinedresser.health.preflight.learning import check_first_loss, conditioning_result
 from vinedresser.health.preflight.resources import Speed, check_cost, slope
 from vinedresser.health.preflight.sentences import (
     Sentence,
@@ -206,7 +206,7 @@ def test_large_losses_round_more_and_are_not_blamed_on_the_batch(sure, is_passed
     ],
 )
 def test_what_a_gap_says(gap, error, updates, is_passed, words):
-    found = judged(Conditioning(gap, error, 2.0, 256), updates)
+    found = conditioning_result(Conditioning(gap, error, 2.0, 256), updates)
     assert found.passed is is_passed
     assert words in found.pointer
     assert bool(words) == bool(found.pointer)

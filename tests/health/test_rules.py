@@ -5,7 +5,8 @@ import math
 import pytest
 
 from vinedresser.figures.monitoring import Reading
-from vinedresser.health.rules import RULES, Log, RunFacts, apply_rules, reading_details
+from vinedresser.health.rules import RULES, apply_rules
+from vinedresser.health.series import Log, RunFacts, reading_details
 
 FACTS = RunFacts(uniform=math.log(8000), steps=1000, warmup=100, anneal=0.25, clip_norm=1.0)
 EVERY = 20

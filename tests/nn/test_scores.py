@@ -72,7 +72,7 @@ def test_cosine_can_be_sharp_from_the_start():
     module = built("cosine")
     memory = torch.eye(20, 20)[None]
     keys = module.sharpened(module.remember(memory))
-    weights = (module.asked(memory[:, :1]) @ keys.transpose(1, 2)).softmax(-1)
+    weights = (module.query_factor(memory[:, :1]) @ keys.transpose(1, 2)).softmax(-1)
     assert weights.max() > 0.99
 
 

@@ -10,7 +10,7 @@ from vinedresser.distributed.context import RunContext
 from vinedresser.errors import DivergedError, InterruptedRunError, TrainingError
 from vinedresser.figures.corpus import log_corpus
 from vinedresser.health.monitor import RunMonitor
-from vinedresser.health.rules import RunFacts
+from vinedresser.health.series import RunFacts
 from vinedresser.tracking import NullTracker, Tracker, ending, open_run
 from vinedresser.training.device import resolve_device
 from vinedresser.training.listener import Listener

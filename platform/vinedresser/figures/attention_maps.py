@@ -174,8 +174,8 @@ def attend(bundle: Bundle, source: str, target: str | None = None) -> Attended:
         ids = tokenizer.encode(target)
         if len(ids) >= cap:
             raise DataError(f"target: {len(ids)} tokens; expected at most {cap - 1}")
-    said = flattened([ids])
-    output = Side(said.values, np.array([0, len(said.values)]))
+    output_ids = flattened([ids])
+    output = Side(output_ids.values, np.array([0, len(output_ids.values)]))
     batch = batch_of(read, output, np.zeros(1, np.int64))
     maps = attention_maps(bundle.model, batch, (bundle.source_tokenizer, tokenizer))
     if not maps:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from vinedresser.data.batching.plan import Histogram, plan_cells
 from vinedresser.data.prepare.encode import LENGTHS_FILE
@@ -119,9 +118,15 @@ def _lengths(shards: ShardSet) -> "Figure":
     ):
         own = axes[0] if side == "source" else axes[-1]
         kind = unit if side == "source" else "tokens"
-        _bars(own, lengths, cells.counts, int(lengths.max()) if shards.features else longest,
-              label=f"{side}, {np.average(lengths, weights=cells.counts):.1f} {kind} on average",
-              color=color)  # fmt: skip
+        last = int(lengths.max()) if shards.features else longest
+        # Equally many lengths per bar.
+        width = max(1, -(-last // _BARS))
+        own.hist(
+            lengths, bins=list(np.arange(0, last + width, width) + 0.5), weights=cells.counts,
+            label=f"{side}, {np.average(lengths, weights=cells.counts):.1f} {kind} on average",
+            color=color, histtype="stepfilled", alpha=0.45, edgecolor=color,
+        )  # fmt: skip
+        own.set_xlim(left=0)
     axes[-1].set_xlabel("length in tokens, end of sentence included")
     if shards.features:
         axes[0].set_xlabel("length in frames")
@@ -130,20 +135,6 @@ def _lengths(shards: ShardSet) -> "Figure":
         own.legend()
     axes[0].set_title(f"{shards.task.name}: lengths")
     return figure
-
-
-def _bars(
-    axes: "Axes", lengths: NDArray[np.int64], counts: NDArray[np.int64], longest: int, *,
-    label: str, color: str,
-) -> None:  # fmt: skip
-    """Draw a weighted histogram of whole numbers, with equally many lengths per bar."""
-    width = max(1, -(-longest // _BARS))
-    edges = np.arange(0, longest + width, width) + 0.5
-    axes.hist(
-        lengths, bins=list(edges), weights=counts, color=color, label=label,
-        histtype="stepfilled", alpha=0.45, edgecolor=color,
-    )  # fmt: skip
-    axes.set_xlim(left=0)
 
 
 def _padding(shards: ShardSet, tokens: int) -> "Figure":

@@ -12,14 +12,8 @@ from typing import Any
 from vinedresser.batch import Batch
 from vinedresser.figures.monitoring import gradients_by_layer, readings_over_steps
 from vinedresser.health.readings import Readings
-from vinedresser.health.rules import (
-    USUAL_UPDATE_RATIO,
-    Finding,
-    Log,
-    RunFacts,
-    apply_rules,
-    reading_details,
-)
+from vinedresser.health.rules import USUAL_UPDATE_RATIO, Finding, apply_rules
+from vinedresser.health.series import Log, RunFacts, reading_details
 from vinedresser.model import Seq2Seq
 from vinedresser.tracking import Tracker
 

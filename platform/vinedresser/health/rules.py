@@ -1,18 +1,16 @@
 """Health rules: from the logged series of a run to findings with advice (methods.md 107).
 
-Each rule is a pure function of the log. It reports a fault that lasted for several log lines, and
-nothing where the series that it reads are not logged. The public thresholds at the top are those
-of the preflight checks too.
+Each rule is a pure function of the log and gives its name to the finding. It reports a fault that
+lasted for several log lines, and nothing where the series that it reads are not logged. The public
+thresholds at the top are those of the preflight checks too.
 """
 
 import itertools
-import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from vinedresser.config import Experiment
-from vinedresser.figures.monitoring import Reading
+from vinedresser.health.series import Log, least, median
 
 # Tolerance of the first loss around ln |V| (methods.md 105). Logits of standard deviation s that
 # carry no information cost ln |V| + s^2 / 2 nats: 1 nat is s = 1.4. The zoo starts at s = 1 or
@@ -40,9 +38,6 @@ _CHANCE = 0.95  # loss over ln |V|; healthy: 0.88 after a fifth of the run
 _GROWN_GAP = 5.0  # points of error; healthy: 3
 _LEAK_MB, _CACHED = 16.0, 50  # MB over the second half of the run so far; updates not counted
 
-# (step, value), in the order of steps.
-Points = Sequence[tuple[int, float]]
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -64,92 +59,9 @@ class Finding:
         return f"{self.rule} at step {self.step}: {self.text}. {self.advice}"
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """Constants of a run that the rules need.
-
-    Attributes:
-        uniform: ln |V|, the loss of a uniform guess in nats per token.
-        steps: updates of the whole run.
-        warmup: updates of warm-up.
-        anneal: share of the run at its end over which the learning rate falls to 0.
-        clip_norm: gradients above it are scaled down.
-        is_fresh: false for a warm start, whose first loss has no known value.
-    """
-
-    uniform: float
-    steps: int
-    warmup: int
-    anneal: float
-    clip_norm: float
-    is_fresh: bool = True
-
-    @classmethod
-    def of(cls, experiment: Experiment, *, vocabulary: int) -> "RunFacts":
-        """Return the facts of an experiment with `vocabulary` target ids."""
-        optim = experiment.optim
-        return cls(
-            uniform=math.log(vocabulary),
-            steps=experiment.steps,
-            warmup=optim.warmup_steps,
-            anneal=optim.anneal,
-            clip_norm=optim.clip_norm,
-            is_fresh=experiment.init is None,
-        )
-
-
-class Log:
-    """Series of a run: key -> (step, value) in order; values that are not finite are left out.
-
-    Attributes:
-        facts: constants of the run.
-        points: the series, plain JSON.
-    """
-
-    def __init__(
-        self, facts: RunFacts, points: Mapping[str, Iterable[Sequence[float]]] = {}
-    ) -> None:
-        self.facts = facts
-        self.points = {
-            key: [(int(step), float(value)) for step, value in pairs]
-            for key, pairs in points.items()
-        }
-
-    def add(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append the metrics of a step."""
-        for key, value in metrics.items():
-            if math.isfinite(value):
-                self.points.setdefault(key, []).append((step, value))
-
-    def of(self, key: str, *, after: float = 0) -> Points:
-        """Return the points of a key at steps above `after`."""
-        return [point for point in self.points.get(key, ()) if point[0] > after]
-
-    def last(self, key: str, count: int, *, after: float = 0) -> Points:
-        """Return the last `count` points above `after`; none where there are fewer."""
-        points = self.of(key, after=after)
-        return points[-count:] if len(points) >= count else ()
-
-    def keys(self, prefix: str) -> list[str]:
-        """Return the keys that begin with a prefix."""
-        return [key for key in self.points if key.startswith(prefix)]
-
-
-def reading_details(reading: Reading) -> dict[str, float]:
-    """Return the statistics of single layers and functions as metrics for the rules."""
-    found = {}
-    for layer, values in reading.layers.items():
-        if "update_ratio" in values:
-            found[f"update_ratio of {layer}"] = values["update_ratio"]
-    for function, values in reading.functions.items():
-        if "units" in values:
-            found[f"dead_share of {function}"] = values["dead"] / values["units"]
-        if "saturated" in values:
-            found[f"saturated of {function}"] = values["saturated"]
-    return found
-
-
-Rule = Callable[[Log], Finding | None]
+# Observation with numbers, advice, and the step of the latest number.
+Fault = tuple[str, str, int]
+Rule = Callable[[Log], Fault | None]
 
 
 def is_uniform_guess(losses: Iterable[float], uniform: float) -> bool:
@@ -166,21 +78,20 @@ def is_uniform_guess(losses: Iterable[float], uniform: float) -> bool:
     return any(MIN_FIRST_EXCESS <= loss - uniform <= MAX_FIRST_EXCESS for loss in losses)
 
 
-def non_finite(log: Log) -> Finding | None:
+def non_finite(log: Log) -> Fault | None:
     """Report updates that were skipped because a loss or gradient was nan or infinite."""
     points = log.of("train/skipped_updates")
     if not points or points[-1][1] == 0:
         return None
     step, count = points[-1]
-    return Finding(
-        "non_finite",
+    return (
         f"{count:.0f} updates were not finite and were skipped",
         "Inspect the rows in not-finite-*.json; lower optim.lr, or set compute.precision=fp32.",
         step,
     )
 
 
-def first_loss(log: Log) -> Finding | None:
+def first_loss(log: Log) -> Fault | None:
     """Report an untrained model that is not a uniform guess (methods.md 105)."""
     points = log.of("train/first_loss")
     if not points:
@@ -195,10 +106,10 @@ def first_loss(log: Log) -> Finding | None:
         else "Scale down the initial weights and bias of the output layer, or look for wrong ids."
     )
     seen = f"first loss {loss:.2f} nats per token, ln |V| = {uniform:.4f}"
-    return Finding("first_loss", seen, advice, step)
+    return seen, advice, step
 
 
-def exploding_gradients(log: Log) -> Finding | None:
+def exploding_gradients(log: Log) -> Fault | None:
     """Report gradients far above their median while the loss is above its median."""
     norms = log.of("train/gradient_norm_max", after=log.facts.warmup)
     losses = [v for _, v in log.of("train/loss", after=log.facts.warmup)]
@@ -207,8 +118,7 @@ def exploding_gradients(log: Log) -> Finding | None:
     (step, norm), before = norms[-1], median(norms[:-1])
     if norm < _EXPLODED * before or losses[-1] < statistics.median(losses[:-1]):
         return None
-    return Finding(
-        "exploding_gradients",
+    return (
         f"gradient norm {norm:.3g}, median before {before:.3g}; loss {losses[-1]:.3g} nats per "
         f"token, median before {statistics.median(losses[:-1]):.3g}",
         "Lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps.",
@@ -216,48 +126,47 @@ def exploding_gradients(log: Log) -> Finding | None:
     )
 
 
-def vanishing_gradients(log: Log) -> Finding | None:
+def vanishing_gradients(log: Log) -> Fault | None:
     """Report gradients of the first block that are negligible against those of the last."""
     points = log.last("monitor/gradient_decay", 5)
     share = median(points)
     if not points or share > _VANISHED or source_share(log) < _NO_SOURCE:
         return None
-    return Finding(
-        "vanishing_gradients",
+    return (
         f"gradients of the first block are {share:.1e} of those of the last (root mean squares)",
         "Set norm=pre or layer_norm=true, use fewer layers, or a smaller initialisation.",
         points[-1][0],
     )
 
 
-def dead_units(log: Log) -> Finding | None:
+def dead_units(log: Log) -> Fault | None:
     """Report a ReLU layer most of whose units are 0 at every position of several batches."""
-    function, points = _worst(log, "dead_share of ", 3)
-    if least(points) < _DEAD_SHARE:
-        return None
-    return Finding(
-        "dead_units",
-        f"{100 * points[-1][1]:.0f}% of the units of {function} are 0 at every position",
+    return _at_an_end(
+        log, "dead_share of ", _DEAD_SHARE, "units of {} are 0 at every position",
         "Lower optim.lr or lengthen optim.warmup_steps; gelu and swiglu have no dead units.",
-        points[-1][0],
-    )
+    )  # fmt: skip
 
 
-def saturated_units(log: Log) -> Finding | None:
+def saturated_units(log: Log) -> Fault | None:
     """Report an activation function most of whose outputs are at the ends of its range."""
-    function, points = _worst(log, "saturated of ", 3)
-    if least(points) < _SATURATED_SHARE:
-        return None
-    return Finding(
-        "saturated_units",
-        f"{100 * points[-1][1]:.0f}% of the outputs of {function} are within 0.01 of its range's "
-        "ends",
+    return _at_an_end(
+        log, "saturated of ", _SATURATED_SHARE,
+        "outputs of {} are within 0.01 of its range's ends",
         "Lower optim.lr, add optim.weight_decay, or set layer_norm=true.",
-        points[-1][0],
-    )
+    )  # fmt: skip
 
 
-def always_clipped(log: Log) -> Finding | None:
+def _at_an_end(log: Log, prefix: str, limit: float, text: str, advice: str) -> Fault | None:
+    """Report the function whose last 3 shares have the largest minimum, from a limit on."""
+    found = {key.removeprefix(prefix): log.last(key, 3) for key in log.keys(prefix)}
+    function, points = max(found.items(), key=lambda item: least(item[1]), default=("", ()))
+    if least(points) < limit:
+        return None
+    share = 100 * points[-1][1]
+    return f"{share:.0f}% of the {text.format(function)}", advice, points[-1][0]
+
+
+def always_clipped(log: Log) -> Fault | None:
     """Report half a run in which every update was clipped to a small share of its norm."""
     after = max(log.facts.warmup, log.facts.steps / 2)
     points = log.of("train/clipped_share", after=after)
@@ -267,8 +176,7 @@ def always_clipped(log: Log) -> Finding | None:
     norm = median(norms)
     if norm < _OVER_CLIP * log.facts.clip_norm:
         return None
-    return Finding(
-        "always_clipped",
+    return (
         f"all updates since step {points[0][0]} were clipped; the norm is {norm:.3g}, "
         f"optim.clip_norm {log.facts.clip_norm:g}",
         f"The effective learning rate is lower than optim.lr: set optim.clip_norm near {norm:.1g}, "
@@ -277,26 +185,24 @@ def always_clipped(log: Log) -> Finding | None:
     )
 
 
-def loss_stuck(log: Log) -> Finding | None:
+def loss_stuck(log: Log) -> Fault | None:
     """Report a loss that stays at that of a uniform guess."""
     start = max(log.facts.warmup, log.facts.steps / 5)
     points = log.last("train/loss", 5, after=start)
     if not points or least(points) < _CHANCE * log.facts.uniform:
         return None
-    return Finding(
-        "loss_stuck",
+    return (
         f"loss {points[-1][1]:.3f} nats per token, a uniform guess has {log.facts.uniform:.4f}",
         "Raise optim.lr, check optim.freeze, and inspect some rows: is the target text readable?",
         points[-1][0],
     )
 
 
-def source_ignored(log: Log) -> Finding | None:
+def source_ignored(log: Log) -> Fault | None:
     """Report a model that has learned the target language and does not use its source."""
     share, points = source_share(log), log.last("monitor/gradient_norm_source", 3)
     if points and share < _NO_SOURCE:
-        return Finding(
-            "source_ignored",
+        return (
             f"the encoder's share of the gradient norm is {share:.1e}",
             "The encoder gets no gradient: look for a detach, a mask over all positions, or closed "
             "gates.",
@@ -310,8 +216,7 @@ def source_ignored(log: Log) -> Finding | None:
         return None
     if gaps[-1][1] > min(MIN_CONDITIONING_GAP + 2 * errors[-1][1], 10 * MIN_CONDITIONING_GAP):
         return None
-    return Finding(
-        "source_ignored",
+    return (
         f"shuffled sources cost {gaps[-1][1]:.3f} nats per token on dev, at a loss of "
         f"{losses[-1][1]:.2f}",
         "Inspect some pairs: does source i belong to target i? Then masks and the encoder; a model "
@@ -320,7 +225,7 @@ def source_ignored(log: Log) -> Finding | None:
     )
 
 
-def exposure_gap(log: Log) -> Finding | None:
+def exposure_gap(log: Log) -> Fault | None:
     """Report decoding that gets worse while the teacher-forced error falls further behind it.
 
     Early in healthy runs the gap grows too (from 7 to 10 points was seen; on English to German from
@@ -338,8 +243,7 @@ def exposure_gap(log: Log) -> Finding | None:
         return None
     if now + forced[-1][1] < before + forced[0][1] or best[-1][1] != best[0][1]:
         return None
-    return Finding(
-        "exposure_gap",
+    return (
         f"decoded minus teacher-forced error went from {before:.1f} to {now:.1f} points since step "
         f"{first}",
         "Train on the model's own outputs: objective.likelihood.sampling.probability 0.1 to 0.4.",
@@ -347,7 +251,7 @@ def exposure_gap(log: Log) -> Finding | None:
     )
 
 
-def update_ratio(log: Log) -> Finding | None:
+def update_ratio(log: Log) -> Fault | None:
     """Report a layer whose updates are out of proportion to its weights, at the full rate."""
     anneals_at = log.facts.steps * (1 - log.facts.anneal)
     prefix = "update_ratio of "
@@ -367,10 +271,10 @@ def update_ratio(log: Log) -> Finding | None:
         return None
     layer, step = ratios[ratio]
     seen = f"an update moves {layer} by {ratio:.1e} of its weights, 1e-4 to 1e-2 are usual"
-    return Finding("update_ratio", seen, advice, step)
+    return seen, advice, step
 
 
-def memory_growth(log: Log) -> Finding | None:
+def memory_growth(log: Log) -> Fault | None:
     """Report memory in use that grows from log line to log line (methods.md 37).
 
     Healthy runs grow too, in steps: 25 MB at their first evaluation; and oneDNN keeps up to 1,024
@@ -390,8 +294,7 @@ def memory_growth(log: Log) -> Finding | None:
     per_step = grown / (last - first)
     if grown < max(_LEAK_MB, 0.02 * before, 0.6 * (now - before)) or per_step < MAX_LEAK / 2**20:
         return None
-    return Finding(
-        "memory_growth",
+    return (
         f"memory in use went from {before:.0f} to {now:.0f} MB since step {first}, {per_step:.2g} "
         f"MB per step or {per_step * log.facts.steps / 1024:.1f} GB in the whole run",
         "Look for references that keep tensors: a list of losses without float(), a cache, hooks.",
@@ -417,7 +320,7 @@ RULES: Sequence[Rule] = (
 
 def apply_rules(log: Log) -> list[Finding]:
     """Apply every rule; at most one finding per rule."""
-    return [found for rule in RULES if (found := rule(log)) is not None]
+    return [Finding(rule.__name__, *fault) for rule in RULES if (fault := rule(log)) is not None]
 
 
 def source_share(log: Log) -> float:
@@ -426,19 +329,3 @@ def source_share(log: Log) -> float:
         log.last(f"monitor/{key}", 3) for key in ("gradient_norm_source", "gradient_norm")
     )
     return median(own) / max(median(whole), 1e-30) if own else 1.0
-
-
-def median(points: Points) -> float:
-    """Return the median of the values; 0 without any."""
-    return statistics.median(value for _, value in points) if points else 0.0
-
-
-def least(points: Points) -> float:
-    """Return the smallest value; 0 without any."""
-    return min((value for _, value in points), default=0.0)
-
-
-def _worst(log: Log, prefix: str, count: int) -> tuple[str, Points]:
-    """Return the activation function whose last `count` values have the largest minimum."""
-    found = {key.removeprefix(prefix): log.last(key, count) for key in log.keys(prefix)}
-    return max(found.items(), key=lambda item: least(item[1]), default=("", ()))

@@ -1,6 +1,6 @@
 """Multi-head attention with head gates, whole or step by step, any number of heads per layer.
 
-B sentences, T query positions, S key positions, D features, H heads, K features a head.
+B sentences, T query positions, S key positions, D features, H heads, K features per head.
 """
 
 import math

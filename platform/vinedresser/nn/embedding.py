@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class SourceEmbeddingConfig(Section):
     """Embedding of source ids. Frames are always projected, with `kind: table`."""
 
-    # table: one vector an id. characters: for ids that are characters, convolutions of several
+    # table: one vector per id. characters: for ids that are characters, convolutions of several
     # widths over their vectors and highway layers (methods.md 61).
     kind: Literal["table", "characters"] = "table"
     # characters only: features of a character, the widths of the filters, how many of each width,
@@ -96,8 +96,8 @@ class SourceEmbedding(nn.Module):
     """Source ids (B, S) or frames (B, S, F) -> (B, S, D).
 
     Frames go through a linear layer and LayerNorm. A fresh module gives vectors of length about
-    `scale`, whatever the kind. What stands beyond the lengths changes no position before them;
-    what comes out there is anything finite.
+    `scale`, whatever the kind. Padding beyond the lengths changes no position before
+    them; outputs at padding are finite and otherwise undefined.
 
     Args:
         vocabulary: its `source` or, for frames, its `features`.

@@ -36,7 +36,8 @@ class Score(nn.Module):
     """Scores of queries against keys; the part that depends on the source is computed once.
 
     Attributes:
-        is_product: true where scores are `asked(query)` times keys; else `forward` computes them.
+        is_product: true where scores are `query_factor` of the query times keys; else `forward`
+            computes them.
     """
 
     is_product = True
@@ -45,7 +46,7 @@ class Score(nn.Module):
         """Return the keys (B, S, K) of a memory."""
         return memory_BSM
 
-    def asked(self, queries: Tensor) -> Tensor:
+    def query_factor(self, queries: Tensor) -> Tensor:
         """Return the factor of the keys (..., K) from queries (..., D)."""
         return queries
 
@@ -55,7 +56,7 @@ class Score(nn.Module):
 
     def forward(self, queries_BTD: Tensor, keys_BSK: Tensor) -> Tensor:
         """Return scores (B, T, S)."""
-        return self.asked(queries_BTD) @ keys_BSK.transpose(1, 2)
+        return self.query_factor(queries_BTD) @ keys_BSK.transpose(1, 2)
 
 
 class Dot(Score):
@@ -102,7 +103,7 @@ class Cosine(Score):
         wide = torch.promote_types(memory_BSM.dtype, torch.float32)
         return F.normalize(memory_BSM.to(wide), dim=-1).to(memory_BSM.dtype)
 
-    def asked(self, queries: Tensor) -> Tensor:
+    def query_factor(self, queries: Tensor) -> Tensor:
         """See Score."""
         wide = torch.promote_types(queries.dtype, torch.float32)
         return F.normalize(queries.to(wide), dim=-1).to(queries.dtype)
@@ -206,7 +207,7 @@ class Attention(nn.Module):
         """Return contexts (B, T, M) of queries (B, T, D)."""
         queries_BTD = queries_BTD.to(source.keys_BSK.dtype)
         if self.score.is_product:
-            scores_BTS = self.score.asked(queries_BTD) @ source.keys_BSK.transpose(1, 2)
+            scores_BTS = self.score.query_factor(queries_BTD) @ source.keys_BSK.transpose(1, 2)
         else:
             scores_BTS = self.score(queries_BTD, source.keys_BSK)
         return self._weights(scores_BTS + source.bias_BS[:, None]) @ source.values_BSM
@@ -221,7 +222,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Return known + context (B, M) of a query (B, D), with a step's bias from `begin`."""
         if self.score.is_product:
-            scores_BS = source.by_keys(bias_BS, self.score.asked(query_BD))
+            scores_BS = source.by_keys(bias_BS, self.score.query_factor(query_BD))
         else:
             query_B1D = query_BD[:, None].to(source.keys_BSK.dtype)
             scores_BS = self.score(query_B1D, source.keys_BSK)[:, 0] + bias_BS

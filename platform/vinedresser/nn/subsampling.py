@@ -100,8 +100,8 @@ class Subsample(nn.Module):
     def forward(self, x_BSD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, S, D), (B,) -> (B, U, width), (B,).
 
-        U = `reduced(S)`; what stands beyond the lengths is not read, and comes out as anything
-        finite.
+        U = `reduced(S)`; padding beyond the lengths is not read; outputs there are finite and
+        otherwise undefined.
         """
         is_real_BS1 = is_real(lengths_B, x_BSD.shape[1])[:, :, None]
         if self.config.kind == "pool":
@@ -142,8 +142,7 @@ class Subsample(nn.Module):
 class FrontEnd(nn.Module):
     """All reductions of a configuration in a row, each with `width` features in and out.
 
-    It stands before the layers of an encoder that keeps one width. Without reductions it gives
-    back what it is given.
+    Used before the layers of an encoder of constant width. Without reductions it is the identity.
     """
 
     def __init__(self, config: SubsamplingConfig, width: int) -> None:

@@ -22,7 +22,7 @@ from vinedresser.workspace.layout import RunFolder, checkpoint_step
 
 _log = logging.getLogger(__name__)
 
-# In the stored JSON, a mapping with one of these keys stands for a tensor, or for a mapping whose
+# In the stored JSON, a mapping with one of these keys represents a tensor, or for a mapping whose
 # keys are no strings, as the state of an optimizer.
 _TENSOR, _ITEMS = "$tensor", "$items"
 
@@ -58,9 +58,12 @@ def save_checkpoint(run: RunFolder, step: int, parts: Mapping[str, Part], *, kee
     """
     target = run.checkpoint(step)
     if is_committed(target):
-        if _is_intact(target):
+        try:
+            verify(target)
+        except (DamagedError, MachineError, OSError):
+            quarantine(target)  # `newest_checkpoint` skipped it
+        else:
             return target
-        quarantine(target)  # `newest_checkpoint` skipped it
     with commit(target) as staging:
         states = {}
         for name, part in parts.items():
@@ -167,11 +170,3 @@ def _read(path: Path) -> Checkpoint:
     if "states" not in state:
         raise DamagedError(f"{path}: written by another version of vinedresser")
     return Checkpoint(state["step"], _with_tensors(state["states"], tensors))
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        verify(path)
-    except (DamagedError, MachineError, OSError):
-        return False
-    return True

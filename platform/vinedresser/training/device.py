@@ -1,4 +1,4 @@
-"""Where one worker of a run computes: device, precision, threads, seeds."""
+"""Device, precision, threads and seeds of one worker of a run."""
 
 import ctypes
 import logging
@@ -65,8 +65,19 @@ class Device:
 
     @property
     def encoder_device(self) -> torch.device:
-        """The device of the encoder's weights."""
+        """Return the device of the encoder's weights."""
         return self.encoder or self.primary
+
+    @property
+    def settings(self) -> dict[str, str | int]:
+        """Return what the bits of a run depend on, apart from its experiment (fault T15)."""
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "workers": self.world_size,
+            "device": self.primary.type,
+            "precision": str(self.autocast_dtype or torch.float32).removeprefix("torch."),
+        }
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the precision context of a training step."""
@@ -87,24 +98,24 @@ class Device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are native: 4 to 5 times fp32 on such processors."""
+    """Return true if bf16 matrix products are native: 4 to 5 times the speed of fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def resolve_device(compute: Compute, *, rank: int = 0) -> Device:
-    """Resolves `auto` on this machine and sets the number of threads.
+    """Resolve `auto` on this machine and set the number of threads.
 
     Raises:
-        MachineError: a device or precision was asked for that is not here.
+        MachineError: a configured device is not on this machine.
     """
     has_cuda, encoder = torch.cuda.is_available(), None
     if compute.device == "cuda" and not has_cuda:
         raise MachineError("compute.device is cuda but no GPU is here; use compute.device=cpu")
     device = torch.device("cpu")
     if has_cuda and compute.device != "cpu":
-        # The one that this process was given: workers of a group see all of their machine.
+        # The one assigned to this process: workers of a group see all GPUs of their machine.
         device = torch.device("cuda", torch.cuda.current_device())
     if compute.devices:
         device, encoder = (_device(n) for n in (compute.devices.decoder, compute.devices.encoder))
@@ -116,21 +127,21 @@ def resolve_device(compute: Compute, *, rank: int = 0) -> Device:
 
 
 def _device(name: str) -> torch.device:
-    """A device of compute.devices that is here.
+    """Return a device of compute.devices.
 
     Raises:
-        MachineError: it is not.
+        MachineError: this machine does not have it.
     """
     device, count = torch.device(name), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise MachineError(f"compute.devices names {name}, {count} GPUs are here; Fix: name cpu")
+        raise MachineError(f"compute.devices names {name}, this machine has {count} GPUs; use cpu")
     return device
 
 
 def _keep_freed_memory() -> None:
-    """Keeps glibc from handing freed memory back after every step: 1.08x fp32, 1.19x bf16.
+    """Keep freed memory in the process (glibc): 1.08 times the speed in fp32, 1.19 in bf16.
 
-    And lets torch ask for huge pages, 1.04x to 1.1x; it looks once, at its first tensor.
+    Also enable huge pages, 1.04 to 1.1 times; torch reads the variable at its first tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
@@ -138,7 +149,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
-        _log.debug("no glibc: its allocator stays as it is")
+        _log.debug("no glibc: allocator settings unchanged")
 
 
 def seed_step(seed: int, step: int, number: int) -> int:
@@ -155,7 +166,7 @@ def seed_step(seed: int, step: int, number: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU, in torch's CPU allocator, or of an object in C++."""
+    """Return true if an allocation failed: on a GPU, in torch's CPU allocator, or in C++."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     signs = ("can't allocate memory", "bad_alloc")
@@ -163,11 +174,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory() -> str:
-    """The most that this process has held, for messages."""
+    """Return the peak memory of this process, for messages."""
     # KiB on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    said = f"{peak / 2**30:.1f} GiB of memory"
+    text = f"{peak / 2**30:.1f} GiB of memory"
     if torch.cuda.is_available():
-        said += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
-    return said
+        text += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
+    return text

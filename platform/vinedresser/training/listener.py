@@ -1,4 +1,4 @@
-"""Progress of a run as a value, and the listener through which everything leaves a run."""
+"""Progress of a run as a value, and the listener that receives all output of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Progress:
 
 
 class Listener:
-    """Receiver of what leaves a run. Every method does nothing here; subclasses override some.
+    """Receiver of the output of a run. Every method does nothing; subclasses override some.
 
     Rank 0 calls all of them. Other ranks call `evaluated` and `finished` with an empty mapping,
     equally often, because a scheduler may use them as a barrier.

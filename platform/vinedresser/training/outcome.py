@@ -49,17 +49,17 @@ class Outcome:
 
     @property
     def final_report(self) -> dict[str, Any]:
-        """The last report to a scheduler, also of a run that had ended before."""
+        """Return the last report to a scheduler, also of a run that had ended before."""
         return {**self.last_report, "is_last": 1.0, "run/bundle": self.bundle}
 
     @property
     def value(self) -> float:
-        """The inferred metric on dev."""
+        """Return the inferred metric on dev."""
         return float(self.scores[self.scores["metric"]])
 
     @property
     def selection_regret(self) -> float:
-        """Units of the metric by which selecting on the teacher-forced loss would have been worse.
+        """Return how much worse, in the metric, selection by the teacher-forced loss would be.
 
         Negative where it would have been better, which happens to runs with gates only: their last
         weights ship, not their best.
@@ -120,8 +120,8 @@ def clear(folder: RunFolder) -> None:
 def log_changes(experiment: Experiment, folder: RunFolder) -> None:
     """Log in what a new run differs from an unfinished one of its name (fault T16).
 
-    Another experiment is another run with a folder of its own, so nothing can be mixed up; a user
-    who meant to resume learns why the run starts anew.
+    Another experiment is another run in a separate folder; a user who meant to resume sees why the
+    run starts anew.
     """
     if folder.experiment.is_file():
         return

@@ -284,8 +284,8 @@ class Run:
             self.last_report = {**logged, **position, "is_last": 0.0}
             if step == self.evaluator.best_step:
                 self.shipped_report = {k: v for k, v in logged.items() if k.startswith("dev/")}
-        # The last report comes after the outcome is written: a scheduler that stops a trial at a
-        # report must find it finished.
+        # The last report comes after the outcome is written: a scheduler may stop a trial at a
+        # report, and the run must be finished then.
         if step < self.experiment.steps:
             self.listener.evaluated(self.last_report if is_first else {})
         self._report_progress(step)
@@ -348,14 +348,14 @@ class Run:
             "last_report": self.last_report,
             "shipped_report": self.shipped_report,
             "experiment": self.experiment.to_json(),
-            "machine": self._machine,
+            "machine": self.device.settings,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the run's own state; warn where another machine gives other bits."""
         self._seconds_before, self.last_report = state["seconds"], state["last_report"]
         self.shipped_report = state["shipped_report"]
-        before, now = state["machine"], self._machine
+        before, now = state["machine"], self.device.settings
         changed = [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]
         if changed and self.device.rank == 0:
             _log.warning("not bit-exact from here on: %s", ", ".join(changed))
@@ -364,25 +364,11 @@ class Run:
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
 
-    @property
-    def _machine(self) -> dict[str, Any]:
-        return {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "workers": self.device.world_size,
-            "device": self.device.primary.type,
-            "precision": str(self.device.autocast_dtype or torch.float32).removeprefix("torch."),
-        }
-
     def _finish(self) -> Outcome:
         """Write the bundle, then the outcome; remove the checkpoints."""
         self.lease.require_current()
         metric, evaluator = self.experiment.task.metric, self.evaluator
-        scores = {
-            "metric": metric,
-            "dev": evaluator.best_scores,
-            "step": evaluator.best_step,
-        }
+        scores = {"metric": metric, "dev": evaluator.best_scores, "step": evaluator.best_step}
         if not 0 < self.experiment.evaluation.sentences < self.shards.counts["dev"]:
             scores["reference_digest"] = self.shards.reference_digest("dev")
         bundle = save_bundle(

@@ -14,7 +14,7 @@ _LOG_LINES = 50
 
 @dataclass(frozen=True)
 class Due:
-    """What is due after one update."""
+    """Actions due after one update."""
 
     log: bool
     evaluate: bool

@@ -249,14 +249,14 @@ def check_conditioning(
             "training diverges: lower optim.lr or optim.clip_norm, lengthen optim.warmup_steps",
             {"updates": float(updates)},
         )  # fmt: skip
-    return judged(result, updates)
+    return conditioning_result(result, updates)
 
 
 def _is_significant(result: Conditioning) -> bool:
     return result.gap >= MIN_CONDITIONING_GAP and result.deviations >= MIN_DEVIATIONS
 
 
-def judged(result: Conditioning, updates: int) -> CheckResult:
+def conditioning_result(result: Conditioning, updates: int) -> CheckResult:
     """Return the verdict on a gap after some updates: passed, failed, or undecided."""
     passed: bool | None = _is_significant(result)
     pointer = ""

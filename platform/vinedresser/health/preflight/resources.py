@@ -134,7 +134,7 @@ def speed(
     # The median: other load on the machine, or a window that is opened, is not the run's speed.
     pairs = list(zip(seconds, tokens, strict=True))
     each = statistics.median(
-        second / said for second, said in pairs[min(_WARM_UP, len(pairs) - 1) :]
+        second / count for second, count in pairs[min(_WARM_UP, len(pairs) - 1) :]
     )
     mean = sum(tokens) / len(tokens)
     return Speed(1 / each, each * mean, mean)
