@@ -511,7 +511,7 @@ def test_fewer_gpus_than_workers_are_told_at_once(monkeypatch: pytest.MonkeyPatc
     """A worker takes a GPU where there is any; Ray would wait for the second."""
     have = {"CPU": 8.0, "GPU": 1.0}
     monkeypatch.setattr("vinedresser.distributed.resources.of_cluster", lambda: have)
-    with pytest.raises(MachineError, match=r"wants 2 GPU, the cluster has 1 .* compute.device=cpu"):
+    with pytest.raises(MachineError, match=r"needs 2 GPU, the cluster has 1 .* compute.device=cpu"):
         require(Compute(workers=2), "a run")
     assert num_groups(Compute(workers=2)) == 0
     require(Compute(workers=2, device="cpu"), "a run")

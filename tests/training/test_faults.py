@@ -478,7 +478,7 @@ def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
     )
     # Told to stop while rank 0 evaluates, all ranks do at once; nothing is taken twice or left out.
     assert told == two
-    for rank, said in ((0, "while evaluating"), (1, "while rank 0 evaluated")):
+    for rank, said in ((0, "during an evaluation"), (1, "while rank 0 evaluated")):
         stops = (tmp_path / f"told/stopped-{rank}").read_text().splitlines()
         assert [said in stop for stop in stops] == [True, True]
     ends = [json.loads(path.read_text()) for path in tmp_path.glob("t*/runs/*/outcome.json")]
