@@ -67,7 +67,7 @@ class Trainer:
         # From memory: training shall not pay for what it is compared with.
         batches = stream(load_split(shards, "train"), self.experiment.batch, seed=1)
         return training_steps(
-            self.model, batches, self.optimizer, self.experiment, device=self.device
+            self.objective, batches, self.optimizer, self.experiment, device=self.device
         )
 
     def rate(self, steps: int) -> float:

@@ -363,7 +363,7 @@ def test_t09_the_command_exits_with_75(reversal, tmp_path, with_database):
         assert time.monotonic() - asked < 30  # what a cluster grants by default
     finally:
         told.kill()
-    assert "error[E-STOPPED] told to stop; checkpoint at step" in (tmp_path / "log").read_text()
+    assert "error[E-STOPPED] stopped on request at step" in (tmp_path / "log").read_text()
     (stored,) = tmp_path.glob("w/runs/*/checkpoints/step-*")
     step = int(stored.name.removeprefix("step-"))
     assert 0 < step < 2000
