@@ -643,10 +643,10 @@ def test_a_stopped_training_goes_on_with_the_same_command(
     process.send_signal(number)
     out, err = process.communicate(timeout=200)
     assert process.returncode == code, err
-    assert "checkpoint at step" in err
+    assert "stopped on request at step" in err
     assert ("Ctrl-C again" in err) == (number == signal.SIGINT)
     assert out == ""
-    assert "the same command goes on" in err.splitlines()[-1]
+    assert "run the same command to resume" in err.splitlines()[-1]
     assert "Traceback" not in err
     store = tracking.store_for(tmp_path / "space", "reversal")
     assert [run.state for run in tracking.leaderboard(store)] == ["KILLED"]
