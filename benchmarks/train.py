@@ -166,7 +166,7 @@ def work(model: str, precision: str, seconds: float, shards: Path, seed: int) ->
     """Trains for some processor seconds and prints the rate; the loop is training_steps()."""
     import torch
 
-    from vinedresser.config import Experiment
+    from vinedresser.config import Batching, Experiment
     from vinedresser.data.batching.reader import stream
     from vinedresser.data.shards import open_shards
     from vinedresser.model import Vocabulary
@@ -192,7 +192,7 @@ def work(model: str, precision: str, seconds: float, shards: Path, seed: int) ->
     built = experiment.model.build(Vocabulary(size, size, joint=True)).train()
     objective = Objective(experiment.objective, built)
     optimizer = build_optimizer(objective, experiment.optim)
-    batches = stream(opened, tokens=4096, seed=seed)
+    batches = stream(opened, Batching(max_padded_tokens=4096), seed=seed)
     marks, tokens = [], 0
     for step in training_steps(objective, batches, optimizer, experiment, device=here):
         tokens += int(step.tokens)

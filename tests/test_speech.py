@@ -15,12 +15,12 @@ from tests.short_run import Reports
 from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cli import main
 from vinedresser.config import Batching, Experiment, Task
-from vinedresser.data.batching import windows
+from vinedresser.data.batching import pools
+from vinedresser.data.batching.pools import ShardPool
 from vinedresser.data.batching.reader import Batches, load_split
-from vinedresser.data.batching.windows import ShardPool
 from vinedresser.data.corpora.corpus import read
 from vinedresser.data.shards import ShardSet, prepare, tokenizers
-from vinedresser.data.tokenizers.frames import features
+from vinedresser.data.tokenizers.frames import Filterbank
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.evaluate import Scoring, evaluate, tokenized
 from vinedresser.tracking import NullTracker
@@ -90,7 +90,9 @@ def test_shards_hold_the_frames(task, shards):
     for frames_SF, length, row in zip(
         batch.source_BS.numpy(), batch.source_lengths_B.tolist(), rows, strict=True
     ):
-        assert np.array_equal(frames_SF[:length], features(row.source, task.source_tokenizer))
+        assert np.array_equal(
+            frames_SF[:length], Filterbank(task.source_tokenizer).encode(row.source)
+        )
         assert (frames_SF[length:] == 0).all()
     lengths = shards.meta["lengths"]["train"]
     assert lengths["source"]["unknown"] == 0
@@ -110,7 +112,7 @@ def test_batches_keep_the_budget_in_frames(shards):
 def test_a_window_of_frames_has_so_many_bytes(shards, monkeypatch):
     mean = shards.meta["lengths"]["train"]["source"]["mean"]
     assert len(ShardPool(shards, "train")) == 1
-    monkeypatch.setattr(windows, "WINDOW_BYTES", 200 * mean * 20 * 2 + 1)
+    monkeypatch.setattr(pools, "CHUNK_BYTES", 200 * mean * 20 * 2 + 1)
     assert len(ShardPool(shards, "train")) == 2
     batches = Batches(shards, Batching(max_padded_tokens=400), seed=1)
     rows = [row for i in range(batches.per_epoch) for row in batches[i].rows_B.tolist()]

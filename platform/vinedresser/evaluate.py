@@ -14,7 +14,7 @@ from vinedresser.batch import EOS, Batch
 from vinedresser.config import Decoding, Experiment
 from vinedresser.data.batching.reader import Split, in_order
 from vinedresser.data.batching.side import Side
-from vinedresser.data.corpora.row import Source
+from vinedresser.data.corpora.row import SourceItem
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
 from vinedresser.decode import decode
 from vinedresser.errors import InterruptedRunError
@@ -89,7 +89,7 @@ class Evaluated:
 
 
 def tokenized(
-    rows: Sequence[tuple[Source, str]], source: SourceEncoder, target: TextTokenizer
+    rows: Sequence[tuple[SourceItem, str]], source: SourceEncoder, target: TextTokenizer
 ) -> Split:
     """Return plain (source, target) rows as a split, encoded by a finished model's tokenizers."""
     sources, references = [s for s, _ in rows], [t for _, t in rows]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vinedresser.config import Task, Tokenizer
+from vinedresser.config import Batching, Task, Tokenizer
 from vinedresser.data.batching.reader import stream
 from vinedresser.data.corpora.corpus import open_corpus, read
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
@@ -110,7 +110,10 @@ def test_d10_a_line_of_a_hundred_million_characters(text_task, tmp_path, charact
 def test_d12_a_file_that_another_owns():
     if os.geteuid() != 0 or not shutil.which("setpriv"):
         pytest.skip("needs root and setpriv to be somebody else")
-    code = "import sys; from vinedresser.data.corpora.textfile import inspect; inspect(sys.argv[1])"
+    code = (
+        "import sys; from vinedresser.data.corpora.textfile import inspect_text; "
+        "inspect_text(sys.argv[1])"
+    )
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c"]
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
         folder, path = Path(name), Path(name) / "train.source"
@@ -137,7 +140,7 @@ def test_d14_five_test_lines_in_train(text_task, tmp_path):
         lines[10:15] = (tmp_path / f"test.{side}").read_bytes().upper().split(b"\n")[2:7]
         path.write_bytes(b"\n".join(lines))
     found = refused(task, tmp_path)
-    assert "5 train rows stand in test, source and target; train lines 11, 12, 13, 14, 15" in found
+    assert "5 train rows are in test, source and target; train lines 11, 12, 13, 14, 15" in found
     assert "cleaning.leakage=drop" in found
 
 
@@ -158,7 +161,10 @@ def test_d17_one_pair_and_two_workers(text_task, tmp_path):
         f"{split}_{side}": b"a b\n" for split in ("train", "dev") for side in ("source", "target")
     }
     shards = prepare(text_task(**one), tmp_path / "out")
-    batches = [next(stream(shards, tokens=64, seed=0, rank=rank, of=2)) for rank in (0, 1)]
+    batches = [
+        next(stream(shards, Batching(max_padded_tokens=64), seed=0, rank=rank, of=2))
+        for rank in (0, 1)
+    ]
     assert [batch.rows_B.tolist() for batch in batches] == [[0], [0]]
 
 

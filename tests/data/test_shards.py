@@ -207,7 +207,7 @@ def test_multi30k_wastes_little(multi30k, tmp_path):
     lengths = (split.source_lengths, split.target_lengths)
     cells = group(*lengths).histogram
     assert plan_cells(cells, tokens=4096).padding_efficiency(cells).both >= 0.965
-    assert shards.meta["padding"]["both"] >= 0.965
+    assert shards.meta["padding_efficiency"]["both"] >= 0.965
     assert not any("shifted" in note for note in shards.meta["notes"])
     source, target = tokenizers(shards)
     test = load_split(shards, "test")

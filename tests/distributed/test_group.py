@@ -83,10 +83,7 @@ def reference(experiment: Experiment, shards: ShardSet) -> Mapping[str, torch.Te
     objective = Objective(experiment.objective, model)
     optimizer = build_optimizer(objective, experiment.optim)
     ranks = [
-        stream(
-            shards, tokens=experiment.batch.max_padded_tokens, seed=experiment.seed, rank=rank, of=2
-        )
-        for rank in (0, 1)
+        stream(shards, experiment.batch, seed=experiment.seed, rank=rank, of=2) for rank in (0, 1)
     ]
     for step in range(1, experiment.steps + 1):
         batches = [next(rank) for rank in ranks]

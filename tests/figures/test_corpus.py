@@ -30,7 +30,7 @@ def test_buckets_hold_every_row_once(reversal: ShardSet) -> None:
     for bucket in found:
         inside = (longest >= bucket.first) & (longest <= bucket.last)
         assert bucket.rows == inside.sum()
-        assert 0.5 < bucket.padding <= 1
+        assert 0.5 < bucket.padding_efficiency <= 1
     assert len(found) == len(reversal.meta["buckets"]["rows"])
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from tests.objectives.reinforce import Reinforce, ReinforceConfig
 from tests.short_run import GATED, a_run, ending, experiment, killed_run
 from vinedresser.batch import EOS, PAD, Batch
-from vinedresser.config import Experiment, Terms
+from vinedresser.config import Batching, Experiment, Terms
 from vinedresser.config.kinds import kinds
 from vinedresser.config.terms import TERMS
 from vinedresser.data.batching.reader import stream
@@ -188,7 +188,11 @@ def test_an_update_that_is_left_out_is_left_out_for_all(reversal, whose):
     term = objective.terms[REINFORCE]
     optimizer = build_optimizer(objective, config.optim)
     updates = training_steps(
-        objective, stream(reversal, tokens=160, seed=1), optimizer, config, device=HERE
+        objective,
+        stream(reversal, Batching(max_padded_tokens=160), seed=1),
+        optimizer,
+        config,
+        device=HERE,
     )
     next(updates)
     before = bits([model.state_dict(), list(term.parameters()), optimizer.state_dict()["state"],

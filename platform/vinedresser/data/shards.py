@@ -12,7 +12,7 @@ from typing import Any
 
 from vinedresser.config.task import Task
 from vinedresser.data.corpora.corpus import Corpus, open_corpus
-from vinedresser.data.prepare.build import build, build_again
+from vinedresser.data.prepare.build import build_shards, rebuild_shards
 from vinedresser.data.prepare.execute import Connect, Executor
 from vinedresser.data.tokenizers.tokenizer import (
     SourceEncoder,
@@ -36,7 +36,7 @@ from vinedresser.workspace.layout import content_folder
 
 _log = logging.getLogger(__name__)
 
-# Raised whenever the same task and files would give other shards.
+# Raised when the same task and files would give other shards.
 SCHEMA = 2
 
 
@@ -103,7 +103,7 @@ def prepare(
     if folder.exists() and (shards := _reuse(folder, task, corpus)) is not None:
         return shards
     with commit(folder) as stage:
-        build(task, corpus, stage, executor, connect)
+        build_shards(task, corpus, stage, executor, connect)
         stage.meta |= {"digest": digest, "schema": SCHEMA, "task": task.to_json()}
     shards = _shard_set(folder, read_manifest(folder))
     _log_report(shards, corpus)
@@ -125,7 +125,7 @@ def _reuse(folder: Path, task: Task, corpus: Corpus) -> ShardSet | None:
         names = {name for names in manifest.meta["shards"].values() for name in names}
         if not extra and set(damaged) <= names:
             with staging(folder) as out:
-                written = build_again(task, corpus, folder, out, damaged)
+                written = rebuild_shards(task, corpus, folder, out, damaged)
                 if all(written.get(name) == manifest.files[name][1] for name in damaged):
                     repair(folder, damaged, out)
                     _log.warning(
@@ -201,7 +201,7 @@ def open_shards(folder: Path, *, task: Task | None = None, digest: str = "") -> 
 
 
 def _marker(folder: Path, manifest: Manifest) -> Path:
-    """Return the path of an empty file of this node that says: these very files were verified."""
+    """Return the path of the mark of this node that these files were verified: an empty file."""
     files = []
     for path in sorted(folder.rglob("*")):
         found = path.stat()

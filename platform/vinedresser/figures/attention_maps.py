@@ -17,9 +17,9 @@ from vinedresser.batch import Batch
 from vinedresser.bundle import Bundle
 from vinedresser.data.batching.reader import Split
 from vinedresser.data.batching.side import Side, batch_of
-from vinedresser.data.tokenizers.flat import flattened
+from vinedresser.data.tokenizers.flat import BOS, flattened
 from vinedresser.data.tokenizers.frames import Filterbank
-from vinedresser.data.tokenizers.tokenizer import BOS, SourceEncoder, TextTokenizer
+from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
 from vinedresser.decode import greedy
 from vinedresser.errors import DataError
 from vinedresser.figures.attention import attention_figure

@@ -34,13 +34,14 @@ class LengthBucket:
         first: shortest length, in tokens (frames), 1-based.
         last: longest.
         rows: of the train split.
-        padding: real share of its batches, both sides, were it batched alone; in (0, 1].
+        padding_efficiency: share of real tokens in its batches, both sides, if batched alone; in
+            (0, 1].
     """
 
     first: int
     last: int
     rows: int
-    padding: float
+    padding_efficiency: float
 
 
 def histogram_of(shards: ShardSet, split: str) -> Histogram:
@@ -89,7 +90,7 @@ def corpus_figures(shards: ShardSet, *, tokens: int) -> dict[str, "Figure"]:
 
 def log_corpus(tracker: Tracker, shards: ShardSet) -> None:
     """Store the account of a run's data and its figures in the run, as `data/...`."""
-    keys = ("account", "lengths", "overlap", "notes", "padding")
+    keys = ("account", "lengths", "overlap", "notes", "padding_efficiency")
     account = {key: shards.meta[key] for key in keys}
     tracker.text(json.dumps(account, indent=1) + "\n", "data/account.json")
     for name, figure in corpus_figures(shards, tokens=PADDING_TOKENS).items():
@@ -147,7 +148,9 @@ def _padding(shards: ShardSet, tokens: int) -> "Figure":
     axes.set_xlabel(f"longer side of a pair, classes of {shards.task.bucket_width}")
     axes.set_ylabel("rows of train (bars)")
     right = axes.twinx()
-    right.plot(middles, [100 * bucket.padding for bucket in found], "o-", color="tab:green")
+    right.plot(
+        middles, [100 * bucket.padding_efficiency for bucket in found], "o-", color="tab:green"
+    )
     cells = histogram_of(shards, "train")
     whole = 100 * plan_cells(cells, tokens=tokens).padding_efficiency(cells).both
     right.axhline(whole, color="tab:green", linewidth=1, linestyle=":")

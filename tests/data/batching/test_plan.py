@@ -172,9 +172,9 @@ def test_cells_hold_each_row_once_bucket_after_bucket(pairs, width):
 
 
 @given(LENGTHS, st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 3))
-def test_subsets_contain_each_other(pairs, one, other, window):
+def test_subsets_contain_each_other(pairs, one, other, chunk):
     histogram = group(*columns(pairs)).histogram
-    small, large = (histogram.subset(f, window=window) for f in sorted((one, other)))
+    small, large = (histogram.subset(f, chunk=chunk) for f in sorted((one, other)))
     assert (small.counts <= large.counts).all()
     assert (large.counts <= histogram.counts).all()
     assert (abs(small.counts - min(one, other) * histogram.counts) < 1).all()
@@ -185,7 +185,7 @@ def test_a_subset_is_unbiased_and_a_wrong_one_is_refused():
     # 2,500 cells of one row: rows kept are binomial, 750 +- 23.
     source, target = columns(list(itertools.product(range(1, 51), range(1, 51))))
     histogram = Histogram(source, target, np.ones_like(source))
-    kept = [histogram.subset(0.3, window=window).rows for window in range(8)]
+    kept = [histogram.subset(0.3, chunk=chunk).rows for chunk in range(8)]
     assert len(set(kept)) > 4
     assert all(abs(rows - 750) < 115 for rows in kept)
     for fraction in (0.0, -0.1, 1.01, float("nan")):

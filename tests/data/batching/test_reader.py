@@ -54,14 +54,19 @@ def test_ranks_are_disjoint_complete_and_resumable(count, seed, of, at):
     split = split_of(count)
     batches = Batches(split, Batching(max_padded_tokens=60), seed=seed)
     steps = 3 * batches.per_epoch
-    by_rank = [rows(stream(split, tokens=60, seed=seed, rank=r, of=of), steps) for r in range(of)]
+    by_rank = [
+        rows(stream(split, Batching(max_padded_tokens=60), seed=seed, rank=r, of=of), steps)
+        for r in range(of)
+    ]
     together = [step for group in zip(*by_rank, strict=True) for step in group]
     assert together[:steps] == [batches.rows(i).tolist() for i in range(steps)]
     for start in range(0, steps, batches.per_epoch):
         epoch = together[start : start + batches.per_epoch]
         assert sorted(itertools.chain(*epoch)) == list(range(count))
-    resumed = stream(split, tokens=60, seed=seed, rank=of - 1, of=of, at=at)
-    skipped = itertools.islice(stream(split, tokens=60, seed=seed, rank=of - 1, of=of), at, None)
+    resumed = stream(split, Batching(max_padded_tokens=60), seed=seed, rank=of - 1, of=of, at=at)
+    skipped = itertools.islice(
+        stream(split, Batching(max_padded_tokens=60), seed=seed, rank=of - 1, of=of), at, None
+    )
     assert rows(resumed, 3) == rows(skipped, 3)
 
 
@@ -115,19 +120,19 @@ def test_in_order_gives_each_row_once_or_a_spread_subset(sentences):
 def test_a_row_longer_than_the_budget_trains_not_but_is_evaluated():
     split = split_of(50)
     with pytest.raises(DataError, match=r"train: [0-9]+ rows are longer than a batch of 16"):
-        stream(split, tokens=16, seed=0)
+        stream(split, Batching(max_padded_tokens=16), seed=0)
     sizes = [len(batch.rows_B) for batch in in_order(split, tokens=5)]
     assert sum(sizes) == 50
 
 
 def test_wrong_ranks_and_no_rows():
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        stream(split_of(5), tokens=60, seed=0, rank=2, of=2)
+        stream(split_of(5), Batching(max_padded_tokens=60), seed=0, rank=2, of=2)
     none = Side(np.zeros(0, np.uint16), np.zeros(1, np.int64))
     empty = Split("train", none, none, [], [])
     assert list(in_order(empty, tokens=60)) == []
     with pytest.raises(DataError, match="0 rows"):
-        stream(empty, tokens=60, seed=0)
+        stream(empty, Batching(max_padded_tokens=60), seed=0)
 
 
 def test_frames_are_padded_with_zeros():
@@ -168,7 +173,7 @@ def test_a_subset_without_a_row_says_so():
         Batches(split_of(20), Batching(max_padded_tokens=100, subset=1e-9), seed=1)
 
 
-def test_neighbours_of_seeds_epochs_and_windows_draw_differently():
+def test_neighbours_of_seeds_epochs_and_chunks_draw_differently():
     keys = [(1,), (1, 1), (1, 0, 1), (1, 0, 1, 1), (0, 1), (1, 1, 0, 1), (2, 1)]
     draws = {float(_random(*key).random()) for key in keys}
     assert len(draws) == len(keys)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vinedresser.config import Task
 from vinedresser.data.corpora.corpus import open_corpus, read
 from vinedresser.data.corpora.row import Row, RowCounts
-from vinedresser.data.corpora.textfile import inspect, lines_of
+from vinedresser.data.corpora.textfile import inspect_text, lines_of
 from vinedresser.errors import ConfigError, DataError
 
 WORDS = "".join(f"word{i} W AH{i % 3} D{'  # a note' if i == 3 else ''}\n" for i in range(20))
@@ -24,7 +24,7 @@ def message(task) -> str:
 def test_rows_and_empty_sides_are_accounted_for(text_task):
     task = text_task(train_source=b"a\n\nb\nc\n", train_target=b"x\ny\n \nz\n")
     account = RowCounts()
-    rows = list(read(task, "train", account=account))
+    rows = list(read(task, "train", counts=account))
     assert rows == [Row("a", "x", 1), Row("c", "z", 4)]
     assert account.to_json() == {
         "rows_in": 4,
@@ -100,7 +100,7 @@ def test_byte_order_mark_is_stripped_and_noted(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\nlast")
     assert list(lines_of(path)) == ["one", "two\rthree", "last"]
-    facts = inspect(str(path))
+    facts = inspect_text(str(path))
     assert facts.lines == 3
     assert [note.partition(": ")[2] for note in facts.notes] == [
         "byte order mark stripped",
@@ -118,7 +118,7 @@ def test_byte_order_mark_is_stripped_and_noted(tmp_path):
 def test_only_a_line_feed_ends_a_line(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("lines") / "a"
     path.write_bytes("".join(line + "\n" for line in lines).encode())
-    assert inspect(str(path)).lines == len(lines)
+    assert inspect_text(str(path)).lines == len(lines)
     assert list(lines_of(path)) == lines
 
 
@@ -135,9 +135,9 @@ def test_file_that_changes_while_being_read(text_task, tmp_path):
 def test_lexicon_splits_are_disjoint_and_fixed(lexicon_task):
     task = lexicon_task(WORDS + "word1(2) W\nword3 X\n")
     account = RowCounts()
-    parts = {split: list(read(task, split, account=account)) for split in ("dev", "test")}
+    parts = {split: list(read(task, split, counts=account)) for split in ("dev", "test")}
     account = RowCounts()
-    parts["train"] = list(read(task, "train", account=account))
+    parts["train"] = list(read(task, "train", counts=account))
     assert {split: len(rows) for split, rows in parts.items()} == {"dev": 2, "test": 2, "train": 16}
     assert len({row.source for rows in parts.values() for row in rows}) == 20
     assert {row.target for rows in parts.values() for row in rows} == {"W AH D"}
@@ -154,7 +154,7 @@ def test_lexicon_settings(lexicon_task, tmp_path):
     out.write_text("WORD1\tW AH D\nword2 x\n")
     task = lexicon_task(WORDS, exclude=[str(out)], keep_stress=True, train_words=5, test_words=0)
     account = RowCounts()
-    rows = list(read(task, "train", account=account))
+    rows = list(read(task, "train", counts=account))
     assert open_corpus(task).splits == ("train", "dev")
     assert len(rows) == 5
     assert not {"word1", "word2"} & {row.source for row in rows}
@@ -216,7 +216,7 @@ def test_pronunciations_that_differ_in_stress_alone_are_one(lexicon_task):
     sizes = {"dev_words": 2, "test_words": 2, "variants": "all"}
     account = RowCounts()
     rows = [
-        (r.source, r.target) for r in read(lexicon_task(words, **sizes), "train", account=account)
+        (r.source, r.target) for r in read(lexicon_task(words, **sizes), "train", counts=account)
     ]
     assert len(rows) == len(set(rows)) == 2 * 8
     assert account.dropped == {"variant": 8 + 2 * 4}

@@ -183,7 +183,7 @@ def test_object_storage_gives_the_same_shards(plain, tmp_path, s3):
         pairs[split] = Pair(source=one, target=other)
     task = task_of(**pairs)
     account = RowCounts()
-    assert list(read(task, "train", account=account)) == list(read(plain, "train"))
+    assert list(read(task, "train", counts=account)) == list(read(plain, "train"))
     assert account.rows_in == 40
     assert len(open_corpus(task).digests) == 12
     found, wanted = shards_by_name(task, tmp_path / "a"), shards_by_name(plain, tmp_path / "b")

@@ -16,7 +16,7 @@ from vinedresser.data.corpora.corpus import open_corpus, read
 from vinedresser.data.corpora.kinds.speech import SpeechCorpus
 from vinedresser.data.corpora.row import RowCounts
 from vinedresser.data.tokenizers.flat import Flat
-from vinedresser.data.tokenizers.frames import Filterbank, features
+from vinedresser.data.tokenizers.frames import Filterbank
 from vinedresser.data.tokenizers.tokenizer import load_source, load_tokenizer
 from vinedresser.errors import ConfigError, DataError
 
@@ -45,15 +45,15 @@ def write(path: Path, samples: np.ndarray, rate: int = RATE) -> str:
 
 def test_shape_and_determinism(tmp_path):
     path = write(tmp_path / "a.wav", tone(440, 1.0))
-    frames = features([path], FRAMES)
+    frames = Filterbank(FRAMES).encode([path])
     # (samples - window) // shift + 1 = (8000 - 200) // 80 + 1
     assert frames.shape == (98, 40)
     assert frames.dtype == np.float32
-    assert np.array_equal(frames, features([path], FRAMES))
+    assert np.array_equal(frames, Filterbank(FRAMES).encode([path]))
     assert np.array_equal(frames, frames.astype(np.float16).astype(np.float32))
     np.testing.assert_allclose(frames.mean(0), 0, atol=1e-2)
     np.testing.assert_allclose(frames.std(0), 1, atol=1e-2)
-    half = features([path], FRAMES.override({"shift_ms": 20.0, "num_mels": 23}))
+    half = Filterbank(FRAMES.override({"shift_ms": 20.0, "num_mels": 23})).encode([path])
     assert half.shape == (49, 23)
 
 
@@ -63,7 +63,7 @@ def test_the_loudest_band_is_the_one_around_the_tone(tmp_path):
 
     edges = np.linspace(mel(20), mel(RATE / 2), 42)
     for hertz in (300, 1000, 2500):
-        frames = features([write(tmp_path / f"{hertz}.wav", tone(hertz))], RAW)
+        frames = Filterbank(RAW).encode([write(tmp_path / f"{hertz}.wav", tone(hertz))])
         loudest = int(frames.mean(0).argmax())
         assert edges[loudest] < mel(hertz) < edges[loudest + 2]
 
@@ -71,7 +71,7 @@ def test_the_loudest_band_is_the_one_around_the_tone(tmp_path):
 def test_against_a_filterbank_by_hand(tmp_path):
     """Kaldi's recipe in numpy: mean off, preemphasis, povey window, power, mel triangles, log."""
     samples = tone(700, 0.2)
-    found = features([write(tmp_path / "a.flac", samples)], RAW)
+    found = Filterbank(RAW).encode([write(tmp_path / "a.flac", samples)])
     read_back = soundfile.read(str(tmp_path / "a.flac"), dtype="float32")[0] * 32768.0
     length, shift, padded = 200, 80, 256
     window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / (length - 1))) ** 0.85
@@ -99,27 +99,30 @@ def test_normalisation_takes_level_away(tmp_path):
     loud, soft = (write(tmp_path / f"{g}.flac", samples * g) for g in (1.0, 0.25))
     for kind in ("mean", "utterance"):
         config = FRAMES.override({"normalization": kind})
-        difference = features([loud], config) - features([soft], config)
+        difference = Filterbank(config).encode([loud]) - Filterbank(config).encode([soft])
         assert np.abs(difference).mean() < 0.1  # 16 bits hold the soft one less well
-    assert np.abs(features([loud], RAW) - features([soft], RAW)).mean() > 2
-    mean = features([loud], FRAMES.override({"normalization": "mean"}))
+    assert np.abs(Filterbank(RAW).encode([loud]) - Filterbank(RAW).encode([soft])).mean() > 2
+    mean = Filterbank(FRAMES.override({"normalization": "mean"})).encode([loud])
     np.testing.assert_allclose(mean.mean(0), 0, atol=1e-2)
     assert mean.std(0).max() > 0
-    assert (features([write(tmp_path / "0.wav", np.zeros(2000))], FRAMES) == 0).all()
+    assert (Filterbank(FRAMES).encode([write(tmp_path / "0.wav", np.zeros(2000))]) == 0).all()
 
 
 def test_recordings_follow_each_other(tmp_path):
     one, other = tone(300, 0.2), tone(900, 0.25, seed=1)
     parts = [write(tmp_path / "1.wav", one), write(tmp_path / "2.wav", other)]
     whole = write(tmp_path / "12.wav", np.concatenate([one, other]))
-    assert np.array_equal(features(parts, FRAMES), features([whole], FRAMES))
+    assert np.array_equal(Filterbank(FRAMES).encode(parts), Filterbank(FRAMES).encode([whole]))
     bank = Filterbank(FRAMES)
     flat = bank.flat([parts, parts[:1]])
     assert isinstance(flat, Flat)
     assert flat.values.dtype == np.float16
-    assert flat.lengths.tolist() == [len(features(parts, FRAMES)), len(features(parts[:1], FRAMES))]
+    assert flat.lengths.tolist() == [
+        len(Filterbank(FRAMES).encode(parts)),
+        len(Filterbank(FRAMES).encode(parts[:1])),
+    ]
     rows = flat.values.reshape(-1, 40).astype(np.float32)
-    assert np.array_equal(rows[: flat.lengths[0]], features(parts, FRAMES))
+    assert np.array_equal(rows[: flat.lengths[0]], Filterbank(FRAMES).encode(parts))
     assert len(bank.flat([]).lengths) == 0
 
 
@@ -159,7 +162,7 @@ def test_bad_recordings(name, tmp_path):
     make, message = BAD[name]
     make(tmp_path / name)
     with pytest.raises(DataError, match=message) as caught:
-        features([str(tmp_path / name)], FRAMES)
+        Filterbank(FRAMES).encode([str(tmp_path / name)])
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -167,14 +170,14 @@ def test_bad_recordings(name, tmp_path):
 def test_cut_wav(tmp_path):
     path = Path(write(tmp_path / "a.wav", tone(300)))
     whole = path.read_bytes()
-    frames = features([path], FRAMES)
+    frames = Filterbank(FRAMES).encode([path])
     path.write_bytes(whole[:-2])
     wanted = rf"a\.wav: {len(whole) - 2:,} of {len(whole):,} bytes; the file is truncated"
     with pytest.raises(DataError, match=wanted):
-        features([path], FRAMES)
+        Filterbank(FRAMES).encode([path])
     # Written into a pipe: no size was known.
     path.write_bytes(whole[:4] + b"\xff" * 4 + whole[8:])
-    assert np.array_equal(features([path], FRAMES), frames)
+    assert np.array_equal(Filterbank(FRAMES).encode([path]), frames)
 
 
 def test_recordings_in_object_storage_are_refused(tones):
@@ -186,13 +189,13 @@ def test_cut_flac(tmp_path):
     path = Path(write(tmp_path / "a.flac", tone(300)))
     path.write_bytes(path.read_bytes()[:-500])
     with pytest.raises(DataError, match=r"a\.flac: "):
-        features([path], FRAMES)
+        Filterbank(FRAMES).encode([path])
 
 
 def test_bands_without_a_frequency(tmp_path):
     path = write(tmp_path / "a.wav", tone(300))
     with pytest.raises(ConfigError, match=r"mel bands hold no frequency .*Fix: fewer bands"):
-        features([path], FRAMES.override({"num_mels": 200}))
+        Filterbank(FRAMES.override({"num_mels": 200})).encode([path])
 
 
 @pytest.mark.parametrize("absent", ["soundfile", "kaldi_native_fbank"])
@@ -200,7 +203,7 @@ def test_without_the_extra(absent, tmp_path, monkeypatch):
     path = write(tmp_path / "a.wav", tone(300))
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(ConfigError, match=r"Fix: pip install 'vinedresser\[speech\]'"):
-        features([path], FRAMES)
+        Filterbank(FRAMES).encode([path])
 
 
 # Manifests
@@ -439,7 +442,7 @@ def test_digits_refusals(spoken, tmp_path):
     assert "no pronunciation of zero, two" in refusal(lexicon=str(tmp_path / "w.dict"))
     shutil.copytree(spoken, tmp_path / "copy")
     write(tmp_path / "copy/1_ann_2.wav", tone(300), 16000)
-    assert "1_ann_2.wav: 16000 samples a second" in refusal(path=str(tmp_path / "copy"))
+    assert "1_ann_2.wav: 16000 samples per second" in refusal(path=str(tmp_path / "copy"))
 
 
 def test_the_spoken_digits_data_set(shared_data):
@@ -452,7 +455,7 @@ def test_the_spoken_digits_data_set(shared_data):
     assert {Path(path).stem.split("_")[2] for row in rows for path in row.source} <= set("01234")
     assert rows[0].target == "S IH K S W AH N T UW TH R IY F AY V TH R IY"
     assert [Path(path).stem for path in rows[0].source[:2]] == ["6_george_3", "1_george_3"]
-    frames = features(rows[0].source, FRAMES)
+    frames = Filterbank(FRAMES).encode(rows[0].source)
     assert 100 < len(frames) < 1000
     assert np.isfinite(frames).all()
 
@@ -464,7 +467,10 @@ def test_hostile_names_of_recordings_are_refused_in_one_line(tmp_path):
         "none.wav": "no such file", ".": "a directory",
     }  # fmt: skip
     for name, part in names.items():
-        for use in (Filterbank(FRAMES).look, lambda path: features([path], FRAMES)):
+        for use in (
+            Filterbank(FRAMES).inspect_recording,
+            lambda path: Filterbank(FRAMES).encode([path]),
+        ):
             with pytest.raises(DataError) as caught:
                 use(tmp_path / name)
             assert part in str(caught.value)

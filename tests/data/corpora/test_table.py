@@ -78,7 +78,7 @@ def test_files_follow_each_other_and_nulls_are_empty(tmp_path):
         pq.write_table(table, tmp_path / f"{name}.parquet")
     account = RowCounts()
     task = task_of(train=str(tmp_path / "?.parquet"), dev=str(tmp_path / "b.parquet"))
-    rows = list(read(task, "train", account=account))
+    rows = list(read(task, "train", counts=account))
     assert [(row.source, row.line) for row in rows] == [("1", 1), ("3", 3)]
     assert account.dropped == {"empty": 1}
 
@@ -122,7 +122,7 @@ def test_parquet_without_the_columns_or_of_numbers(tmp_path):
     task = task_of(train=str(path), dev=str(path))
     with pytest.raises(DataError, match="column 'tgt' is int64; expected text"):
         list(read(task, "train"))
-    with pytest.raises(DataError, match="no column 'zzz'; expected it beside 'src', 'tgt'"):
+    with pytest.raises(DataError, match="no column 'zzz'; expected one of 'src', 'tgt'"):
         list(read(task_of("zzz", train=str(path), dev=str(path)), "train"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from vinedresser.config import Task, Tokenizer
 from vinedresser.data import shards as shards_module
 from vinedresser.data.corpora import row
-from vinedresser.data.corpora.kinds import digits, lexicon, speech, table, text
+from vinedresser.data.corpora.kinds import table, text
 from vinedresser.data.prepare import clean as clean_module
 from vinedresser.data.shards import open_shards, prepare
 from vinedresser.errors import DamagedError, DataError
@@ -36,7 +36,7 @@ def rows(monkeypatch):
 
     for kind in (row.Block, text.TextBlock):
         monkeypatch.setattr(kind, "load", counting(kind.load))
-    for kind in (table.TableBlock, lexicon.LexiconBlock, speech.UtteranceBlock, digits.DigitsBlock):
+    for kind in (table.TableBlock, row.EntryBlock):
         assert kind.load is row.Block.load
     monkeypatch.setattr(clean_module, "clean", counted_clean)
     return counts

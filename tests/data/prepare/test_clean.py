@@ -159,7 +159,7 @@ def test_leaked_rows(tmp_path):
     rows[4], rows[9], rows[11] = ("TEST  a", "B"), ("test a", "other"), ("dev a", "b")
     with pytest.raises(DataError) as error:
         prepare(write_task(tmp_path, rows), tmp_path / "out")
-    assert "1 train rows stand in test, source and target; train lines 5." in str(error.value)
+    assert "1 train rows are in test, source and target; train lines 5." in str(error.value)
     for rule, dropped in (("drop", {"leaked": 3}), ("allow", {})):
         task = write_task(tmp_path, rows, cleaning=Cleaning(leakage=rule))
         shards = prepare(task, tmp_path / "out")
@@ -211,8 +211,8 @@ def test_a_side_of_which_no_token_is_left_is_empty(tmp_path):
 
 def test_what_dev_and_test_share_is_told(tmp_path):
     task = write_task(tmp_path, [("a", "b")] * 3)
-    assert not [n for n in prepare(task, tmp_path / "out").meta["notes"] if "stand in dev" in n]
+    assert not [n for n in prepare(task, tmp_path / "out").meta["notes"] if "are in dev" in n]
     (tmp_path / "test.source").write_text("Dev  A\ndev a\nx\n")
     (tmp_path / "test.target").write_text("c\nB\nb\n")
     notes = prepare(task, tmp_path / "out").meta["notes"]
-    assert "test: warning: 1 sources stand in dev, 1 of them with their target" in notes
+    assert "test: warning: 1 sources are in dev, 1 of them with their target" in notes

@@ -252,11 +252,6 @@ def test_resampling(kind):
     assert elsewhere == [drawn]
 
 
-def test_resampled_symbols_are_the_same():
-    made = trained("characters")
-    assert made.resample([[4, 5], []], alpha=0.3, seed=7) == [[4, 5], []]
-
-
 @given(st.lists(st.sampled_from(["a", "b", "ü", "C"]), max_size=9), st.booleans())
 def test_symbols_and_characters_promise(parts, lowercase):
     for kind, join in (("symbols", " "), ("characters", "")):

@@ -206,7 +206,7 @@ def _print_shards(shards: "ShardSet", view: ShardView, *, as_json: bool) -> None
             saved.append(str(folder / f"{shards.folder.name}-{name}"))
             figure.savefig(saved[-1], dpi=100)
     if as_json:
-        keys = ("account", "lengths", "overlap", "notes", "padding")
+        keys = ("account", "lengths", "overlap", "notes", "padding_efficiency")
         plain = {key: shards.meta[key] for key in keys}
         more = {"buckets": [vars(b) for b in found], "coverage": known, "pictures": saved}
         return print_json(plain | more)
@@ -240,7 +240,7 @@ def _print_shards(shards: "ShardSet", view: ShardView, *, as_json: bool) -> None
             (
                 f"{bucket.first}-{bucket.last}",
                 f"{bucket.rows:,}",
-                f"{100 * bucket.padding:.1f} %",
+                f"{100 * bucket.padding_efficiency:.1f} %",
                 "▇" * round(30 * bucket.rows / most),
             )
             for bucket in found

@@ -1,8 +1,8 @@
-"""Which sentences share a batch: little padding, a budget never exceeded. NumPy only.
+"""Plans of batches: little padding, a budget never exceeded. NumPy only.
 
-Planning knows rows by their two lengths alone: a `Histogram` says how many rows have which, a
+Planning uses the two lengths of rows alone: a `Histogram` counts the rows per pair of lengths, a
 `Plan` cuts it into batches. So 10^8 rows are planned from a few hundred thousand numbers, and
-which row stands where is only asked when its batch is read.
+the place of a row is computed when its batch is read.
 """
 
 from dataclasses import dataclass
@@ -69,24 +69,24 @@ class Histogram:
         """(C,) rows in the cells before each."""
         return np.cumsum(self.counts) - self.counts
 
-    def subset(self, fraction: float, *, window: int = 0) -> "Histogram":
+    def subset(self, fraction: float, *, chunk: int = 0) -> "Histogram":
         """Return a part of the rows of all lengths: floor(fraction x count + u) of each cell.
 
-        u in [0, 1) is a fixed hash of (window, source, target), so that the parts of growing
+        u in [0, 1) is a fixed hash of (chunk, source, target), so that the parts of growing
         fractions contain each other, and the expected number of rows is fraction x rows
         (methods.md 79: a smaller data set as the fidelity of a search).
 
         Args:
             fraction: in (0, 1]; 1 is the histogram itself.
-            window: part of the hash.
+            chunk: part of the hash.
 
         Raises:
             ValueError: a fraction outside (0, 1].
         """
         if not 0 < fraction <= 1:
-            raise ValueError(f"a subset of {fraction}: more than 0 and at most 1 is wanted")
+            raise ValueError(f"a subset of {fraction}: expected more than 0 and at most 1")
         keys = (self.source.astype(np.uint64) << np.uint64(32)) + self.target.astype(np.uint64)
-        share = (mixed(keys, salt=window) >> np.uint64(11)) * 2.0**-53
+        share = (mixed(keys, salt=chunk) >> np.uint64(11)) * 2.0**-53
         counts = np.floor(fraction * self.counts + share).astype(np.int64)
         return Histogram(self.source, self.target, np.minimum(counts, self.counts))
 
@@ -198,8 +198,8 @@ def plan_cells(
     Each batch takes as many rows of the order as the budget holds. In `alternating_max` the
     longest side never falls, so that no way to form batches needs fewer of them; neighbours are
     near in both lengths, also across a change of the maximum: 0.969 real tokens on Multi30k at
-    4096, against 0.935 of a full sort (performance.md 3 iv). A row longer than the budget gets a
-    batch of its own. O(C log C) for C cells; `random` takes O(n) for n rows.
+    4096, against 0.935 of a full sort (performance.md 3 iv). A row longer than the budget is a
+    batch alone. O(C log C) for C cells; `random` takes O(n) for n rows.
 
     Args:
         histogram: the rows.

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,25 +12,25 @@ import pyarrow.parquet as pq
 from vinedresser.batch import Batch
 from vinedresser.config import Batching
 from vinedresser.data.batching.plan import Histogram, Ints, Plan, arrange, plan_cells, refuse_longer
-from vinedresser.data.batching.prefetch import prefetched
-from vinedresser.data.batching.resegment import Resegmenter, resegmenter, seed_of
-from vinedresser.data.batching.side import Side, batch_of
-from vinedresser.data.batching.windows import (
+from vinedresser.data.batching.pools import (
     Change,
+    Chunk,
     MemoryPool,
     Pool,
     ShardPool,
-    Window,
     reading,
     side_of,
 )
+from vinedresser.data.batching.prefetch import prefetched
+from vinedresser.data.batching.resegment import Resegmenter, resegmenter, seed_of
+from vinedresser.data.batching.side import Side, batch_of
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import DamagedError, DataError
 
 
 @dataclass(frozen=True)
 class Split:
-    """A split in memory, in the corpus's order: about 2 bytes a token, no object a row.
+    """A split in memory, in the corpus's order: about 2 bytes per token, no object per row.
 
     Attributes:
         name: train, dev or test.
@@ -74,12 +73,17 @@ def load_split(shards: ShardSet, name: str) -> Split:
     """
     if name not in shards.counts:
         raise DataError(f"{shards.folder} has no {name} split; it has {', '.join(shards.counts)}")
-    table = pa.concat_tables(_read(shards.folder / file) for file in shards.meta["shards"][name])
+    tables = []
+    for file in shards.meta["shards"][name]:
+        with reading(shards.folder / file):
+            path = shards.folder / file
+            tables.append(pq.read_table(path, page_checksum_verification=True))
+    table = pa.concat_tables(tables)
     order = np.argsort(table["row"].to_numpy())
     if len(order) != shards.counts[name]:
         raise DamagedError(
-            f"{shards.folder}: {len(order)} {name} rows, the manifest says {shards.counts[name]}; "
-            "re-run `prepare`"
+            f"{shards.folder}: {len(order)} {name} rows, but {shards.counts[name]} in the "
+            "manifest; re-run `prepare`"
         )
     texts = {"source_text": list[str](), "target_text": list[str]()}
     for column in texts:
@@ -89,16 +93,11 @@ def load_split(shards: ShardSet, name: str) -> Split:
     return Split(name, source, side_of(table["target"]).take(order), *texts.values())
 
 
-def _read(path: Path) -> pa.Table:
-    with reading(path):
-        return pq.read_table(path, page_checksum_verification=True)
-
-
 class Batches:
     """An endless sequence of training batches: a pure function of (seed, index).
 
     Index i is batch i % per_epoch of epoch i // per_epoch. Every epoch holds each row of the
-    subset once. Windows come in an order of their own each epoch, the batches of a window too,
+    subset once. Chunks come in a new order each epoch, the batches of a chunk too,
     and rows of equal lengths change places between them, so that epochs differ in composition at
     the same padding and the same number of batches.
 
@@ -124,7 +123,7 @@ class Batches:
             else ShardPool(data, "train")
         )
         self._batching, self._seed = batching, seed
-        # What is in memory has no tokenizers, and is read as it is.
+        # A split in memory has no tokenizers, and is not segmented again.
         self._resegment: Resegmenter | None = None
         if isinstance(data, ShardSet) and batching.subword_alpha:
             dev = load_split(data, "dev")
@@ -141,16 +140,16 @@ class Batches:
         self._order = self._ends = self._sizes
         self._shuffled: _Shuffled | None = None
 
-    def _plan(self, window: int) -> tuple[Histogram, Plan]:
-        """Return the cells of a window's subset, and how they are cut."""
+    def _plan(self, chunk: int) -> tuple[Histogram, Plan]:
+        """Return the cells of a chunk's subset, and how they are cut."""
         batching = self._batching
-        cells = self._pool.histogram(window).subset(batching.subset, window=window)
+        cells = self._pool.histogram(chunk).subset(batching.subset, chunk=chunk)
         refuse_longer(cells, tokens=batching.max_padded_tokens, name=self._pool.name)
-        plan = plan_cells(cells, tokens=self._tokens, order=batching.order, salt=window)
+        plan = plan_cells(cells, tokens=self._tokens, order=batching.order, salt=chunk)
         return cells, plan
 
     def _at(self, index: int) -> tuple["_Shuffled", int]:
-        """Return the shuffled window of a batch, and its place there."""
+        """Return the shuffled chunk of a batch, and its place there."""
         epoch, at = divmod(index, self.per_epoch)
         if epoch != self._epoch:
             self._order = _random(self._seed, epoch).permutation(len(self._sizes))
@@ -160,24 +159,24 @@ class Batches:
         number = int(self._order[slot])
         shuffled = self._shuffled
         if shuffled is None or (shuffled.epoch, shuffled.number) != (epoch, number):
-            # What was read of a window is kept for the next epoch if it is the same one.
+            # Buckets already read are kept for the next epoch if it starts with the same chunk.
             is_same = shuffled is not None and shuffled.number == number
-            window = shuffled.window if shuffled and is_same else self._pool.open(number)
-            shuffled = _Shuffled(window, *self._plan(number), self._seed, epoch, number)
+            chunk = shuffled.chunk if shuffled and is_same else self._pool.open(number)
+            shuffled = _Shuffled(chunk, *self._plan(number), self._seed, epoch, number)
             self._shuffled = shuffled
         return shuffled, at - int(self._ends[slot] - self._sizes[number])
 
     def rows(self, index: int) -> Ints:
-        """Return row numbers of a batch. A new epoch or window costs its plan, not its rows."""
+        """Return row numbers of a batch. A new epoch or chunk costs its plan, not its rows."""
         shuffled, at = self._at(index)
-        return shuffled.window.rows(*shuffled.picks(at))
+        return shuffled.chunk.rows(*shuffled.picks(at))
 
     def __getitem__(self, index: int) -> Batch:
         shuffled, at = self._at(index)
         change: Change | None = None
         if self._resegment is not None:
             change = partial(self._resegment, seed=seed_of(self._seed, index))
-        return shuffled.window.batch(*shuffled.picks(at), change)
+        return shuffled.chunk.batch(*shuffled.picks(at), change)
 
     def steps(self, *, rank: int = 0, of: int = 1, at: int = 0) -> Generator[Batch, None, None]:
         """Return batches without end; the caller counts steps.
@@ -193,22 +192,22 @@ class Batches:
             at: steps already taken.
         """
         if not 0 <= rank < of or at < 0:
-            raise ValueError(f"rank {rank} of {of} at {at}: 0 <= rank < of and at >= 0 are wanted")
+            raise ValueError(f"rank {rank} of {of} at {at}: expected 0 <= rank < of and at >= 0")
         return (self[index] for index in itertools.count(at * of + rank, of))
 
 
 def _random(*key: int) -> np.random.Generator:
-    """Return a generator of its own for each key; keys of one length never share one."""
+    """Return the random generator of a key; keys of one length never share one."""
     return np.random.default_rng((*key, *(0,) * (4 - len(key)), 1))
 
 
 class _Shuffled:
-    """A window in one epoch: the order of its batches, and its rows within their cells."""
+    """A chunk in one epoch: the order of its batches, and its rows within their cells."""
 
     def __init__(
-        self, window: Window, cells: Histogram, plan: Plan, seed: int, epoch: int, number: int
+        self, chunk: Chunk, cells: Histogram, plan: Plan, seed: int, epoch: int, number: int
     ) -> None:
-        self.window, self.epoch, self.number = window, epoch, number
+        self.chunk, self.epoch, self.number = chunk, epoch, number
         self._cells, self._plan, self._key = cells, plan, (seed, epoch, number + 1)
         self._starts = cells.starts
         self._turns = _random(*self._key).permutation(len(plan))
@@ -217,31 +216,25 @@ class _Shuffled:
     def picks(self, at: int) -> tuple[Ints, Ints]:
         """Return cell and rank inside it of each row of the at-th batch of the epoch, both (B,)."""
         cells_B, ranks_B = self._plan.batch(int(self._turns[at]))
-        edges = self.window.edges
+        edges = self.chunk.edges
         of_B = np.searchsorted(edges, cells_B, side="right") - 1
         for bucket in np.unique(of_B).tolist():
             first = edges[bucket]
             chosen = of_B == bucket
             start_B = self._starts[cells_B[chosen]] - self._starts[first]
-            ranks_B[chosen] = self._placed(bucket)[start_B + ranks_B[chosen]] - start_B
+            if bucket not in self._places:  # cells shuffled: 0.2 s per million rows
+                counts = self._cells.counts[first : edges[bucket + 1]]
+                cell = np.repeat(np.arange(len(counts)), counts)
+                draws = _random(*self._key, bucket + 1).random(len(cell))
+                self._places[bucket] = np.lexsort((draws, cell))
+            ranks_B[chosen] = self._places[bucket][start_B + ranks_B[chosen]] - start_B
         return cells_B, ranks_B
 
-    def _placed(self, bucket: int) -> Ints:
-        """Return the rows of a bucket, those of each cell shuffled: 0.2 s per million rows."""
-        if bucket not in self._places:
-            first, last = self.window.edges[bucket : bucket + 2]
-            counts = self._cells.counts[first:last]
-            cell = np.repeat(np.arange(len(counts)), counts)
-            draws = _random(*self._key, bucket + 1).random(len(cell))
-            self._places[bucket] = np.lexsort((draws, cell))
-        return self._places[bucket]
 
-
-def stream(  # noqa: PLR0913 - a worker's place in the world is three numbers
+def stream(
     data: Split | ShardSet,
-    batching: Batching | None = None,
+    batching: Batching,
     *,
-    tokens: int = 0,
     seed: int,
     rank: int = 0,
     of: int = 1,
@@ -252,7 +245,6 @@ def stream(  # noqa: PLR0913 - a worker's place in the world is three numbers
     Args:
         data: what to train on.
         batching: budget, order and subset.
-        tokens: short for `Batching(max_padded_tokens=tokens)`.
         seed: the same seed, the same batches; >= 0.
         rank: which worker, 0 <= rank < of.
         of: how many workers.
@@ -261,13 +253,13 @@ def stream(  # noqa: PLR0913 - a worker's place in the world is three numbers
     Raises:
         DataError: a single row is longer than the budget, or there is none.
     """
-    batches = Batches(data, batching or Batching(max_padded_tokens=tokens), seed=seed)
+    batches = Batches(data, batching, seed=seed)
     steps = batches.steps(rank=rank, of=of, at=at)
     return steps if isinstance(data, Split) else prefetched(steps)
 
 
 def in_order(split: Split, *, tokens: int, sentences: int = 0) -> Iterator[Batch]:
-    """Yield each row once, sorted by length, for evaluation; `rows_B` tells where it belongs.
+    """Yield each row once, sorted by length, for evaluation; `rows_B` is its place in the split.
 
     Args:
         split: what to evaluate on.

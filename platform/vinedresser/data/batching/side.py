@@ -21,7 +21,7 @@ class Side:
 
     Attributes:
         values: flat ids, uint16 up to 65,536 of them, else int32, each row with EOS at its end;
-            or flat frames, float16 or float32, `features` numbers a position.
+            or flat frames, float16 or float32, `features` numbers per position.
         offsets: (n + 1,) int64, in positions.
         features: numbers of a frame; 0 for ids.
     """
@@ -80,5 +80,5 @@ def join(sides: Sequence[Side]) -> Side:
 
 
 def batch_of(source: Side, target: Side, rows: Ints) -> Batch:
-    """Return rows as a batch on the CPU; `rows` says where in the split they stand."""
+    """Return rows as a batch on the CPU; `rows` are their places in the split."""
     return Batch(*source.tensors(), *target.tensors(), torch.from_numpy(rows.copy()))

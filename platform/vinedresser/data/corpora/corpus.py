@@ -1,4 +1,4 @@
-"""A task's corpus: files are checked whole first, then described as blocks to read."""
+"""A task's corpus: every file is inspected first, then described as blocks to read."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import row
 from vinedresser.data.corpora.row import Block, Pairs, Row, RowCounts
+from vinedresser.data.corpora.textfile import Facts, refuse_changed
 from vinedresser.errors import DataError
 
 SplitName = Literal["train", "dev", "test"]
@@ -21,9 +22,9 @@ class Corpus(Protocol):
     Attributes:
         digests: path or URI -> SHA-256 in hex.
         notes: harmless oddities, one line each.
-        splits: names of the splits that it has, train first.
-        is_parallel: whether sides are text of comparable lengths and splits may overlap, so that
-            alignment, repeats and leakage are looked at.
+        splits: names of its splits, train first.
+        is_parallel: True where both sides are text of comparable lengths and splits may overlap;
+            then alignment, repeats and leakage are checked.
     """
 
     digests: dict[str, str]
@@ -32,7 +33,7 @@ class Corpus(Protocol):
     is_parallel: bool
 
     def content(self) -> Any:
-        """Return what decides the rows, as plain JSON: settings, and files by their digests."""
+        """Return everything that decides the rows, as plain JSON: settings, digests of files."""
         ...
 
     def blocks(self, split: str) -> Iterator[Block]:
@@ -40,11 +41,11 @@ class Corpus(Protocol):
         ...
 
     def unpack(self, folder: Path) -> None:
-        """Put into a folder what its blocks cannot read from the middle (archives)."""
+        """Write into a folder copies of files that cannot be read from the middle (archives)."""
         ...
 
     def refuse_changed(self) -> None:
-        """Refuse files that were touched since they were inspected."""
+        """Refuse files that changed since they were inspected."""
         ...
 
     def place(self, split: str, line: int) -> str:
@@ -52,34 +53,52 @@ class Corpus(Protocol):
         ...
 
 
-def together(counts: Sequence[int]) -> Iterator[slice]:
-    """Yield neighbouring parts that share a block: at most `BLOCK_ROWS` rows, or one part."""
-    start = held = 0
-    for index, count in enumerate(counts):
-        if held and held + count > row.BLOCK_ROWS:
-            yield slice(start, index)
-            start, held = index, 0
+class InspectedFiles:
+    """Base of corpora of text files: facts of the files, and defaults for files read whole."""
+
+    def __init__(self, facts: dict[str, Facts]) -> None:
+        self._facts = facts
+        self.digests = {name: found.digest for name, found in facts.items()}
+        self.notes = [note for found in facts.values() for note in found.notes]
+
+    def unpack(self, folder: Path) -> None:
+        """Do nothing: the files are read whole."""
+
+    def refuse_changed(self) -> None:
+        """Refuse files that changed since they were inspected."""
+        refuse_changed(self._facts.values())
+
+    def place(self, split: str, line: int) -> str:  # noqa: ARG002 - one file holds all splits
+        """Return the line."""
+        return str(line)
+
+
+def together(counts: Sequence[int]) -> Iterator[tuple[int, int, int, slice]]:
+    """Yield (block, rows before it, its rows, its parts): neighbouring parts that share a block.
+
+    A block has at most `BLOCK_ROWS` rows, or one part.
+    """
+    number = start = before = held = 0
+    for index, count in enumerate([*counts, 0]):
+        if held and (held + count > row.BLOCK_ROWS or index == len(counts)):
+            yield number, before, held, slice(start, index)
+            number, start, before, held = number + 1, index, before + held, 0
         held += count
-    if held:
-        yield slice(start, len(counts))
 
 
-class Places:
-    """Which file of a split a row stands in."""
-
-    def __init__(self, names: Sequence[str], counts: Sequence[int]) -> None:
-        self.names, self.starts = names, np.cumsum([0, *counts])
-
-    def of(self, line: int) -> str:
-        """Return the line, with its file where there are several."""
-        if len(self.names) == 1:
-            return str(line)
-        index = int(np.searchsorted(self.starts, line - 1, side="right")) - 1
-        return f"{self.names[index]}:{line - int(self.starts[index])}"
+def line_of_file(files: Sequence[tuple[str, int]], line: int) -> str:
+    """Return a line of the given (name, lines) in a row, with its file where there are several."""
+    if len(files) == 1:
+        return str(line)
+    for name, lines in files:
+        if line <= lines:
+            return f"{name}:{line}"
+        line -= lines
+    raise IndexError(line)
 
 
 def open_corpus(task: Task) -> Corpus:
-    """Inspect every file of a task's corpus, before any work is done with one.
+    """Inspect every file of a task's corpus.
 
     Raises:
         DataError: a file is missing, unreadable, empty, not UTF-8, or sides differ in lines; all
@@ -90,38 +109,38 @@ def open_corpus(task: Task) -> Corpus:
     return task.corpus.open(task)
 
 
-def read(task: Task, split: SplitName, *, account: RowCounts | None = None) -> Iterator[Row]:
+def read(task: Task, split: SplitName, *, counts: RowCounts | None = None) -> Iterator[Row]:
     """Return the rows of a split whose sides are not empty, in file order, a block at a time.
 
     Args:
         task: what to read.
         split: which part; see `splits`.
-        account: where dropped rows are counted, if anybody wants to know.
+        counts: receives the numbers of rows read and dropped.
 
     Raises:
         DataError: as `open_corpus`, at the call; or the task has no such split.
     """
-    corpus = open_corpus(task)
+    corpus, total = open_corpus(task), counts if counts is not None else RowCounts()
     if split not in corpus.splits:
         raise DataError(f"{task.name} has no {split} split; it has {', '.join(corpus.splits)}")
-    return _rows(corpus, split, account if account is not None else RowCounts())
+
+    def rows() -> Iterator[Row]:
+        with tempfile.TemporaryDirectory(prefix="vinedresser-") as folder:
+            corpus.unpack(Path(folder))
+            for block in corpus.blocks(split):
+                pairs = without_empty(block.load(total), total)
+                yield from map(Row, pairs.source, pairs.target, pairs.lines.tolist())
+            corpus.refuse_changed()
+
+    return rows()
 
 
-def _rows(corpus: Corpus, split: str, account: RowCounts) -> Iterator[Row]:
-    with tempfile.TemporaryDirectory(prefix="vinedresser-") as folder:
-        corpus.unpack(Path(folder))
-        for block in corpus.blocks(split):
-            pairs = without_empty(block.load(account), account)
-            yield from map(Row, pairs.source, pairs.target, pairs.lines.tolist())
-        corpus.refuse_changed()
-
-
-def without_empty(pairs: Pairs, account: RowCounts) -> Pairs:
-    """Return the rows whose sides both hold something other than white space."""
+def without_empty(pairs: Pairs, counts: RowCounts) -> Pairs:
+    """Return the rows both sides of which hold a character other than white space."""
     is_kept = np.ones(len(pairs), dtype=np.bool_)
     for side in (pairs.source, pairs.target):
         if side and isinstance(side[0], str):
             texts: Any = side
             is_kept &= np.fromiter(map(len, texts), np.int64, len(texts)) > 0
             is_kept &= ~np.fromiter(map(str.isspace, texts), np.bool_, len(texts))
-    return pairs.keep(is_kept, account, "empty")
+    return pairs.keep(is_kept, counts, "empty")

@@ -50,7 +50,7 @@ def is_remote(name: str) -> bool:
     return name.startswith(REMOTE_PREFIX)
 
 
-# One connection a store and process; a worker reads thousands of blocks.
+# One connection per store and process; a worker reads thousands of blocks.
 @functools.lru_cache(maxsize=8)
 def _store(base: str) -> Any:
     return fs.FileSystem.from_uri(base)[0]
@@ -100,18 +100,17 @@ def expand(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         if not glob.has_magic(urlsplit(name).path if is_remote(name) else name):
-            found.append(name)
+            fitting = [name]
         elif is_remote(name):
-            found += _remote_glob(name)
+            fitting = _remote_glob(name)
         elif Path(name).exists():  # a file whose name has a bracket in it
-            found.append(name)
+            fitting = [name]
         else:
-            found += sorted(glob.glob(name)) or _nothing(name)  # noqa: PTH207 - absolute patterns
+            fitting = sorted(glob.glob(name))  # noqa: PTH207 - absolute patterns
+        if not fitting:
+            raise DataError(f"{name}: no file of such a name; expected one or more")
+        found += fitting
     return found
-
-
-def _nothing(name: str) -> list[str]:
-    raise DataError(f"{name}: no file of such a name; expected one or more")
 
 
 def _remote_glob(name: str) -> list[str]:
@@ -122,22 +121,19 @@ def _remote_glob(name: str) -> list[str]:
         selector = fs.FileSelector("/".join(parts[:at]), recursive=True, allow_not_found=True)
         entries = store.get_file_info(selector)
     query = urlsplit(name).query
-    paths = sorted(
-        entry.path for entry in entries
+    return sorted(
+        f"{REMOTE_PREFIX}{entry.path}" + (f"?{query}" if query else "") for entry in entries
         if entry.type == fs.FileType.File
         and entry.path.count("/") == path.count("/")  # `*` does not reach into folders
         and fnmatchcase(entry.path, path)
     )  # fmt: skip
-    return [f"{REMOTE_PREFIX}{each}" + (f"?{query}" if query else "") for each in paths] or (
-        _nothing(name)
-    )
 
 
 def stamp(name: str) -> tuple[int, int]:
-    """Return size in bytes and modification time in ns: differs once a file was touched.
+    """Return size in bytes and modification time in ns: both differ after a change.
 
     Raises:
-        DataError: not there, not to be read, no plain file, or empty.
+        DataError: absent, unreadable, not a plain file, or empty.
     """
     if is_remote(name):
         store, path = _remote(name)
@@ -159,14 +155,14 @@ def stamp(name: str) -> tuple[int, int]:
 
 
 class RawFile:
-    """A file's bytes as they are, read once from the start; hashed on the way.
+    """A file's bytes as stored, read once from the start; hashed on the way.
 
     Attributes:
         name: the file.
-        digest: SHA-256 of what was read so far.
+        digest: SHA-256 of the bytes read so far.
     """
 
-    closed = False  # pyarrow asks
+    closed = False  # pyarrow reads this attribute
 
     def __init__(self, name: str, stream: Any) -> None:
         self.name, self._stream, self._read = name, stream, 0
@@ -187,65 +183,41 @@ class RawFile:
     def close(self) -> None:
         """Do nothing: the opener of the stream closes it."""
 
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the content, unpacked, a mebibyte at a time.
 
-@contextlib.contextmanager
-def open_raw(name: str) -> Iterator[RawFile]:
-    """Open a file to be read from its start.
-
-    Raises:
-        DataError: it is not there or not to be read.
-        MachineError: the object storage does not answer.
-    """
-    with contextlib.ExitStack() as stack:
-        with _reading(name):
-            if is_remote(name):
-                store, path = _remote(name)
-                stream = stack.enter_context(store.open_input_stream(path))
-            else:
-                stream = stack.enter_context(Path(name).open("rb"))
-        yield RawFile(name, stream)
-
-
-def codec_of(head: bytes) -> Codec | None:
-    """Return the compression of a file with these first bytes."""
-    return next((codec for magic, codec in _CODECS if head.startswith(magic)), None)
-
-
-def head_of(name: str, size: int = 4096) -> bytes:
-    """Return the first bytes of a file, as they are."""
-    with open_raw(name) as raw:
-        return raw.read(size)
-
-
-def pieces_of(raw: RawFile, codec: Codec | None) -> Iterator[bytes]:
-    """Yield a file's content, unpacked, a mebibyte at a time.
-
-    Raises:
-        DataError: damaged or truncated; how much of it was good.
-    """
-    if codec is None:
-        while piece := raw.read():
-            yield piece
-        return
-    unpacked = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), codec)
-    done = 0
-    while True:
-        try:
-            piece = unpacked.read(_PIECE)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{raw.name}: {codec} stream damaged or cut off at or before byte {raw.tell():,}, "
-                f"after {done:,} bytes of content ({words(error)}). Fix: copy the file again"
-            ) from None
-        if not piece:
+        Raises:
+            DataError: damaged or truncated; how much of it was good.
+        """
+        codec = codec_of(self.name)
+        if codec is None:
+            while piece := self.read():
+                yield piece
             return
-        done += len(piece)
-        yield bytes(piece)
+        unpacked, done = pa.CompressedInputStream(pa.PythonFile(self, mode="r"), codec), 0
+        while True:
+            try:
+                piece = unpacked.read(_PIECE)
+            except (OSError, pa.ArrowException) as error:
+                raise DataError(
+                    f"{self.name}: {codec} stream damaged or cut off at or before byte "
+                    f"{self.tell():,}, after {done:,} bytes of content ({words(error)}). Fix: copy "
+                    "the file again"
+                ) from None
+            if not piece:
+                return
+            done += len(piece)
+            yield bytes(piece)
 
 
 @contextlib.contextmanager
 def open_seekable(name: str) -> Iterator[Any]:
-    """Open a file for a reader that jumps in it, as Parquet's does."""
+    """Open a file's bytes as stored, on disk or in object storage.
+
+    Raises:
+        DataError: it is absent or cannot be read.
+        MachineError: the object storage does not answer.
+    """
     with contextlib.ExitStack() as stack:
         with _reading(name):
             if is_remote(name):
@@ -256,32 +228,31 @@ def open_seekable(name: str) -> Iterator[Any]:
         yield file
 
 
+@contextlib.contextmanager
+def open_raw(name: str) -> Iterator[RawFile]:
+    """Open a file to be read from its start; errors as those of `open_seekable`."""
+    with open_seekable(name) as stream:
+        yield RawFile(name, stream)
+
+
 def read_range(name: str, start: int, end: int) -> bytes:
-    """Return bytes start to end, end excluded, of an uncompressed file; fewer at its end."""
-    with _reading(name):
-        if is_remote(name):
-            store, path = _remote(name)
-            with store.open_input_file(path) as file:
-                return bytes(file.read_at(end - start, start))
-        with Path(name).open("rb") as stream:
-            stream.seek(start)
-            return stream.read(end - start)
+    """Return bytes start to end, end excluded, of a file as stored; fewer at its end."""
+    with open_seekable(name) as stream, _reading(name):
+        stream.seek(start)
+        return bytes(stream.read(end - start))
 
 
-def unpack(name: str, path: Path) -> None:
-    """Write a file's content, unpacked, to `path`: a block reads from its middle."""
-    codec = codec_of(head_of(name))
-    with open_raw(name) as raw, path.open("wb") as out:
-        for piece in pieces_of(raw, codec):
-            out.write(piece)
+def codec_of(name: str) -> Codec | None:
+    """Return the compression of a file by its first bytes."""
+    head = read_range(name, 0, 4)
+    return next((codec for magic, codec in _CODECS if head.startswith(magic)), None)
 
 
 def lines_in(name: str) -> Iterator[bytes]:
     """Yield the lines of a file, unpacked, each with its line feed."""
-    codec = codec_of(head_of(name))
     with open_raw(name) as raw:
         parts: list[bytes] = []
-        for piece in pieces_of(raw, codec):
+        for piece in raw.pieces():
             first, *others = piece.split(b"\n")
             parts.append(first)
             for other in others:

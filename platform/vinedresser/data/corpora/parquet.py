@@ -1,4 +1,4 @@
-"""Parquet files of a table: looked at before any work, then cut into row groups of one block."""
+"""Parquet files of a table: inspected before any work, then cut into row groups of one block."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ def rows(group: Span, source: str, target: str) -> Iterator[tuple[str | None, st
     yield from zip(table[source].to_pylist(), table[target].to_pylist(), strict=True)
 
 
-def inspect(name: str, columns: Sequence[int | str]) -> Facts:
+def inspect_parquet(name: str, columns: Sequence[int | str]) -> Facts:
     """Read a file's schema and hash it; its rows are read when it is regrouped.
 
     Raises:
@@ -41,7 +41,7 @@ def inspect(name: str, columns: Sequence[int | str]) -> Facts:
     for column in columns:
         if column not in schema.names:
             raise DataError(
-                f"{name}: no column {column!r}; expected it beside {listed(schema.names)}. Fix: "
+                f"{name}: no column {column!r}; expected one of {listed(schema.names)}. Fix: "
                 "name one of these as `source` and `target`"
             )
         if schema.names.count(column) > 1:
@@ -50,14 +50,14 @@ def inspect(name: str, columns: Sequence[int | str]) -> Facts:
         if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in _TEXT:
             raise DataError(f"{name}: column {column!r} is {kind}; expected text")
     if not count:
-        raise DataError(f"{name}: 0 rows; expected one pair a row")
+        raise DataError(f"{name}: 0 rows; expected one pair per row")
     facts = Facts(name, count, raw.digest.hexdigest(), before)
     refuse_changed([facts])
     return facts
 
 
 def regrouped(facts: Facts, columns: Sequence[int | str], folder: Path) -> Facts:
-    """Return a copy of these columns, as text, `BLOCK_ROWS` rows a row group.
+    """Return a copy of these columns, as text, `BLOCK_ROWS` rows per row group.
 
     Raises:
         DataError: a page cannot be read, or a cell is no text.
@@ -89,7 +89,7 @@ def regrouped(facts: Facts, columns: Sequence[int | str], folder: Path) -> Facts
 
 
 def _refuse_no_text(name: str, column: str, cells: pa.Array, before: int) -> None:
-    """Refuse what Parquet calls text but is not: its writers need not check."""
+    """Refuse text that is not UTF-8 or holds NUL: writers of Parquet need not check it."""
     try:
         cells.validate(full=True)
         has_nul = pc.any(pc.match_substring(cells, "\0")).as_py()

@@ -1,6 +1,6 @@
 """Recordings of a corpus: inspected before any work, then read by any process."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator
 from vinedresser.config.corpus import REMOTE_PREFIX, DataPath
 from vinedresser.config.task import Frames
 from vinedresser.data.corpora import row
-from vinedresser.data.corpora.textfile import MAX_PROBLEMS
+from vinedresser.data.corpora.textfile import changed, refuse
 from vinedresser.data.tokenizers.frames import Filterbank
 from vinedresser.errors import DataError
 from vinedresser.workspace.commit import file_digest
@@ -28,7 +28,7 @@ DiskPath = Annotated[DataPath, AfterValidator(_on_disk)]
 
 
 class _Recording(NamedTuple):
-    """What inspection found of a recording; differs once the file was touched."""
+    """Findings of the inspection of a recording; they differ once the file has changed."""
 
     digest: str
     size: int
@@ -37,7 +37,7 @@ class _Recording(NamedTuple):
 
 
 class Recordings:
-    """Recordings that exist and are what the settings say, by path."""
+    """Recordings that exist and agree with the settings, by path."""
 
     def __init__(self, frames: Frames) -> None:
         self._bank = Filterbank(frames)
@@ -48,18 +48,25 @@ class Recordings:
         """Read the recordings of some utterances.
 
         Args:
-            utterances: (what a message begins with, paths).
+            utterances: (prefix of messages, paths).
 
         Raises:
-            DataError: the first 20 that are not what they should be, and how many there are.
+            DataError: the first 20 problems, and their number.
         """
         problems = []
         for where, paths in utterances:
             try:
-                samples = sum(self._look(path).samples for path in paths)
+                for path in paths:
+                    if path not in self._found:
+                        samples = self._bank.inspect_recording(Path(path))
+                        stat, digest = Path(path).stat(), file_digest(Path(path))
+                        self._found[path] = _Recording(
+                            digest, stat.st_size, stat.st_mtime_ns, samples
+                        )
             except DataError as error:
                 problems.append(f"{where}{error.args[0]}")
                 continue
+            samples = sum(self._found[path].samples for path in paths)
             if samples < self._window:
                 problems.append(
                     f"{where}{paths[0]}: {samples} samples; expected one window or more, "
@@ -67,20 +74,12 @@ class Recordings:
                 )
         refuse(problems)
 
-    def _look(self, path: str) -> _Recording:
-        if path not in self._found:
-            sound = self._bank.look(Path(path))
-            stat = Path(path).stat()
-            digest = file_digest(Path(path))
-            self._found[path] = _Recording(digest, stat.st_size, stat.st_mtime_ns, sound.samples)
-        return self._found[path]
-
     def digest(self, path: str) -> str:
         """Return the SHA-256 in hex of a recording's bytes."""
         return self._found[path].digest
 
     def refuse_changed(self) -> None:
-        """Refuse recordings that were touched since they were inspected.
+        """Refuse recordings that changed since they were inspected.
 
         Raises:
             DataError: with the first such file.
@@ -91,20 +90,9 @@ class Recordings:
             except OSError:
                 stat = None
             if stat is None or (stat.st_size, stat.st_mtime_ns) != (found.size, found.changed):
-                raise DataError(
-                    f"{path}: changed while it was being read; run again when it is complete"
-                )
+                raise changed(path)
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Refuse with the first 20 problems, one per line, and their number."""
-    more = [f"{len(problems)} such places in all"] * (len(problems) > MAX_PROBLEMS)
-    if problems:
-        raise DataError("\n".join([*problems[:MAX_PROBLEMS], *more]))
-
-
-def parts(total: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (number, first row, rows) of the blocks of a split."""
-    size = min(row.BLOCK_ROWS, BLOCK_UTTERANCES)
-    for number, first in enumerate(range(0, total, size)):
-        yield number, first, min(size, total - first)
+def block_size() -> int:
+    """Return utterances per block, at most."""
+    return min(row.BLOCK_ROWS, BLOCK_UTTERANCES)

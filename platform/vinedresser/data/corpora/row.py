@@ -1,8 +1,8 @@
-"""Row: one pair of a corpus; Block: a part of a split; RowCounts: what became of its rows."""
+"""Row: one pair of a corpus; Block: a part of a split; RowCounts: rows read and dropped."""
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Rows of a block, at most: about 3 MB of text, so that memory stays the same for any corpus size,
-# and Ray has 50 tasks a million rows (performance.md 5). Tests make it smaller.
+# and Ray has 50 tasks per million rows (performance.md 5). Tests make it smaller.
 BLOCK_ROWS = 20_000
 # Line numbers kept per reason; more would make the manifest grow with the damage.
 FIRST_LINES = 10
 
 # Text, or the recordings that follow each other in one utterance.
-Source = str | tuple[str, ...]
+SourceItem = str | tuple[str, ...]
 Lines = NDArray[np.int64]
 
 
@@ -24,7 +24,7 @@ Lines = NDArray[np.int64]
 class Row:
     """A source and its target, and the 1-based line they came from, unique in the split."""
 
-    source: Source
+    source: SourceItem
     target: str
     line: int
 
@@ -48,12 +48,8 @@ class RowCounts:
         """Rows kept."""
         return self.rows_in - sum(self.dropped.values())
 
-    def drop(self, reason: str, line: int) -> None:
-        """Count one row that was read and is not kept."""
-        self.drop_many(reason, 1, [line])
-
-    def drop_many(self, reason: str, count: int, lines: list[int]) -> None:
-        """Count rows of one reason, with the line numbers of some of them."""
+    def drop(self, reason: str, count: int, lines: list[int]) -> None:
+        """Count rows that were read and dropped for one reason, with the first lines of them."""
         if not count:
             return
         self.dropped[reason] = self.dropped.get(reason, 0) + count
@@ -65,7 +61,7 @@ class RowCounts:
         """Add the counts of other rows of the split."""
         self.rows_in += other.rows_in
         for reason, count in other.dropped.items():
-            self.drop_many(reason, count, other.first_lines[reason])
+            self.drop(reason, count, other.first_lines[reason])
 
     def reasons(self) -> str:
         """Return `812 too_long, 188 empty`; empty where nothing was dropped."""
@@ -91,7 +87,7 @@ class Pairs:
         lines: 1-based, ascending, unique in the split.
     """
 
-    source: Sequence[Source]
+    source: Sequence[SourceItem]
     target: Sequence[str]
     lines: Lines
 
@@ -106,11 +102,11 @@ class Pairs:
         return cls([row.source for row in held], [row.target for row in held], lines)
 
     def keep(self, is_kept: NDArray[np.bool_], counts: RowCounts, reason: str) -> "Pairs":
-        """Return the rows that a mask names; the others are counted as dropped."""
+        """Return the rows of a mask; count the others as dropped."""
         if is_kept.all():
             return self
         lines = self.lines[~is_kept]
-        counts.drop_many(reason, len(lines), lines[:FIRST_LINES].tolist())
+        counts.drop(reason, len(lines), lines[:FIRST_LINES].tolist())
         chosen = is_kept.tolist()
         source = list(itertools.compress(self.source, chosen))
         return Pairs(source, list(itertools.compress(self.target, chosen)), self.lines[is_kept])
@@ -134,12 +130,51 @@ class Block(ABC):
 
     @abstractmethod
     def rows(self, counts: RowCounts) -> Iterator[Row]:
-        """Yield its rows; count raw ones as read, and those that the corpus drops by reason.
+        """Yield its rows; count rows read, and rows that the corpus drops by reason.
 
         Raises:
             DataError: a file is not what it was when it was inspected.
         """
 
     def load(self, counts: RowCounts) -> Pairs:
-        """Return `rows` as columns; what can read faster by columns does it here."""
+        """Return `rows` as columns; a subclass that reads faster by columns overrides this."""
         return Pairs.of(self.rows(counts))
+
+
+@dataclass(frozen=True)
+class EntryBlock(Block):
+    """Consecutive entries of a split that `parse` reads whole.
+
+    Attributes:
+        first: entries of the split before it.
+        parse: module-level function, cached per process, that returns every (row, reason to drop
+            it or "") of the split.
+        arguments: arguments of `parse`; a digest of the files is one of them, so that changed
+            files are parsed again.
+    """
+
+    first: int
+    parse: Callable[..., Sequence[tuple[Row, str]]]
+    arguments: tuple[Any, ...]
+
+    @classmethod
+    def cut(
+        cls,
+        split: str,
+        parse: Callable[..., Sequence[tuple[Row, str]]],
+        arguments: tuple[Any, ...],
+        size: int,
+    ) -> Iterator["EntryBlock"]:
+        """Yield the blocks of a split, `size` entries each."""
+        total = len(parse(*arguments))
+        for number, first in enumerate(range(0, total, size)):
+            yield cls(split, number, min(size, total - first), first, parse, arguments)
+
+    def rows(self, counts: RowCounts) -> Iterator[Row]:
+        """Yield the entries that are kept."""
+        for row, reason in self.parse(*self.arguments)[self.first : self.first + self.count]:
+            counts.rows_in += 1
+            if reason:
+                counts.drop(reason, 1, [row.line])
+            else:
+                yield row

@@ -1,34 +1,30 @@
 r"""A UTF-8 text file: checked whole before any work, then read in parts by any process.
 
-Only "\n" ends a line. Python's `splitlines` also breaks at U+2028, \x0b, \x85 and others, which
+A line ends at "\n" alone. Python's `splitlines` also breaks at U+2028, \x0b, \x85 and others, which
 shifts one side of a parallel corpus against the other without an error.
 """
 
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vinedresser.data.corpora import row
 from vinedresser.data.corpora.inputs import (
     Codec,
-    RawFile,
     codec_of,
-    head_of,
     lines_in,
     open_raw,
-    pieces_of,
     read_range,
     stamp,
-    unpack,
 )
 from vinedresser.errors import DataError
 
-MAX_PROBLEMS = 20
+# Problems of a corpus that one error lists.
+MAX_LISTED = 20
 _BOM = b"\xef\xbb\xbf"
 # `surrogateescape` maps each undecodable byte to one of these; valid UTF-8 cannot contain them.
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
@@ -48,18 +44,18 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a whole pass over a file found.
+    """Findings of one pass over a whole file.
 
     Attributes:
         name: the file.
-        lines: how many, the last one with or without a line feed.
-        digest: SHA-256 in hex of its bytes as they lie there.
-        stamp: size in bytes and modification time in ns; differs once the file was touched.
+        lines: number of lines, the last one with or without a line feed.
+        digest: SHA-256 in hex of its bytes as stored.
+        stamp: size in bytes and modification time in ns; differs once the file has changed.
         notes: harmless oddities, one line each.
         marks: byte offsets into the text: of line 0 (behind a byte order mark), of each
             `BLOCK_ROWS`-th line after it, and of the end.
-        codec: how it is compressed.
-        copy: the unpacked copy to read from, where there is one.
+        codec: its compression.
+        copy: the unpacked copy to read from; "" for none.
     """
 
     name: str
@@ -123,50 +119,74 @@ class Span:
         return [line.removesuffix("\r") for line in lines] if "\r" in text else lines
 
 
-# Takes the number of the first of some whole lines, and them; says what is wrong with a line.
+# (number of the first of some whole lines, the lines) -> `LINE:COLUMN: problem` of each bad line.
 Check = Callable[[int, bytes], Iterable[str]]
 
 
-def inspect(name: str, check: Check | None = None) -> Facts:
+def inspect_text(name: str, check: Check | None = None) -> Facts:
     """Read a file once, strictly.
 
     Args:
         name: path or URI.
-        check: a further look at some lines, from that number on.
+        check: a further check of some lines.
 
     Raises:
         DataError: missing, unreadable, not a plain file, empty, another encoding, a truncated
-            archive, or a line that is not UTF-8 or holds NUL: up to 20 such places, one a line,
+            archive, or a line that is not UTF-8 or holds NUL: up to 20 such places, one per line,
             and their total.
     """
-    before = stamp(name)
-    head = head_of(name)
-    codec = codec_of(head)
-    scan = _Scan(name, check)
+    before, codec, step = stamp(name), codec_of(name), row.BLOCK_ROWS
+    marks, problems = list[int](), list[str]()
+    lines = size = lone = boms = total = 0
     with open_raw(name) as raw:
-        for text in _whole_lines(raw, codec, name):
-            scan.take(text)
-    scan.problems.refuse()
-    if not scan.size:
+        for text in _whole_lines(raw.pieces()):
+            start = 0
+            if not size:
+                _refuse_foreign(name, text[:4096])
+                start = len(_BOM) if text.startswith(_BOM) else 0
+                marks.append(start)
+            try:
+                text.decode()
+                is_good = 0 not in text
+            except UnicodeDecodeError:
+                is_good = False
+            if not is_good:  # line by line only where a line is bad
+                for number, line in enumerate(text.split(b"\n"), lines + 1):
+                    found, bad = _problems_of_bytes(name, number, line, MAX_LISTED - len(problems))
+                    problems += found
+                    total += bad
+            elif check is not None:
+                found = [f"{name}:{problem}" for problem in check(lines + 1, text[start:])]
+                problems += found[: MAX_LISTED - len(problems)]
+                total += len(found)
+            if b"\r" in text:
+                lone += text.count(b"\r") - text.count(b"\r\n") - text.endswith(b"\r")
+            boms += text.count(_BOM) - (start > 0)
+            ends = text.count(b"\n")
+            if (lines + ends) // step > lines // step:
+                after = np.flatnonzero(np.frombuffer(text, np.uint8) == 10) + 1
+                at = np.arange(step - lines % step, ends + 1, step)
+                marks += (size + after[at - 1]).tolist()
+            lines += ends + (not text.endswith(b"\n"))
+            size += len(text)
+    refuse(problems, name, total)
+    if not size:
         raise DataError(f"{name}: nothing in the {codec} archive; expected one sentence a line")
-    notes = [f"{name}: byte order mark stripped"] * (scan.marks[0] > 0)
-    notes += [f"{name}: {scan.lone} carriage returns inside lines kept as text"] * (scan.lone > 0)
-    notes += [f"{name}: {scan.boms} byte order marks inside the text kept"] * (scan.boms > 0)
+    notes = [f"{name}: byte order mark stripped"] * (marks[0] > 0)
+    notes += [f"{name}: {lone} carriage returns inside lines kept as text"] * (lone > 0)
+    notes += [f"{name}: {boms} byte order marks inside the text kept"] * (boms > 0)
     # A full last part has put a mark at the end already.
-    marks = (*scan.marks[: -(-scan.lines // row.BLOCK_ROWS)], scan.size)
-    facts = Facts(name, scan.lines, raw.digest.hexdigest(), before, tuple(notes), marks, codec)
+    ends_of_parts = (*marks[: -(-lines // step)], size)
+    digest = raw.digest.hexdigest()
+    facts = Facts(name, lines, digest, before, tuple(notes), ends_of_parts, codec)
     refuse_changed([facts])
     return facts
 
 
-def _whole_lines(raw: RawFile, codec: Codec | None, name: str) -> Iterator[bytes]:
-    """Yield the content in pieces that end with a line feed, but for the last."""
+def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield content in pieces that end with a line feed, except the last."""
     parts: list[bytes] = []
-    is_first = True
-    for piece in pieces_of(raw, codec):
-        if is_first:
-            _refuse_foreign(name, piece[:4096])
-            is_first = False
+    for piece in pieces:
         cut = piece.rfind(b"\n") + 1
         if cut:
             yield b"".join([*parts, piece[:cut]])
@@ -177,17 +197,50 @@ def _whole_lines(raw: RawFile, codec: Codec | None, name: str) -> Iterator[bytes
         yield b"".join(parts)
 
 
-def inspect_all(names: Sequence[str], check: Check | None = None) -> dict[str, Facts]:
+def _problems_of_bytes(name: str, number: int, line: bytes, room: int) -> tuple[list[str], int]:
+    """Return at most `room` texts of what is not UTF-8 text in a line, and their number."""
+    text, problems = line.decode(errors="surrogateescape"), list[str]()
+    bad = list(_BAD_BYTE.finditer(text))
+    for found in bad[:room]:
+        column = len(text[: found.start()].encode(errors="surrogateescape"))
+        problems.append(
+            f"{name}:{number}:{column + 1}: invalid UTF-8 byte 0x{line[column]:02x}; expected "
+            f"UTF-8. Fix: iconv -f LATIN1 -t UTF-8 {name} > {name}.utf8"
+        )
+    if (at := line.find(0) + 1) and len(problems) < room:
+        problems.append(f"{name}:{number}:{at}: NUL byte; expected text. Fix: tr -d '\\000'")
+    return problems, len(bad) + (at > 0)
+
+
+def inspect_each(names: Iterable[str], inspect: Callable[[str], Facts]) -> dict[str, Facts]:
     """Inspect several files and report the problems of all together."""
     facts, problems = {}, []
     for name in dict.fromkeys(names):
         try:
-            facts[name] = inspect(name, check)
+            facts[name] = inspect(name)
         except DataError as error:
             problems.append(str(error.args[0]))
     if problems:
         raise DataError("\n".join(problems))
     return facts
+
+
+def inspect_all(names: Iterable[str]) -> dict[str, Facts]:
+    """Inspect several text files and report the problems of all together."""
+    return inspect_each(names, inspect_text)
+
+
+def refuse(problems: Sequence[str], name: str = "", total: int = 0) -> None:
+    """Refuse with the first 20 problems, one per line, and their number.
+
+    Raises:
+        DataError: there is a problem.
+    """
+    if problems:
+        count = max(total, len(problems))
+        summary = f"{name}: {count} such places in all".removeprefix(": ")
+        more = [summary] * (count > MAX_LISTED)
+        raise DataError("\n".join([*problems[:MAX_LISTED], *more]))
 
 
 def lines_of(name: str | Path) -> Iterator[str]:
@@ -206,12 +259,13 @@ def unpacked(facts: Facts, folder: Path) -> Facts:
         return facts
     path = folder / f"{facts.digest[:16]}.txt"
     if not path.exists():
-        unpack(facts.name, path)
-    return Facts(**{**vars(facts), "copy": str(path)})
+        with open_raw(facts.name) as raw, path.open("wb") as out:
+            out.writelines(raw.pieces())
+    return replace(facts, copy=str(path))
 
 
 def refuse_changed(facts: Iterable[Facts]) -> None:
-    """Refuse files that were touched since they were inspected.
+    """Refuse files that changed since they were inspected.
 
     Raises:
         DataError: naming the first such file.
@@ -222,7 +276,7 @@ def refuse_changed(facts: Iterable[Facts]) -> None:
 
 
 def changed(name: str) -> DataError:
-    """Return the error of a file that was touched between inspection and reading."""
+    """Return the error of a file that changed between inspection and reading."""
     return DataError(f"{name}: changed while it was being read; run again when it is complete")
 
 
@@ -234,10 +288,13 @@ def listed(names: Iterable[object]) -> str:
 def parting(source: Facts, target: Facts) -> int:
     """Return the 1-based line near which two files of different line counts part ways.
 
-    Up to it lengths agree line by line, behind it with the other side moved by the difference of
-    the counts: the line where the sum of |log length ratios| is least. 8 bytes a line.
+    Before it lengths agree line by line, after it with the other side moved by the difference of
+    the counts: the line where the sum of |log length ratios| is least. 8 bytes per line.
     """
-    one, other = (_log_lengths(fact) for fact in (source, target))
+    one, other = (
+        np.log1p(np.fromiter(map(len, lines_in(facts.name)), np.float64, facts.lines))
+        for facts in (source, target)
+    )
     if len(one) < len(other):
         one, other = other, one
     shift, count = len(one) - len(other), len(other)
@@ -246,10 +303,6 @@ def parting(source: Facts, target: Facts) -> int:
     behind = np.abs(moved - np.median(moved))
     costs = np.append(0, np.cumsum(before)) + np.append(np.cumsum(behind[::-1])[::-1], 0)
     return int(costs.argmin()) + 1
-
-
-def _log_lengths(facts: Facts) -> NDArray[np.float64]:
-    return np.log1p(np.fromiter(map(len, lines_in(facts.name)), np.float64, facts.lines))
 
 
 def _refuse_foreign(name: str, head: bytes) -> None:
@@ -262,95 +315,3 @@ def _refuse_foreign(name: str, head: bytes) -> None:
     if len(head) >= 4 and max(head[0::2].count(0), head[1::2].count(0)) > 0.7 * len(head) / 2:
         fix = f"iconv -f UTF-16LE -t UTF-8 {name} > {name}.utf8"
         raise DataError(f"{name}: looks like UTF-16 or binary; expected UTF-8 text. Fix: {fix}")
-
-
-@dataclass
-class _Scan:
-    """A running count over the pieces of a file."""
-
-    name: str
-    check: Check | None
-    lines: int = 0
-    size: int = 0
-    lone: int = 0
-    boms: int = 0
-    marks: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.problems = _Problems(self.name)
-
-    def take(self, text: bytes) -> None:
-        """Scan some whole lines, one by one only where something is wrong with them."""
-        start = len(_BOM) if not self.size and text.startswith(_BOM) else 0
-        if not self.marks:
-            self.marks.append(start)
-        try:
-            text.decode()
-            is_good = 0 not in text
-        except UnicodeDecodeError:
-            is_good = False
-        if not is_good:
-            for number, line in enumerate(text.split(b"\n"), self.lines + 1):
-                self.problems.look(number, line)
-        elif self.check is not None:
-            self.problems.add_all(self.check(self.lines + 1, text[start:]))
-        if b"\r" in text:
-            self.lone += text.count(b"\r") - text.count(b"\r\n") - text.endswith(b"\r")
-        self.boms += text.count(_BOM) - (start > 0)
-        self._mark(text)
-        self.size += len(text)
-
-    def _mark(self, text: bytes) -> None:
-        step = row.BLOCK_ROWS
-        ends = text.count(b"\n")
-        done = self.lines + ends + (not text.endswith(b"\n"))
-        if (self.lines + ends) // step > self.lines // step:
-            after = np.flatnonzero(np.frombuffer(text, np.uint8) == 10) + 1
-            at = np.arange(step - self.lines % step, ends + 1, step)
-            self.marks += (self.size + after[at - 1]).tolist()
-        self.lines = done
-
-
-@dataclass
-class _Problems:
-    """Bad places of one file: the first 20 in words, all of them counted."""
-
-    name: str
-    total: int = 0
-    texts: list[str] = field(default_factory=list)
-
-    def look(self, number: int, line: bytes) -> None:
-        try:
-            line.decode()
-        except UnicodeDecodeError:
-            self._add_bad_bytes(number, line)
-        if b"\0" in line:
-            at = f"{self.name}:{number}:{line.index(0) + 1}"
-            self.add(f"{at}: NUL byte; expected text. Fix: tr -d '\\000'")
-
-    def _add_bad_bytes(self, number: int, line: bytes) -> None:
-        text = line.decode(errors="surrogateescape")
-        for bad in _BAD_BYTE.finditer(text):
-            if len(self.texts) >= MAX_PROBLEMS:
-                self.total += 1
-                continue
-            column = len(text[: bad.start()].encode(errors="surrogateescape"))
-            self.add(
-                f"{self.name}:{number}:{column + 1}: invalid UTF-8 byte 0x{line[column]:02x}; "
-                f"expected UTF-8. Fix: iconv -f LATIN1 -t UTF-8 {self.name} > {self.name}.utf8"
-            )
-
-    def add(self, text: str) -> None:
-        self.total += 1
-        if len(self.texts) < MAX_PROBLEMS:
-            self.texts.append(text)
-
-    def add_all(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            self.add(f"{self.name}:{text}")
-
-    def refuse(self) -> None:
-        if self.total > len(self.texts):
-            self.texts.append(f"{self.name}: {self.total} such places in all")
-        if self.texts:
-            raise DataError("\n".join(self.texts))

@@ -1,30 +1,16 @@
-"""Manifests of recordings: which audio files make an utterance, and what is said in it."""
+"""Lists of utterances: the audio files of each, and its transcript."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from vinedresser.data.corpora.textfile import MAX_PROBLEMS, lines_of, listed
+from vinedresser.data.corpora.row import Row
+from vinedresser.data.corpora.textfile import lines_of, listed, refuse
 from vinedresser.errors import DataError
 
 
-class Utterance(NamedTuple):
-    """A row of a manifest.
-
-    Attributes:
-        paths: its recordings, the manifest's folder before each.
-        text: its transcript.
-        line: 1-based.
-    """
-
-    paths: tuple[str, ...]
-    text: str
-    line: int
-
-
-def read_manifest(path: str, audio: str, transcript: str) -> list[Utterance]:
-    """Return all rows of a manifest that is known to be UTF-8 text.
+def read_utterances(path: str, audio: str, transcript: str) -> list[Row]:
+    """Return all rows of an inspected manifest: paths under its folder, transcript, line.
 
     Args:
         path: `.jsonl` (also .ndjson, .json) or `.tsv` with a header line; both may be compressed.
@@ -32,8 +18,7 @@ def read_manifest(path: str, audio: str, transcript: str) -> list[Utterance]:
         transcript: name of the column of transcripts.
 
     Raises:
-        DataError: the first 20 rows that are not so, each with file and line; or a name with
-            another ending.
+        DataError: the first 20 bad rows, each with file and line; or a name with another ending.
     """
     endings = [ending for ending in Path(path).suffixes if ending not in (".gz", ".zst")]
     ending = endings[-1].lower() if endings else ""
@@ -43,25 +28,23 @@ def read_manifest(path: str, audio: str, transcript: str) -> list[Utterance]:
         rows = _table_rows(path, audio, transcript)
     else:
         raise DataError(f"{path}: a manifest of unknown form; expected a name in .jsonl or .tsv")
-    found, problems = list[Utterance](), list[str]()
+    found, problems = list[Row](), list[str]()
     for line, read in rows:
         try:
             paths, text = read()
             found.append(_checked(Path(path).parent, paths, text, line))
         except ValueError as error:
             problems.append(f"{path}:{line}: {error}")
-    if problems:
-        more = [f"{path}: {len(problems)} such lines in all"] * (len(problems) > MAX_PROBLEMS)
-        raise DataError("\n".join([*problems[:MAX_PROBLEMS], *more]))
+    refuse(problems, path)
     if not found:
-        raise DataError(f"{path}: no row; expected one utterance a line")
+        raise DataError(f"{path}: no row; expected one utterance per line")
     return found
 
 
 _Read = Callable[[], tuple[list[str], str]]
 
 
-def _checked(folder: Path, paths: list[str], text: str, line: int) -> Utterance:
+def _checked(folder: Path, paths: list[str], text: str, line: int) -> Row:
     if not paths or not all(paths):
         raise ValueError("no audio path; expected one or more")
     if not text.strip():
@@ -75,7 +58,7 @@ def _checked(folder: Path, paths: list[str], text: str, line: int) -> Utterance:
                 f"character {error.start + 1} is half a character (U+{code:04X}); expected text "
                 "that UTF-8 can hold"
             ) from None
-    return Utterance(tuple(str(folder / each) for each in paths), text, line)
+    return Row(tuple(str(folder / each) for each in paths), text, line)
 
 
 def _json_rows(path: str, audio: str, transcript: str) -> Iterator[tuple[int, _Read]]:

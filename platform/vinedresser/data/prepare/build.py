@@ -1,13 +1,14 @@
 """Preparation of a shard set, in one direction: clean, find repeats, learn tokenizers, encode."""
 
-import contextlib
 import hashlib
 import itertools
 import json
-import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from vinedresser.config.task import Frames, Task, Tokenizer
 from vinedresser.data.corpora.corpus import Corpus
@@ -22,7 +23,7 @@ from vinedresser.data.prepare.clean import (
     read_cleaned,
     repeats_file,
 )
-from vinedresser.data.prepare.encode import encode_block, shard_name, write_lengths
+from vinedresser.data.prepare.encode import LENGTHS_FILE, encode_block, shard_name
 from vinedresser.data.prepare.execute import (
     BlockRunner,
     Connect,
@@ -30,8 +31,8 @@ from vinedresser.data.prepare.execute import (
     block_runner,
     in_process,
 )
-from vinedresser.data.prepare.hashing import find_repeats, save_lines
-from vinedresser.data.prepare.report import Report
+from vinedresser.data.prepare.hashing import find_repeats
+from vinedresser.data.prepare.report import PreparationReport
 from vinedresser.data.tokenizers.tokenizer import load_source, train_source
 from vinedresser.errors import DamagedError
 from vinedresser.workspace.commit import Staging, file_digest
@@ -40,7 +41,7 @@ from vinedresser.workspace.commit import Staging, file_digest
 TRAINING_BLOCKS = 50
 
 
-def build(
+def build_shards(
     task: Task, corpus: Corpus, staging: Staging, executor: Executor, connect: Connect | None
 ) -> None:
     """Fill a staging folder with a shard set, and its `meta` with the report.
@@ -50,20 +51,21 @@ def build(
         MachineError: disk full, no permission, or Ray failed.
     """
     folder = staging.path
-    with _scratch_folder(folder) as scratch:
+    # Inside the staging folder: removed with it if the job is killed.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as name:
+        scratch = Path(name)
         corpus.unpack(scratch)
         blocks = {split: list(corpus.blocks(split)) for split in corpus.splits}
         every = [block for split in corpus.splits for block in blocks[split]]
         job = PrepareJob(task, str(folder), str(folder), str(scratch), corpus.is_parallel)
         with block_runner(executor, sum(block.count for block in every), connect) as run:
-            report = Report(task, corpus, _clean(every, job, run))
-            for split in corpus.splits:
-                report.refuse_empty(split)
+            report = PreparationReport(task, corpus, _clean(every, job, run))
+            report.refuse_empty()
             report.refuse_leakage()
             _learn_tokenizers(blocks["train"], job)
             report.encoded += run(encode_block, every, job)
         corpus.refuse_changed()
-        # A worker that died while it wrote a shard leaves a part of it behind.
+        # Remove parts of shards of workers that died.
         for partial in folder.glob(".*.parquet.*"):
             partial.unlink()
         for encoded in report.encoded:
@@ -89,16 +91,19 @@ def build(
                 "size": encoder.size,
                 "features": encoder.features,
             }
-        write_lengths(folder, report.lengths_table())
+        lengths = folder / LENGTHS_FILE
+        pq.write_table(
+            report.lengths_table(), lengths, compression="zstd", write_page_checksum=True
+        )
 
 
-def build_again(
+def rebuild_shards(
     task: Task, corpus: Corpus, folder: Path, out: Path, names: Sequence[str]
 ) -> dict[str, str]:
-    """Write some shards of a complete set anew.
+    """Write some shards of a complete set again.
 
-    Reads what these shards depend on: their own rows, for train the held-out splits, and all of
-    train where repeats are dropped.
+    Reads the rows that these shards depend on: their own, for train the held-out splits, and all
+    of train where repeats are dropped.
 
     Args:
         task: of the set.
@@ -110,7 +115,8 @@ def build_again(
     Returns:
         Name -> SHA-256 in hex of the shard.
     """
-    with _scratch_folder(out) as scratch:
+    with tempfile.TemporaryDirectory(dir=out, prefix=".scratch-") as name:
+        scratch = Path(name)
         corpus.unpack(scratch)
         job = PrepareJob(task, str(folder), str(out), str(scratch), corpus.is_parallel)
         every = [block for split in corpus.splits for block in corpus.blocks(split)]
@@ -128,17 +134,6 @@ def build_again(
     return {shard: file_digest(out / shard) for shard in shards if shard}
 
 
-@contextlib.contextmanager
-def _scratch_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder for what is not part of the set, and remove it at the end."""
-    path = parent / ".scratch"  # inside the staging folder: cleared with it if the job is killed
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _clean(blocks: Sequence[Block], job: PrepareJob, run: BlockRunner) -> list[CleanedBlock]:
     """Clean blocks of all splits, then find the repeats of train if they are dropped.
 
@@ -154,8 +149,9 @@ def _clean(blocks: Sequence[Block], job: PrepareJob, run: BlockRunner) -> list[C
     cleaned += run(clean_block, train, job)
     if job.is_parallel and job.task.cleaning.dedup:
         files = [scratch / hashes_file(block.number) for block in train]
-        repeats = find_repeats(files)
-        save_lines(scratch, ((repeats_file(train[i].number), lines) for i, lines in repeats))
+        for index, lines in find_repeats(files):
+            with (scratch / repeats_file(train[index].number)).open("ab") as stream:
+                stream.write(lines.astype("<i8").tobytes())
     return cleaned
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from vinedresser.config.task import Frames, Task
 from vinedresser.data.corpora.corpus import without_empty
 from vinedresser.data.corpora.row import FIRST_LINES, Block, Pairs, RowCounts
-from vinedresser.data.prepare.hashing import hash_pairs, load_lines, save_hashes
+from vinedresser.data.prepare.hashing import hash_pairs, save_hashes
 
 # A piece has at most 16 characters, and normalisation seldom shortens text fourfold: a train row
 # with more characters per token than this is too long without tokenizing it, which would make
@@ -31,7 +31,7 @@ MAX_CHARACTERS_PER_TOKEN = 64
 # The held-out splits, folded, in the scratch folder.
 HELD_OUT_FILE = "held_out.json"
 
-# C0 and C1 except tab; a line feed ends a line of a text file, and may stand inside a cell.
+# C0 and C1 except tab; a line feed, which ends lines of text files, can be inside a cell.
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 _CONTROL_BYTES = bytes(range(9)) + bytes(range(11, 32)) + b"\x7f"
 _OTHER_BYTES = bytes(set(range(256)) - set(_CONTROL_BYTES))
@@ -78,12 +78,12 @@ class LineCount:
 
 @dataclass
 class Findings:
-    """Rows that are reported, kept or not.
+    """Rows to report, kept or dropped.
 
     Attributes:
         control: rows with control characters.
-        sources: held-out split -> train rows whose source stands in it.
-        pairs: held-out split -> train rows whose source and target stand in it together.
+        sources: held-out split -> train rows whose source is in it.
+        pairs: held-out split -> train rows whose source and target are in it as a pair.
     """
 
     control: LineCount = field(default_factory=LineCount)
@@ -158,7 +158,8 @@ def read_cleaned(block: Block, job: PrepareJob, counts: RowCounts | None = None)
     pairs = Pairs(source, target, lines)
     if block.split != "train" or not job.is_parallel or not job.task.cleaning.dedup:
         return pairs
-    repeats = load_lines(Path(job.scratch) / repeats_file(block.number))
+    path = Path(job.scratch) / repeats_file(block.number)
+    repeats = np.frombuffer(path.read_bytes() if path.exists() else b"", dtype="<i8")
     return pairs.keep(~np.isin(lines, repeats), counts or RowCounts(), "duplicate")
 
 

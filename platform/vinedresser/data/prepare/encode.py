@@ -13,11 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vinedresser.config.task import Task
 from vinedresser.data.corpora.row import FIRST_LINES, Block, Pairs, RowCounts
 from vinedresser.data.prepare.clean import PrepareJob, read_cleaned
-from vinedresser.data.tokenizers.flat import take_ragged
-from vinedresser.data.tokenizers.tokenizer import UNK, SourceEncoder, load_source
+from vinedresser.data.tokenizers.flat import UNK, take_ragged
+from vinedresser.data.tokenizers.tokenizer import SourceEncoder, load_source
 
 # `lengths.parquet`: kept rows of a block per pair of lengths, in tokens or frames. Sorted by split
 # (train, dev, test), block, source, target. Planning batches needs nothing else: the row groups of
@@ -56,14 +55,12 @@ class EncodedBlock:
 
 
 # Both sides of one job; a worker process serves one job at a time.
-@functools.lru_cache(maxsize=2)
-def _encoder(folder: str, name: str) -> SourceEncoder:
-    return load_source(Path(folder), name)
+_encoder = functools.lru_cache(maxsize=2)(load_source)
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One side of some rows; `width` values stand for one position: 1 for ids."""
+    """One side of some rows; `width` values per position: 1 for ids."""
 
     values: NDArray[Any]
     lengths: NDArray[np.int64]
@@ -121,7 +118,7 @@ def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
     counts, split, task = RowCounts(), block.split, job.task
     pairs = read_cleaned(block, job, counts)
     source, target = (
-        _Side.of(texts, _encoder(job.folder, name))
+        _Side.of(texts, _encoder(Path(job.folder), name))
         for texts, name in zip((pairs.source, pairs.target), job.names, strict=True)
     )
     is_kept = np.ones(len(pairs), dtype=np.bool_)
@@ -143,12 +140,15 @@ def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
             ("ratio", longest <= limit * shortest),
         ):
             lines = pairs.lines[is_kept & ~passes]
-            counts.drop_many(reason, len(lines), lines[:FIRST_LINES].tolist())
+            counts.drop(reason, len(lines), lines[:FIRST_LINES].tolist())
             is_kept &= passes
     kept = np.flatnonzero(is_kept)
     name = shard_name(split, block.number) if len(kept) else ""
     if name:
-        _write(Path(job.out) / name, _shard_table(split, pairs, kept, (source, target), task))
+        # Metrics compare with the text itself.
+        with_texts = split != "train"
+        path, sides = Path(job.out) / name, (source, target)
+        _write_shard(path, pairs, kept, sides, job, with_texts=with_texts)
     keys = (source.lengths[kept] << 32) | target.lengths[kept]
     keys, rows = np.unique(keys, return_counts=True)
     cells = (keys >> 32, keys & 0xFFFFFFFF, rows)
@@ -162,52 +162,44 @@ def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
     )
 
 
-def _shard_table(
-    split: str,
+def _write_shard(
+    path: Path,
     pairs: Pairs,
     kept: NDArray[np.int64],
     sides: tuple[_Side, _Side],
-    task: Task,
-) -> pa.Table:
+    job: PrepareJob,
+    *,
+    with_texts: bool,
+) -> None:
+    """Write some rows as a shard, one row group per bucket."""
     source, target = sides
     longest = np.maximum(source.lengths[kept], target.lengths[kept])
-    buckets = (longest - 1) // task.bucket_width
+    buckets = (longest - 1) // job.task.bucket_width
     order = np.argsort(buckets, kind="stable")
-    rows = kept[order]
+    rows, buckets = kept[order], buckets[order].astype(np.int32)
     columns = {
         "row": pa.array(pairs.lines[rows] - 1),
-        "bucket": pa.array(buckets[order].astype(np.int32)),
+        "bucket": pa.array(buckets),
         "source": source.array(rows),
         "target": target.array(rows),
     }
-    if split != "train":  # metrics compare with the text itself
-        texts = {"source_text": pairs.source, "target_text": pairs.target}
-        for name, side in texts.items():
-            # Recordings by their names, which are the same wherever the corpus lies.
-            words = [
-                item if isinstance(item, str) else " ".join(Path(path).name for path in item)
-                for item in (side[i] for i in rows)
-            ]
-            columns[name] = pa.array(words, pa.string())
-    return pa.table(columns)
-
-
-def _write(path: Path, table: pa.Table) -> None:
-    """Write a shard, one row group per bucket."""
+    texts = {"source_text": pairs.source, "target_text": pairs.target} if with_texts else {}
+    for name, side in texts.items():
+        # Recordings by their file names, which do not depend on the folder of the corpus.
+        words = [
+            item if isinstance(item, str) else " ".join(Path(each).name for each in item)
+            for item in (side[i] for i in rows)
+        ]
+        columns[name] = pa.array(words, pa.string())
+    table = pa.table(columns)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with pq.ParquetWriter(
             partial, table.schema, compression="zstd", write_page_checksum=True
         ) as writer:
-            cuts = np.flatnonzero(np.diff(table["bucket"].to_numpy())) + 1
-            edges = [0, *cuts.tolist(), len(table)]
-            for start, end in itertools.pairwise(edges):
+            cuts = np.flatnonzero(np.diff(buckets)) + 1
+            for start, end in itertools.pairwise([0, *cuts.tolist(), len(table)]):
                 writer.write_table(table.slice(start, end - start))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def write_lengths(folder: Path, table: pa.Table) -> None:
-    """Write a table of the schema `LENGTHS` beside the shards."""
-    pq.write_table(table, folder / LENGTHS_FILE, compression="zstd", write_page_checksum=True)

@@ -1,6 +1,6 @@
 """Repeats of a corpus of any size, found by 8-byte hashes in constant memory."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def _ranges(files: Sequence[Path], rows: int = 2) -> Iterator[list[tuple[int, ND
 
 
 def count_repeats(files: Sequence[Path]) -> int:
-    """Count rows whose pair stood before, over the files of all blocks."""
+    """Count rows whose pair occurs in an earlier row, over the files of all blocks."""
     total = 0
     for part in _ranges(files, rows=1):
         hashes = np.concatenate([rows[0] for _, rows in part] or [np.zeros(0, np.uint64)])
@@ -59,7 +59,7 @@ def count_repeats(files: Sequence[Path]) -> int:
 
 
 def find_repeats(files: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield (index of the file, lines) of the rows whose pair stood in an earlier line.
+    """Yield (index of the file, lines) of the rows whose pair occurs in an earlier line.
 
     Lines must ascend from file to file. A file may be named several times.
     """
@@ -71,17 +71,3 @@ def find_repeats(files: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.int64]
         repeats = order[1:][hashes[order][1:] == hashes[order][:-1]]
         for index in np.unique(owners[repeats]).tolist():
             yield index, np.sort(lines[repeats[owners[repeats] == index]])
-
-
-def save_lines(folder: Path, found: Iterable[tuple[str, NDArray[np.int64]]]) -> None:
-    """Append lines to files by name, 8 bytes per line."""
-    for name, lines in found:
-        with (folder / name).open("ab") as stream:
-            stream.write(lines.astype("<i8").tobytes())
-
-
-def load_lines(path: Path) -> NDArray[np.int64]:
-    """Read lines that `save_lines` has written; none where there is no file."""
-    if not path.exists():
-        return np.zeros(0, dtype=np.int64)
-    return np.frombuffer(path.read_bytes(), dtype="<i8").astype(np.int64)

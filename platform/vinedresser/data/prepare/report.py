@@ -1,6 +1,5 @@
 """The report of a preparation, for the manifest: drops, lengths, padding, leakage, repeats."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from vinedresser.config.task import Task
-from vinedresser.data.batching.plan import Histogram, Ints, plan_cells
+from vinedresser.data.batching.plan import Histogram, plan_cells
 from vinedresser.data.corpora.corpus import Corpus
 from vinedresser.data.corpora.row import RowCounts
 from vinedresser.data.prepare.clean import (
@@ -32,7 +31,7 @@ MIN_CORRELATION, MIN_ROWS = 0.3, 100
 _REQUESTED = frozenset({"variant", "excluded", "beyond_train_words"})
 
 
-class Report:
+class PreparationReport:
     """Counts and measures of all blocks; holds their cells, about a byte per row.
 
     Attributes:
@@ -46,34 +45,34 @@ class Report:
     def counts(self, split: str) -> RowCounts:
         """Return rows read and dropped of a split, so far."""
         total = RowCounts()
-        every: list[Sequence[CleanedBlock | EncodedBlock]] = [self._cleaned, self.encoded]
-        for blocks in every:
-            for block in blocks:
-                if block.split == split:
-                    total.add(block.counts)
+        blocks: list[CleanedBlock | EncodedBlock] = [*self._cleaned, *self.encoded]
+        for block in blocks:
+            if block.split == split:
+                total.add(block.counts)
         return total
 
     def findings(self, split: str) -> Findings:
-        """Return rows of a split that are reported, kept or not."""
+        """Return the findings of a split."""
         total = Findings()
         for block in self._cleaned:
             if block.split == split:
                 total.add(block.findings)
         return total
 
-    def refuse_empty(self, split: str) -> None:
+    def refuse_empty(self) -> None:
         """Refuse a split without a row.
 
         Raises:
             DataError: with the number of rows read, and the reasons for which they were dropped.
         """
-        counts = self.counts(split)
-        if not counts.rows_out:
-            raise DataError(
-                f"{self._task.name}: {split}: 0 of {counts.rows_in:,} pairs left: "
-                f"{counts.reasons() or 'none read'}. Fix: check the files, or raise "
-                "max_source_length and max_target_length"
-            )
+        for split in self._corpus.splits:
+            counts = self.counts(split)
+            if not counts.rows_out:
+                raise DataError(
+                    f"{self._task.name}: {split}: 0 of {counts.rows_in:,} pairs left: "
+                    f"{counts.reasons() or 'none read'}. Fix: check the files, or raise "
+                    "max_source_length and max_target_length"
+                )
 
     def refuse_leakage(self) -> None:
         """Refuse pairs of test in train, where `cleaning.leakage` is `refuse`.
@@ -84,9 +83,23 @@ class Report:
         pairs = self.findings("train").pairs.get("test", LineCount())
         if self._task.cleaning.leakage == "refuse" and pairs.rows:
             raise DataError(
-                f"{self._task.name}: {pairs.rows:,} train rows stand in test, source and target; "
+                f"{self._task.name}: {pairs.rows:,} train rows are in test, source and target; "
                 f"train lines {self._places('train', pairs)}. Fix: cleaning.leakage=drop takes "
                 "them out of train, cleaning.leakage=allow leaves them in"
+            )
+
+    def _refuse_losses(self) -> None:
+        counts = self.counts("train")
+        lost = {reason: n for reason, n in counts.dropped.items() if reason not in _REQUESTED}
+        total, rows = counts.rows_out + sum(lost.values()), sum(lost.values())
+        limit = self._task.cleaning.max_drop_ratio
+        if rows > limit * total:
+            worst = max(lost, key=lambda reason: lost[reason])
+            raise DataError(
+                f"{self._task.name}: train: {rows:,} of {total:,} pairs dropped "
+                f"({counts.reasons()}), more than cleaning.max_drop_ratio={limit:g} allows; first "
+                f"{worst} lines {counts.first_lines[worst][:3]}. Fix: raise the limits, or "
+                "cleaning.max_drop_ratio"
             )
 
     def describe(self, scratch: Path) -> dict[str, Any]:
@@ -96,62 +109,32 @@ class Report:
             DataError: a split without a row, too much of train dropped, or sides that seem
                 shifted; the last two as the task's `cleaning` requests.
         """
-        splits, cleaning = self._corpus.splits, self._task.cleaning
-        counts = {split: self.counts(split) for split in splits}
-        for split in splits:
-            self.refuse_empty(split)
-        self._refuse_losses(counts["train"])
+        splits = self._corpus.splits
+        self.refuse_empty()
+        self._refuse_losses()
         lengths = {split: self._lengths(split) for split in splits}
         overlap, notes = dict[str, Any](), list(self._corpus.notes)
         if self._corpus.is_parallel:
             notes += self._alignment(lengths["train"])
-            found, held_out = self.findings("train"), load_held_out(str(scratch / HELD_OUT_FILE))
-            verb = "had" if cleaning.leakage == "drop" else "have"
-            for split, count in sorted(found.sources.items()):
-                notes.append(
-                    f"train: {'' if verb == 'had' else 'warning: '}{count.rows:,} rows {verb} a "
-                    f"source of {split}, {found.pairs.get(split, LineCount()).rows:,} of them its "
-                    f"target too; first lines {self._places('train', count)}"
-                    + ("; dropped" if verb == "had" else "")
-                )
-            # A model that is selected on dev should not be scored on the same rows of test.
-            sources, pairs = held_out.shared("dev", "test")
-            if sources:
-                notes.append(
-                    f"test: warning: {sources:,} sources stand in dev, {pairs:,} of them with "
-                    "their target"
-                )
-            for split in splits[1:]:
-                both, source = (
-                    side.get(split, LineCount()) for side in (found.pairs, found.sources)
-                )
-                overlap[split] = {
-                    "pairs": both.rows,
-                    "sources": source.rows,
-                    "pair_lines": both.lines,
-                    "train_lines": source.lines,
-                }
-            train = [block.number for block in self._cleaned if block.split == "train"]
-            files = [] if cleaning.dedup else [scratch / hashes_file(number) for number in train]
-            overlap["train_repeats"] = count_repeats(files)
+            overlap, found = self._overlap(scratch)
+            notes += found
         for split in splits:
             if (control := self.findings(split).control).rows:
                 notes.append(
                     f"{split}: {control.rows:,} rows hold control characters, first lines "
-                    f"{self._places(split, control)}; cleaning.control_characters says what to do"
+                    f"{self._places(split, control)}; cleaning.control_characters decides"
                 )
         cells, width = self._histogram("train"), self._task.bucket_width
-        padding = plan_cells(cells, tokens=PADDING_TOKENS).padding_efficiency(cells)
+        efficiency = plan_cells(cells, tokens=PADDING_TOKENS).padding_efficiency(cells)
         rows = np.bincount((cells.longest - 1) // width, weights=cells.counts).astype(int)
+        shares = {key: round(getattr(efficiency, key), 4) for key in ("source", "target", "both")}
         return {
-            "account": {split: each.to_json() for split, each in counts.items()},
+            "account": {split: self.counts(split).to_json() for split in splits},
             "lengths": lengths,
-            "padding": {
+            "padding_efficiency": {
                 "tokens": PADDING_TOKENS,
-                "batches": padding.batches,
-                "source": round(padding.source, 4),
-                "target": round(padding.target, 4),
-                "both": round(padding.both, 4),
+                "batches": efficiency.batches,
+                **shares,
             },
             # Upper edges of train's buckets, in tokens of the longer side, and rows in each.
             "buckets": {
@@ -166,6 +149,39 @@ class Report:
             },
             "notes": notes,
         }
+
+    def _overlap(self, scratch: Path) -> tuple[dict[str, Any], list[str]]:
+        """Return counts of rows that splits share, and notes on them."""
+        cleaning, splits, notes = self._task.cleaning, self._corpus.splits, list[str]()
+        found, held_out = self.findings("train"), load_held_out(str(scratch / HELD_OUT_FILE))
+        is_dropped = cleaning.leakage == "drop"
+        for split, count in sorted(found.sources.items()):
+            notes.append(
+                f"train: {'' if is_dropped else 'warning: '}{count.rows:,} rows "
+                f"{'had' if is_dropped else 'have'} a source of {split}, "
+                f"{found.pairs.get(split, LineCount()).rows:,} of them its target too; first lines "
+                f"{self._places('train', count)}{'; dropped' if is_dropped else ''}"
+            )
+        # A model that is selected on dev should not be scored on the same rows of test.
+        sources, pairs = held_out.shared("dev", "test")
+        if sources:
+            notes.append(
+                f"test: warning: {sources:,} sources are in dev, {pairs:,} of them with their "
+                "target"
+            )
+        overlap: dict[str, Any] = {}
+        for split in splits[1:]:
+            both, source = (side.get(split, LineCount()) for side in (found.pairs, found.sources))
+            overlap[split] = {
+                "pairs": both.rows,
+                "sources": source.rows,
+                "pair_lines": both.lines,
+                "train_lines": source.lines,
+            }
+        train = [block.number for block in self._cleaned if block.split == "train"]
+        files = [] if cleaning.dedup else [scratch / hashes_file(number) for number in train]
+        overlap["train_repeats"] = count_repeats(files)
+        return overlap, notes
 
     def lengths_table(self) -> pa.Table:
         """Return the rows of `lengths.parquet`, in its order."""
@@ -200,19 +216,6 @@ class Report:
         counts = np.asarray([total[key] for key in cells.tolist()], dtype=np.int64)
         return Histogram(cells >> 32, cells & 0xFFFFFFFF, counts)
 
-    def _refuse_losses(self, counts: RowCounts) -> None:
-        lost = {reason: n for reason, n in counts.dropped.items() if reason not in _REQUESTED}
-        total = counts.rows_in - sum(counts.dropped.values()) + sum(lost.values())
-        limit = self._task.cleaning.max_drop_ratio
-        if sum(lost.values()) > limit * total:
-            worst = max(lost, key=lambda reason: lost[reason])
-            raise DataError(
-                f"{self._task.name}: train: {sum(lost.values()):,} of {total:,} pairs dropped "
-                f"({counts.reasons()}), more than cleaning.max_drop_ratio={limit:g} allows; first "
-                f"{worst} lines {counts.first_lines[worst][:3]}. Fix: raise the limits, or "
-                "cleaning.max_drop_ratio"
-            )
-
     def _alignment(self, lengths: dict[str, Any]) -> list[str]:
         correlation = lengths["correlation"]
         if lengths["rows"] < MIN_ROWS or correlation >= MIN_CORRELATION:
@@ -232,11 +235,14 @@ class Report:
         cells = self._histogram(split)
         found: dict[str, Any] = {"rows": cells.rows}
         for side, (name, values) in enumerate((("source", cells.source), ("target", cells.target))):
+            order, rows = np.argsort(values, kind="stable"), cells.rows
+            ends = np.cumsum(cells.counts[order])
+            middle = np.searchsorted(ends, [(rows - 1) // 2, rows // 2], "right")
             unknown = sum(block.unknown[side] for block in self.encoded if block.split == split)
             found[name] = {
                 "tokens": int((values * cells.counts).sum()),
                 "mean": round(float(np.average(values, weights=cells.counts)), 3),
-                "median": _median(values, cells.counts),
+                "median": float(np.mean(values[order][middle])),
                 "max": int(values.max()),
                 "unknown": unknown,
             }
@@ -248,12 +254,3 @@ class Report:
             if deviations.all():
                 found["correlation"] = round(float(covariance[0, 1] / deviations.prod()), 4)
         return found
-
-
-def _median(values: Ints, counts: Ints) -> float:
-    order = np.argsort(values, kind="stable")
-    ends, total = np.cumsum(counts[order]), int(counts.sum())
-    middle = [
-        values[order][np.searchsorted(ends, at, "right")] for at in ((total - 1) // 2, total // 2)
-    ]
-    return float(np.mean(middle))

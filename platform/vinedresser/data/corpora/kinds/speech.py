@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -10,10 +9,11 @@ from pydantic import Field
 
 from vinedresser.config.corpus import CorpusConfig
 from vinedresser.config.task import Frames, Task
-from vinedresser.data.corpora.recordings import DiskPath, Recordings, parts
-from vinedresser.data.corpora.row import Block, Row, RowCounts
-from vinedresser.data.corpora.textfile import inspect_all, refuse_changed
-from vinedresser.data.corpora.utterances import Utterance, read_manifest
+from vinedresser.data.corpora.corpus import InspectedFiles
+from vinedresser.data.corpora.recordings import DiskPath, Recordings, block_size
+from vinedresser.data.corpora.row import EntryBlock, Row
+from vinedresser.data.corpora.textfile import inspect_all
+from vinedresser.data.corpora.utterances import read_utterances
 from vinedresser.errors import DataError
 from vinedresser.workspace.commit import digest_of
 
@@ -21,10 +21,10 @@ Key = Annotated[str, Field(min_length=1)]
 
 
 class SpeechCorpus(CorpusConfig):
-    """Recordings (WAV, FLAC) with transcripts: one manifest a split, `.jsonl` or `.tsv`.
+    """Recordings (WAV, FLAC) with transcripts: a manifest per split, `.jsonl` or `.tsv`.
 
-    A TSV has a header line. Audio paths are meant from the manifest's folder; a JSON list of them
-    is one utterance, its recordings one after the other.
+    A TSV has a header line. Audio paths are relative to the manifest's folder; a JSON list of
+    paths is one utterance, its recordings one after the other.
     """
 
     has_recordings: ClassVar[bool] = True
@@ -41,43 +41,23 @@ class SpeechCorpus(CorpusConfig):
         return Speech(self, task)
 
 
-@dataclass(frozen=True)
-class UtteranceBlock(Block):
-    """Some utterances of a manifest.
-
-    Attributes:
-        first: rows of the manifest before it.
-        manifest: path of the manifest.
-        keys: names of the columns of audio and transcript.
-        digest: of the manifest, so that a changed one is parsed anew.
-        leaked: its lines that are dropped because a held-out recording is in them.
-    """
-
-    first: int
-    manifest: str
-    keys: tuple[str, str]
-    digest: str
-    leaked: frozenset[int]
-
-    def rows(self, account: RowCounts) -> Iterator[Row]:
-        """Yield its utterances, the recordings of each as absolute paths."""
-        every = _parsed(self.manifest, self.keys, self.digest)
-        for utterance in every[self.first : self.first + self.count]:
-            account.rows_in += 1
-            if utterance.line in self.leaked:
-                account.drop("leaked", utterance.line)
-            else:
-                yield Row(utterance.paths, utterance.text, utterance.line)
-
-
-# A worker parses a manifest once, not once a block.
+# A worker parses a manifest once, not once per block.
 @functools.lru_cache(maxsize=3)
-def _parsed(manifest: str, keys: tuple[str, str], digest: str) -> list[Utterance]:
+def _parsed(manifest: str, keys: tuple[str, str], digest: str) -> list[Row]:
     assert digest
-    return read_manifest(manifest, *keys)
+    return read_utterances(manifest, *keys)
 
 
-class Speech:
+@functools.lru_cache(maxsize=3)
+def parse_utterances(
+    manifest: str, keys: tuple[str, str], digest: str, leaked: frozenset[int]
+) -> list[tuple[Row, str]]:
+    """Return the rows of a manifest; those of the lines `leaked` with a reason to drop them."""
+    rows = _parsed(manifest, keys, digest)
+    return [(row, "leaked" if row.line in leaked else "") for row in rows]
+
+
+class Speech(InspectedFiles):
     """A `SpeechCorpus` whose recordings exist and have transcripts."""
 
     is_parallel = False
@@ -88,40 +68,41 @@ class Speech:
         named = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
         self._manifests = {split: path for split, path in named.items() if path is not None}
         self._corpus, self._keys = corpus, (corpus.audio, corpus.transcript)
-        self._facts = inspect_all(list(self._manifests.values()))
-        self.notes = [note for facts in self._facts.values() for note in facts.notes]
+        super().__init__(inspect_all(list(self._manifests.values())))
         self.splits = tuple(self._manifests)
         self._recordings = Recordings(frames)
         self._recordings.add(
-            (f"{path}:{utterance.line}: ", utterance.paths)
+            (f"{path}:{utterance.line}: ", utterance.source)
             for split, path in self._manifests.items()
             for utterance in self._utterances(split)
         )
-        self.digests = {}
         for split, path in self._manifests.items():
-            self.digests[path] = self._facts[path].digest
             self.digests[f"{path}: recordings"] = digest_of(
-                [self._recordings.digest(each) for u in self._utterances(split) for each in u.paths]
+                [
+                    self._recordings.digest(each)
+                    for u in self._utterances(split)
+                    for each in u.source
+                ]
             )
-        self._leaked = self._look_for_leaks(task.cleaning.leakage)
+        self._leaked = self._find_leaks(task.cleaning.leakage)
 
-    def _utterances(self, split: str) -> list[Utterance]:
+    def _utterances(self, split: str) -> list[Row]:
         path = self._manifests[split]
-        return _parsed(path, self._keys, self._facts[path].digest)
+        return _parsed(path, self._keys, self.digests[path])
 
-    def _look_for_leaks(self, leakage: str) -> frozenset[int]:
-        """Return train lines to drop: those with a recording that dev or test holds too."""
+    def _find_leaks(self, leakage: str) -> frozenset[int]:
+        """Return train lines to drop: those with a recording that dev or test also has."""
         train, leaked = self._manifests["train"], set[int]()
         for split in self.splits[1:]:
             held = {
                 self._recordings.digest(path): utterance.line
                 for utterance in self._utterances(split)
-                for path in utterance.paths
+                for path in utterance.source
             }
             shared = [
                 (utterance.line, held[digest])
                 for utterance in self._utterances("train")
-                for digest in map(self._recordings.digest, utterance.paths)
+                for digest in map(self._recordings.digest, utterance.source)
                 if digest in held
             ]
             if not shared:
@@ -146,22 +127,16 @@ class Speech:
         }
         return {"kind": "speech", **keys, **digests}
 
-    def blocks(self, split: str) -> Iterator[UtteranceBlock]:
+    def blocks(self, split: str) -> Iterator[EntryBlock]:
         """Yield the manifest's rows in their order."""
-        path, utterances = self._manifests[split], self._utterances(split)
-        digest = self._facts[path].digest
-        path = str(Path(path).absolute())  # a worker stands in another folder
-        for number, first, count in parts(len(utterances)):
-            lines = {u.line for u in utterances[first : first + count]} if split == "train" else ()
-            leaked = self._leaked.intersection(lines)
-            yield UtteranceBlock(split, number, count, first, path, self._keys, digest, leaked)
-
-    def unpack(self, folder: Path) -> None:
-        """Do nothing: recordings are read whole."""
+        path, leaked = self._manifests[split], self._leaked if split == "train" else frozenset()
+        # Absolute: the working directory of a worker is another one.
+        arguments = (str(Path(path).absolute()), self._keys, self.digests[path], leaked)
+        return EntryBlock.cut(split, parse_utterances, arguments, block_size())
 
     def refuse_changed(self) -> None:
-        """Refuse files that were touched since they were inspected."""
-        refuse_changed(self._facts.values())
+        """Refuse files that changed since they were inspected."""
+        super().refuse_changed()
         self._recordings.refuse_changed()
 
     def place(self, split: str, line: int) -> str:

@@ -1,8 +1,10 @@
 """Tables as a corpus: both sides of a pair in one row of TSV, JSON lines or Parquet."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,18 +13,17 @@ from pydantic import Field
 from vinedresser.config.corpus import CorpusConfig, Files, names_of
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import parquet
-from vinedresser.data.corpora.corpus import Places, together
-from vinedresser.data.corpora.inputs import expand, head_of, is_remote, stamp
+from vinedresser.data.corpora.corpus import InspectedFiles, line_of_file, together
+from vinedresser.data.corpora.inputs import expand, is_remote, read_range, stamp
 from vinedresser.data.corpora.row import Block, Row, RowCounts
 from vinedresser.data.corpora.textfile import (
-    Check,
     Facts,
     Span,
     changed,
-    inspect,
+    inspect_each,
+    inspect_text,
     lines_of,
     listed,
-    refuse_changed,
     unpacked,
 )
 from vinedresser.errors import DataError
@@ -32,7 +33,7 @@ Column = Annotated[int, Field(ge=1)] | Annotated[str, Field(min_length=1)]
 
 
 class TableCorpus(CorpusConfig):
-    """Both sides in one file, a row a pair: TSV, JSON lines or Parquet.
+    """Both sides in one file, one pair per row: TSV, JSON lines or Parquet.
 
     A TSV whose columns are named has a header line; one whose columns are numbered has none.
     """
@@ -57,7 +58,7 @@ _PACKED_NAMES = (".gz", ".gzip", ".zst", ".zstd")
 
 @dataclass(frozen=True)
 class Form:
-    """How the rows of one file are read.
+    """Form of the rows of one file.
 
     Attributes:
         kind: tsv, jsonl or parquet.
@@ -78,7 +79,7 @@ class Part:
 
     Attributes:
         span: whole lines, or for Parquet the row group `span.start` of the path.
-        form: how they are read.
+        form: form of the rows.
         skip: header lines at its beginning.
     """
 
@@ -88,8 +89,20 @@ class Part:
 
     @property
     def count(self) -> int:
-        """Rows in it."""
+        """Number of rows."""
         return self.span.count - self.skip
+
+    def cells(self) -> Iterator[tuple[str | None, str | None]]:
+        """Yield source and target of each row."""
+        source, target = self.form.columns
+        if self.form.kind == "parquet":
+            yield from parquet.rows(self.span, str(source), str(target))
+            return
+        for line in self.span.lines()[self.skip :]:
+            fields: Any = line.split("\t") if self.form.kind == "tsv" else json.loads(line)
+            if self.form.kind == "tsv" and len(fields) != self.form.width:
+                raise changed(self.span.name)
+            yield fields[source], fields[target]
 
 
 @dataclass(frozen=True)
@@ -98,38 +111,21 @@ class TableBlock(Block):
 
     Attributes:
         first: raw rows of the split before it.
-        parts: where they stand.
+        parts: places of the rows.
     """
 
     first: int
     parts: tuple[Part, ...]
 
-    def rows(self, account: RowCounts) -> Iterator[Row]:
+    def rows(self, counts: RowCounts) -> Iterator[Row]:
         """Yield all its rows; a cell without a value counts as empty."""
-        account.rows_in += self.count
-        line = self.first
-        for part in self.parts:
-            for source, target in _cells(part):
-                line += 1
-                yield Row(source or "", target or "", line)
+        counts.rows_in += self.count
+        cells = itertools.chain.from_iterable(part.cells() for part in self.parts)
+        for line, (source, target) in enumerate(cells, self.first + 1):
+            yield Row(source or "", target or "", line)
 
 
-def _cells(part: Part) -> Iterator[tuple[str | None, str | None]]:
-    source, target = part.form.columns
-    if part.form.kind == "parquet":
-        yield from parquet.rows(part.span, str(source), str(target))
-        return
-    for line in part.span.lines()[part.skip :]:
-        if part.form.kind == "tsv":
-            fields: Any = line.split("\t")
-            if len(fields) != part.form.width:
-                raise changed(part.span.name)
-        else:
-            fields = json.loads(line)
-        yield fields[source], fields[target]
-
-
-class Table:
+class Table(InspectedFiles):
     """A `TableCorpus` whose files exist and whose every row has both columns."""
 
     is_parallel = True
@@ -141,42 +137,33 @@ class Table:
         self._files = {
             split: expand(names_of(files)) for split, files in named.items() if files is not None
         }
-        self._facts: dict[str, Facts] = {}
-        self._forms: dict[str, Form] = {}
-        problems = []
-        for name in dict.fromkeys(name for files in self._files.values() for name in files):
-            try:
-                self._inspect(name)
-            except DataError as error:
-                problems.append(str(error.args[0]))
-        if problems:
-            raise DataError("\n".join(problems))
-        self.digests = {name: facts.digest for name, facts in self._facts.items()}
-        self.notes = [note for facts in self._facts.values() for note in facts.notes]
         self.splits = tuple(self._files)
-        self._places = {}
-        for split, files in self._files.items():
-            counts = [self._facts[name].lines - self._forms[name].header for name in files]
-            self._places[split] = Places(files, counts)
+        self._forms: dict[str, Form] = {}
+        every = [name for files in self._files.values() for name in files]
+        super().__init__(inspect_each(every, self._inspect))
 
-    def _inspect(self, name: str) -> None:
-        corpus = self._corpus
-        kind: str = corpus.format
-        stamp(name)  # says what is wrong with a file that cannot be opened
+    def _inspect(self, name: str) -> Facts:
+        corpus, kind = self._corpus, str(self._corpus.format)
+        stamp(name)  # report a file that cannot be opened
         if kind == "auto":
-            kind = _kind_of(name)
+            plain = name.partition("?")[0] if is_remote(name) else name
+            for suffix in _PACKED_NAMES:
+                plain = plain.removesuffix(suffix)
+            kind = "jsonl" if plain.endswith(_JSON_NAMES) else "tsv"
+            if read_range(name, 0, 4) == b"PAR1":
+                kind = "parquet"
+        form = Form(kind, (corpus.source, corpus.target))
         if kind == "parquet":
-            form = Form("parquet", (corpus.source, corpus.target))
-            self._facts[name] = parquet.inspect(name, form.columns)
+            facts = parquet.inspect_parquet(name, form.columns)
         elif kind == "tsv":
             form = _form_of_tsv(name, corpus)
-            self._facts[name] = inspect(name, _check_tsv(form, corpus))
+            facts = inspect_text(name, partial(_check_tsv, form, corpus))
         else:
-            form = Form("jsonl", (corpus.source, corpus.target))
-            self._facts[name] = inspect(name, _check_jsonl(form))
-        self._forms[name] = form
-        if self._facts[name].lines <= form.header:
+            facts = inspect_text(name, partial(_check_jsonl, form))
+        if facts.lines <= form.header:
             raise DataError(f"{name}: a header and no row")
+        self._forms[name] = form
+        return facts
 
     def content(self) -> Any:
         """Return the columns, and the digests of every split's files."""
@@ -186,24 +173,19 @@ class Table:
         plain["format"] = sorted({form.kind for form in self._forms.values()})
         return plain
 
-    def _parts(self, name: str) -> Iterator[Part]:
-        facts, form = self._facts[name], self._forms[name]
-        if form.kind != "parquet":
-            for index, span in enumerate(facts.spans()):
-                yield Part(span, form, form.header if index == 0 else 0)
-            return
-        for group, count in enumerate(facts.counts):
-            yield Part(Span(facts.copy, name, group, group + 1, count), form, 0)
-
     def blocks(self, split: str) -> Iterator[TableBlock]:
         """Yield blocks over all files of a split; of Parquet files once they are unpacked."""
-        parts = [part for name in self._files[split] for part in self._parts(name)]
-        counts = [part.count for part in parts]
-        first = 0
-        for number, chosen in enumerate(together(counts)):
-            count = sum(counts[chosen])
+        parts = list[Part]()
+        for name in self._files[split]:
+            facts, form = self._facts[name], self._forms[name]
+            if form.kind != "parquet":
+                spans = facts.spans()
+            else:  # a span is a row group
+                spans = [Span(facts.copy, name, i, i + 1, n) for i, n in enumerate(facts.counts)]
+            headers = [form.header, *[0] * len(spans)]
+            parts += [Part(span, form, skip) for span, skip in zip(spans, headers, strict=False)]
+        for number, first, count, chosen in together([part.count for part in parts]):
             yield TableBlock(split, number, count, first, tuple(parts[chosen]))
-            first += count
 
     def unpack(self, folder: Path) -> None:
         """Unpack archives, and cut Parquet into row groups of one block each."""
@@ -214,22 +196,11 @@ class Table:
             else:
                 self._facts[name] = unpacked(facts, folder)
 
-    def refuse_changed(self) -> None:
-        """Refuse files that were touched since they were inspected."""
-        refuse_changed(self._facts.values())
-
     def place(self, split: str, line: int) -> str:
         """Return the row, with its file where there are several."""
-        return self._places[split].of(line)
-
-
-def _kind_of(name: str) -> str:
-    if head_of(name, 4) == b"PAR1":
-        return "parquet"
-    plain = name.partition("?")[0] if is_remote(name) else name
-    for suffix in _PACKED_NAMES:
-        plain = plain.removesuffix(suffix)
-    return "jsonl" if plain.endswith(_JSON_NAMES) else "tsv"
+        names = self._files[split]
+        files = [(name, self._facts[name].lines - self._forms[name].header) for name in names]
+        return line_of_file(files, line)
 
 
 def _form_of_tsv(name: str, corpus: TableCorpus) -> Form:
@@ -237,7 +208,7 @@ def _form_of_tsv(name: str, corpus: TableCorpus) -> Form:
     try:
         first = next(lines_of(name), "")
     except DataError:
-        first = ""  # `inspect` says what is wrong with it
+        first = ""  # `inspect_text` reports the problem
     fields = first.split("\t")
     wanted = (corpus.source, corpus.target)
     if isinstance(wanted[0], int) and isinstance(wanted[1], int):
@@ -261,37 +232,28 @@ def _form_of_tsv(name: str, corpus: TableCorpus) -> Form:
     return Form("tsv", (places[0], places[1]), len(fields), header=1)
 
 
-def _check_tsv(form: Form, corpus: TableCorpus) -> Check:
+def _check_tsv(form: Form, corpus: TableCorpus, number: int, text: bytes) -> Iterable[str]:
     need = max(int(column) for column in form.columns) + 1
-    wanted = f"source {corpus.source!r} and target {corpus.target!r}"
-
-    def check(number: int, text: bytes) -> Iterable[str]:
-        for line, cells in enumerate(text.removesuffix(b"\n").split(b"\n"), number):
-            tabs = cells.count(b"\t")
-            if tabs + 1 == form.width >= need:
-                continue
-            fields = [*cells.split(b"\t"), b""]
-            column = len(b"\t".join(fields[: form.width])) + 1
-            expected = max(form.width, need) if form.width >= need else need
-            yield (
-                f"{line}:{min(column, len(cells) + 1)}: {tabs + 1} columns; expected {expected}, "
-                f"tab-separated, with {wanted}"
-            )
-
-    return check
+    for line, cells in enumerate(text.removesuffix(b"\n").split(b"\n"), number):
+        tabs = cells.count(b"\t")
+        if tabs + 1 == form.width >= need:
+            continue
+        column = len(b"\t".join([*cells.split(b"\t"), b""][: form.width])) + 1
+        yield (
+            f"{line}:{min(column, len(cells) + 1)}: {tabs + 1} columns; expected "
+            f"{max(form.width, need)}, tab-separated, with source {corpus.source!r} and target "
+            f"{corpus.target!r}"
+        )
 
 
-def _check_jsonl(form: Form) -> Check:
-    def check(number: int, text: bytes) -> Iterable[str]:
-        for line, raw in enumerate(text.removesuffix(b"\n").split(b"\n"), number):
-            if problem := _problem_of_json(raw, form):
-                yield f"{line}:{problem}"
-
-    return check
+def _check_jsonl(form: Form, number: int, text: bytes) -> Iterable[str]:
+    for line, raw in enumerate(text.removesuffix(b"\n").split(b"\n"), number):
+        if problem := _problem_of_json(raw, form):
+            yield f"{line}:{problem}"
 
 
 def _problem_of_json(raw: bytes, form: Form) -> str:
-    """Return `column: what is wrong` with a line of JSON; empty where nothing is."""
+    """Return `column: problem` of a line of JSON, or ""."""
     wanted = f"expected an object with the keys {form.columns[0]!r} and {form.columns[1]!r}"
     try:
         found = json.loads(raw)

@@ -10,17 +10,18 @@ import numpy as np
 from vinedresser.config.corpus import CorpusConfig, Files, names_of
 from vinedresser.config.section import Section
 from vinedresser.config.task import Task
-from vinedresser.data.corpora.corpus import Places, together
+from vinedresser.data.corpora.corpus import InspectedFiles, line_of_file, together
 from vinedresser.data.corpora.inputs import expand
 from vinedresser.data.corpora.row import Block, Pairs, Row, RowCounts
-from vinedresser.data.corpora.textfile import Span, inspect_all, parting, refuse_changed, unpacked
+from vinedresser.data.corpora.textfile import Span, inspect_all, parting, unpacked
 from vinedresser.errors import DataError
 
 
 class Pair(Section):
     """Two parallel text files: line n of one belongs to line n of the other.
 
-    Of several, the first source file belongs to the first target file, and so on.
+    Where each side names several files, the first source file belongs to the first target file,
+    and so on.
     """
 
     source: Files
@@ -28,7 +29,7 @@ class Pair(Section):
 
 
 class TextCorpus(CorpusConfig):
-    """Parallel UTF-8 text files. Only a line feed ends a line."""
+    """Parallel UTF-8 text files, one sentence per line; no character but a line feed ends one."""
 
     kind: Literal["text"] = "text"
     train: Pair
@@ -54,23 +55,23 @@ class TextBlock(Block):
     source: tuple[Span, ...]
     target: tuple[Span, ...]
 
-    def load(self, account: RowCounts) -> Pairs:
-        """Return all its rows, also those with an empty side."""
+    def load(self, counts: RowCounts) -> Pairs:
+        """Return all its rows, empty sides included."""
         sides = [
             spans[0].lines() if len(spans) == 1 else [x for span in spans for x in span.lines()]
             for spans in (self.source, self.target)
         ]
-        account.rows_in += self.count
+        counts.rows_in += self.count
         lines = np.arange(self.first + 1, self.first + self.count + 1, dtype=np.int64)
         return Pairs(sides[0], sides[1], lines)
 
-    def rows(self, account: RowCounts) -> Iterator[Row]:
-        """Return all its rows, also those with an empty side."""
-        pairs = self.load(account)
+    def rows(self, counts: RowCounts) -> Iterator[Row]:
+        """Return all its rows, empty sides included."""
+        pairs = self.load(counts)
         return map(Row, pairs.source, pairs.target, pairs.lines.tolist())
 
 
-class ParallelText:
+class ParallelText(InspectedFiles):
     """A `TextCorpus` whose files exist, are UTF-8 and have equally many lines on both sides."""
 
     is_parallel = True
@@ -83,20 +84,7 @@ class ParallelText:
             for split, pair in pairs.items()
             if pair
         }
-        self._refuse_uneven()
-        self._facts = inspect_all(
-            [name for sides in self._files.values() for side in sides for name in side]
-        )
-        self._refuse_misaligned()
-        self.digests = {name: facts.digest for name, facts in self._facts.items()}
-        self.notes = [note for facts in self._facts.values() for note in facts.notes]
         self.splits = tuple(self._files)
-        self._places = {
-            split: Places(sides[0], [self._facts[name].lines for name in sides[0]])
-            for split, sides in self._files.items()
-        }
-
-    def _refuse_uneven(self) -> None:
         for split, (source, target) in self._files.items():
             if len(source) != len(target):
                 raise DataError(
@@ -104,8 +92,8 @@ class ParallelText:
                     f"target files ({target[0]} ...); the i-th of one belongs to the i-th of the "
                     "other. Fix: name as many on both sides"
                 )
-
-    def _refuse_misaligned(self) -> None:
+        every = [name for sides in self._files.values() for side in sides for name in side]
+        super().__init__(inspect_all(every))
         problems = [
             f"{source} has {one.lines} lines, {target} has {other.lines}; line i of one must "
             f"belong to line i of the other, and lengths part ways near line "
@@ -119,13 +107,11 @@ class ParallelText:
 
     def content(self) -> Any:
         """Return the digests of every split's files."""
-        return {
-            "kind": "text",
-            **{
-                split: [[self.digests[name] for name in side] for side in sides]
-                for split, sides in self._files.items()
-            },
+        files = {
+            split: [[self.digests[name] for name in side] for side in sides]
+            for split, sides in self._files.items()
         }
+        return {"kind": "text", **files}
 
     def blocks(self, split: str) -> Iterator[TextBlock]:
         """Yield blocks over all files of a split."""
@@ -133,22 +119,15 @@ class ParallelText:
             [span for name in side for span in self._facts[name].spans()]
             for side in self._files[split]
         )
-        counts = [span.count for span in source]
-        first = 0
-        for number, part in enumerate(together(counts)):
-            count = sum(counts[part])
+        for number, first, count, part in together([span.count for span in source]):
             spans = (tuple(source[part]), tuple(target[part]))
             yield TextBlock(split, number, count, first, *spans)
-            first += count
 
     def unpack(self, folder: Path) -> None:
-        """Write the content of compressed files beside the shards to be."""
+        """Write the content of compressed files into the folder."""
         self._facts = {name: unpacked(facts, folder) for name, facts in self._facts.items()}
-
-    def refuse_changed(self) -> None:
-        """Refuse files that were touched since they were inspected."""
-        refuse_changed(self._facts.values())
 
     def place(self, split: str, line: int) -> str:
         """Return the line, with its source file where there are several."""
-        return self._places[split].of(line)
+        files = [(name, self._facts[name].lines) for name in self._files[split][0]]
+        return line_of_file(files, line)

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from vinedresser.config import Batching, BatchOrder, Task, Tokenizer
-from vinedresser.data.batching import windows
+from vinedresser.data.batching import pools
 from vinedresser.data.batching.plan import group, plan_cells
+from vinedresser.data.batching.pools import ShardPool, chunks_of
 from vinedresser.data.batching.reader import Batches, load_split, stream
-from vinedresser.data.batching.windows import ShardPool, windows_of
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.prepare import encode
 from vinedresser.data.shards import ShardSet, prepare
@@ -52,12 +52,12 @@ def blocks(tmp_path_factory) -> ShardSet:
 
 
 @pytest.fixture
-def small_windows(monkeypatch):
-    monkeypatch.setattr(windows, "WINDOW_ROWS", 200)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(pools, "CHUNK_ROWS", 200)
 
 
 @pytest.mark.parametrize("order", STRATEGIES)
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_chunks")
 def test_every_epoch_holds_every_row_as_it_is(blocks, order):
     whole = load_split(blocks, "train")
     batches = Batches(blocks, Batching(max_padded_tokens=TOKENS, order=order), seed=3)
@@ -74,8 +74,8 @@ def test_every_epoch_holds_every_row_as_it_is(blocks, order):
         assert sorted(itertools.chain(*seen)) == list(range(ROWS))
 
 
-@pytest.mark.usefixtures("small_windows")
-def test_batches_stay_in_their_window_and_windows_take_turns(blocks):
+@pytest.mark.usefixtures("small_chunks")
+def test_batches_stay_in_their_chunk_and_chunks_take_turns(blocks):
     batches = Batches(blocks, Batching(max_padded_tokens=TOKENS), seed=3)
     turns = set()
     for epoch in range(6):
@@ -83,14 +83,14 @@ def test_batches_stay_in_their_window_and_windows_take_turns(blocks):
             {int(row) // 200 for row in batches.rows(epoch * batches.per_epoch + i)}
             for i in range(batches.per_epoch)
         ]
-        assert all(len(window) == 1 for window in of)
-        turn = [window for window, _ in itertools.groupby(window.pop() for window in of)]
+        assert all(len(chunk) == 1 for chunk in of)
+        turn = [chunk for chunk, _ in itertools.groupby(chunk.pop() for chunk in of)]
         assert sorted(turn) == [0, 1, 2]
         turns.add(tuple(turn))
     assert len(turns) > 1
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_chunks")
 def test_ranks_share_an_epoch_and_any_step_can_be_resumed(blocks):
     def rows(batches, count):
         return [batch.rows_B.tolist() for batch in itertools.islice(batches, count)]
@@ -120,10 +120,10 @@ def test_one_window_is_planned_as_the_split_in_memory(blocks):
     )
 
 
-def test_windows_are_equal_parts():
+def test_chunks_are_equal_parts():
     for rows in ([30] * 35, [0, 100, 0, 0, 7, 3], [250], [1], [0], [99, 1], [99, 2]):
         rows_of_block = np.array(rows)
-        of = windows_of(rows_of_block, 100)
+        of = chunks_of(rows_of_block, 100)
         assert (np.diff(of) >= 0).all()
         sums = np.bincount(of, weights=rows_of_block)
         assert sums.max() <= 100 + max(rows)
@@ -131,19 +131,19 @@ def test_windows_are_equal_parts():
             assert sums.max() - sums.min() <= 2 * max(rows)
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_chunks")
 def test_a_batch_reads_the_row_groups_it_needs_and_no_more(blocks, monkeypatch):
     read = []
-    plain = windows._row_group
+    plain = pools._row_group
     monkeypatch.setattr(
-        windows,
+        pools,
         "_row_group",
         lambda path, i, *rest: read.append((path, i)) or plain(path, i, *rest),
     )
     batches = Batches(blocks, Batching(max_padded_tokens=TOKENS), seed=3)
     assert read == []
     batch = batches[0]
-    # 5 shards a window; a batch of neighbours in length is in one bucket of 5 lengths, or two.
+    # 5 shards a chunk; a batch of neighbours in length is in one bucket of 5 lengths, or two.
     width = blocks.task.bucket_width
     longest = np.maximum(batch.source_lengths_B.numpy(), batch.target_lengths_B.numpy())
     buckets = set(((longest - 1) // width).tolist())
@@ -164,7 +164,7 @@ def copy_of(shards: ShardSet, folder: Path) -> ShardSet:
     return dataclasses.replace(shards, folder=folder)
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("damage", ["absent", "truncated", "flipped", "swapped"])
 def test_a_damaged_shard_is_named_by_the_stream(blocks, tmp_path, damage):
     copied = copy_of(blocks, tmp_path / "copy")
@@ -200,7 +200,7 @@ def test_a_damaged_histogram_is_named(blocks, tmp_path):
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
     with pytest.raises(
-        DamagedError, match=r"lengths.parquet: 59\d train rows, the manifest says 600"
+        DamagedError, match=r"lengths.parquet: 59\d train rows, but 600 in the manifest"
     ):
         stream(copied, Batching(max_padded_tokens=TOKENS), seed=0)
     path.write_bytes(path.read_bytes()[:-9])
@@ -210,7 +210,7 @@ def test_a_damaged_histogram_is_named(blocks, tmp_path):
         ShardPool(blocks, "test")
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_chunks")
 def test_no_file_stays_open(blocks):
     def opened():
         return [f.path for f in psutil.Process().open_files() if str(blocks.folder) in f.path]
@@ -255,11 +255,11 @@ def test_ten_million_rows_are_planned_in_little_memory(blocks, tmp_path):
     assert sum(len(plan_cells(pool.histogram(w), tokens=4096)) for w in range(10)) == (
         batches.per_epoch
     )
-    # One window's entries are held at a time, 1.2 bytes a row at this size; 0.1 at ten times it.
+    # One chunk's entries are held at a time, 1.2 bytes a row at this size; 0.1 at ten times it.
     assert peak < 2 * total
 
 
-@pytest.mark.usefixtures("small_windows")
+@pytest.mark.usefixtures("small_chunks")
 def test_frames_are_read_as_they_were_written(blocks, tmp_path):
     random = np.random.default_rng(1)
     frames = [random.normal(size=(n, 3)).astype(np.float16) for n in random.integers(1, 30, 90)]
@@ -287,7 +287,7 @@ def test_frames_are_read_as_they_were_written(blocks, tmp_path):
             for (s, t), n in zip(found, counts, strict=True)
         ]
     columns = dict(zip(encode.LENGTHS.names, map(list, zip(*cells, strict=True)), strict=True))
-    encode.write_lengths(tmp_path, pa.table(columns, schema=encode.LENGTHS))
+    pq.write_table(pa.table(columns, schema=encode.LENGTHS), tmp_path / encode.LENGTHS_FILE)
     made = dataclasses.replace(blocks, folder=tmp_path, counts={"train": 90}, features=3)
     batches, seen = Batches(made, Batching(max_padded_tokens=100), seed=0), []
     for i in range(batches.per_epoch):

@@ -1,14 +1,14 @@
-"""Windows: up to a million rows that are shuffled together, read bucket by bucket when asked for.
+"""Pools: a split as chunks of up to a million rows that are shuffled together.
 
-Batches never span windows. What is in one is known from `lengths.parquet` alone; its rows are
-read when a batch needs them, and only those of the buckets (row groups) it needs.
+Batches never span chunks. The lengths in a chunk are in `lengths.parquet`; its rows are read when
+a batch needs them, and only those of the buckets (row groups) it needs.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,11 @@ from vinedresser.data.prepare.encode import LENGTHS_FILE
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import DamagedError, DataError
 
-# Rows of a window, at most about: 60 MB of ids in memory at 15 tokens a side, and 50 shards.
-WINDOW_ROWS = 1_000_000
-# Bytes of the frames of a window, at most about: 60,000 utterances of 2.2 s in 40 bands, 5,600 of
-# 12 s in 80 bands. Two windows may be in memory at a time.
-WINDOW_BYTES = 1 << 30
+# Rows of a chunk, at most about: 60 MB of ids in memory at 15 tokens per side, and 50 shards.
+CHUNK_ROWS = 1_000_000
+# Bytes of the frames of a chunk, at most about: 60,000 utterances of 2.2 s in 40 bands, 5,600 of
+# 12 s in 80 bands. Two chunks may be in memory at a time.
+CHUNK_BYTES = 1 << 30
 
 # Makes the sequences of a batch anew; as many of them, and within the batch's budget.
 Change = Callable[[Side, Side], tuple[Side, Side]]
@@ -58,7 +58,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Window:
+class Chunk:
     """Rows that batches are made of.
 
     Attributes:
@@ -99,56 +99,37 @@ class Window:
         return join(sources), join(targets), np.concatenate(rows)
 
 
-class Pool(Protocol):
-    """A split as windows."""
-
-    @property
-    def name(self) -> str:
-        """What errors call it."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def histogram(self, window: int) -> Histogram:
-        """Return the cells of a window."""
-        ...
-
-    def open(self, window: int) -> Window:
-        """Return a window of which nothing is read yet."""
-        ...
-
-
 class MemoryPool:
-    """Sequences in memory as one window of one bucket."""
+    """Sequences in memory as one chunk of one bucket."""
 
     def __init__(self, name: str, source: Side, target: Side) -> None:
         self.name = name
         rows = np.arange(len(source.lengths), dtype=np.int64)
         bucket, self._histogram = Bucket.of(source, target, rows)
-        self._window = Window(
+        self._window = Chunk(
             self._histogram, np.array([0, len(self._histogram.counts)]), lambda _: bucket
         )
 
     def __len__(self) -> int:
         return 1
 
-    def histogram(self, window: int) -> Histogram:
-        """Return the cells of the one window."""
-        return self.open(window).histogram
+    def histogram(self, chunk: int) -> Histogram:
+        """Return the cells of the one chunk."""
+        return self.open(chunk).histogram
 
-    def open(self, window: int) -> Window:
-        """Return the one window."""
-        assert window == 0
+    def open(self, chunk: int) -> Chunk:
+        """Return the one chunk."""
+        assert chunk == 0
         return self._window
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the rows of a window stand.
+    """Places of the rows of a chunk.
 
     Attributes:
-        histogram: the window's cells, ascending by (bucket, source, target).
-        block: (g,) block of each of the window's row groups.
+        histogram: the chunk's cells, ascending by (bucket, source, target).
+        block: (g,) block of each of the chunk's row groups.
         bucket: (g,) its bucket.
         group: (g,) its place in its shard.
         rows: (g,) its rows.
@@ -162,9 +143,9 @@ class _Layout:
 
 
 class ShardPool:
-    """A split of a shard set as windows of consecutive blocks.
+    """A split of a shard set as chunks of consecutive blocks.
 
-    Holds what `lengths.parquet` says of the cells, 24 bytes a cell of a window, and never a row.
+    Holds the cells of `lengths.parquet`, 24 bytes per cell of a chunk, and no row.
     """
 
     def __init__(self, shards: ShardSet, split: str) -> None:
@@ -185,13 +166,13 @@ class ShardPool:
     def __len__(self) -> int:
         return len(self._layouts)
 
-    def histogram(self, window: int) -> Histogram:
-        """Return the cells of a window."""
-        return self._layouts[window].histogram
+    def histogram(self, chunk: int) -> Histogram:
+        """Return the cells of a chunk."""
+        return self._layouts[chunk].histogram
 
-    def open(self, window: int) -> Window:
-        """Return a window of which nothing is read yet."""
-        layout = self._layouts[window]
+    def open(self, chunk: int) -> Chunk:
+        """Return a chunk of which nothing is read yet."""
+        layout = self._layouts[chunk]
         cells = layout.histogram
         buckets = bucket_of(cells.source, cells.target, width=self._width)
         found, firsts = np.unique(buckets, return_index=True)
@@ -199,42 +180,39 @@ class ShardPool:
         footers: dict[int, Any] = {}
 
         def load(index: int) -> Bucket:
-            bucket, expected = self._read(layout, int(found[index]), footers)
-            lo, hi = edges[index], edges[index + 1]
+            """Read a bucket from the row groups of all its shards; no file stays open."""
+            bucket, (lo, hi) = int(found[index]), edges[index : index + 2]
+            sources, targets, rows = list[Side](), list[Side](), list[Ints]()
+            for at in np.flatnonzero(layout.bucket == bucket):
+                block = int(layout.block[at])
+                path = self._folder / f"{self.name}-{block:05d}.parquet"
+                with reading(path):
+                    table = _row_group(path, int(layout.group[at]), footers, block)
+                    rows.append(table["row"].to_numpy())
+                    sources.append(side_of(table["source"], self._features))
+                    targets.append(side_of(table["target"]))
+                if len(table) != layout.rows[at]:
+                    raise DamagedError(
+                        f"{path}: {len(table)} rows of bucket {bucket}, but {layout.rows[at]} in "
+                        f"{LENGTHS_FILE}; re-run `prepare`"
+                    )
+            made, read = Bucket.of(join(sources), join(targets), np.concatenate(rows))
             planned = (cells.source[lo:hi], cells.target[lo:hi], cells.counts[lo:hi])
-            read = (expected.source, expected.target, expected.counts)
-            if not all(map(np.array_equal, planned, read)):
+            if not all(map(np.array_equal, planned, (read.source, read.target, read.counts))):
                 raise DamagedError(
                     f"{self._folder}: the shards' lengths are not those of {LENGTHS_FILE}; "
                     "re-run `prepare`"
                 )
-            return bucket
+            return made
 
-        return Window(cells, edges, load)
+        return Chunk(cells, edges, load)
 
-    def _read(
-        self, layout: _Layout, bucket: int, footers: dict[int, Any]
-    ) -> tuple[Bucket, Histogram]:
-        """Return a bucket from the row groups of all shards that have it; no file stays open."""
-        sources, targets, rows = list[Side](), list[Side](), list[Ints]()
-        for at in np.flatnonzero(layout.bucket == bucket):
-            block = int(layout.block[at])
-            path = self._folder / f"{self.name}-{block:05d}.parquet"
-            with reading(path):
-                table = _row_group(path, int(layout.group[at]), footers, block)
-                rows.append(table["row"].to_numpy())
-                sources.append(side_of(table["source"], self._features))
-                targets.append(side_of(table["target"]))
-            if len(table) != layout.rows[at]:
-                raise DamagedError(
-                    f"{path}: {len(table)} rows of bucket {bucket}, {LENGTHS_FILE} says "
-                    f"{layout.rows[at]}; re-run `prepare`"
-                )
-        return Bucket.of(join(sources), join(targets), np.concatenate(rows))
+
+Pool = MemoryPool | ShardPool
 
 
 def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
-    """Yield the windows of a split, in block order; holds the histogram of one at a time."""
+    """Yield the chunks of a split, in block order; holds the histogram of one at a time."""
     path = shards.folder / LENGTHS_FILE
     rows_of_block = np.zeros(0, dtype=np.int64)
     for block, count in _entries(path, split, ["block", "count"]):
@@ -246,36 +224,36 @@ def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
     total = int(rows_of_block.sum())
     if total != shards.counts[split]:
         raise DamagedError(
-            f"{path}: {total} {split} rows, the manifest says {shards.counts[split]}; "
+            f"{path}: {total} {split} rows, but {shards.counts[split]} in the manifest; "
             "re-run `prepare`"
         )
-    at_most = WINDOW_ROWS
+    at_most = CHUNK_ROWS
     if shards.features:
         frames = shards.meta["lengths"][split]["source"]["mean"]
-        at_most = min(at_most, int(WINDOW_BYTES / (frames * shards.features * 2)))
-    windows = windows_of(rows_of_block, at_most)
+        at_most = min(at_most, int(CHUNK_BYTES / (frames * shards.features * 2)))
+    chunks = chunks_of(rows_of_block, at_most)
     held, at = list[list[Ints]](), 0
     for columns in _entries(path, split, ["block", "source", "target", "count"]):
-        window = windows[columns[0]]
-        for index in np.unique(window).tolist():
+        chunk = chunks[columns[0]]
+        for index in np.unique(chunk).tolist():
             if index != at and held:
                 yield _layout(held, width)
                 held = []
             at = index
-            held.append([column[window == index] for column in columns])
+            held.append([column[chunk == index] for column in columns])
     if held:
         yield _layout(held, width)
 
 
-def windows_of(rows_of_block: Ints, at_most: int) -> Ints:
-    """Return (blocks,) the window of each block: equal parts of about `at_most` rows or fewer.
+def chunks_of(rows_of_block: Ints, at_most: int) -> Ints:
+    """Return (blocks,) the chunk of each block: equal parts of about `at_most` rows or fewer.
 
-    Equal, because a short last window would pad more and be shuffled less than the others.
+    Equal, because a short last chunk would pad more and be shuffled less than the others.
     """
     total = int(rows_of_block.sum())
-    windows = max(1, -(-total // max(1, at_most)))
+    chunks = max(1, -(-total // max(1, at_most)))
     middles = 2 * np.cumsum(rows_of_block) - rows_of_block
-    found: Ints = np.minimum(middles * windows // max(1, 2 * total), windows - 1)
+    found: Ints = np.minimum(middles * chunks // max(1, 2 * total), chunks - 1)
     return found
 
 
@@ -313,7 +291,7 @@ def _firsts(*columns: Ints) -> Ints:
 
 
 def _row_group(path: Path, index: int, footers: dict[int, Any], block: int) -> pa.Table:
-    """Read one row group and verify its checksums; a footer is parsed once per window."""
+    """Read one row group and verify its checksums; a footer is parsed once per chunk."""
     columns = ["row", "source", "target"]
     with path.open("rb") as stream:
         file = pq.ParquetFile(stream, metadata=footers.get(block), page_checksum_verification=True)
@@ -326,7 +304,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn every error of reading a Parquet file into one line that names it.
 
     Raises:
-        DamagedError: the file is absent, truncated, changed, or lacks a row group or column.
+        DamagedError: the file is absent, truncated, changed, or without a row group or column.
     """
     try:
         yield
