@@ -1,4 +1,4 @@
-"""Ray: join the cluster that the user names, or start a private one on this machine."""
+"""Connection to Ray: to the cluster in RAY_ADDRESS, or to a private one on this machine."""
 
 import contextlib
 import getpass
@@ -22,7 +22,7 @@ _log = logging.getLogger("vinedresser")
 # Objects in the store are configurations and blocks of 20,000 rows; shards travel as files.
 _OBJECT_STORE_BYTES = 300_000_000
 
-# To reach a cluster that the user names.
+# Timeout for a connection to RAY_ADDRESS.
 _CONNECT_SECONDS = 10
 
 # Read by Ray when it starts and by its child processes. Set unless the user has set them.
@@ -36,21 +36,21 @@ ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no TensorBoard, CSV and JSON copies
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial without its metric fails alone
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Ctrl-C ends a sweep as if it were finished
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Ctrl-C marks the sweep as finished
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 
 
 def is_connected() -> bool:
-    """Whether this process is connected to a Ray cluster."""
+    """Return True if this process is connected to a Ray cluster."""
     import ray
 
     return bool(ray.is_initialized())
 
 
 def probe() -> str:
-    """Runs a task on the connected cluster, for at most a minute; Ray's version."""
+    """Run a task on the connected cluster, for at most a minute; return Ray's version."""
     import ray
 
     answer = ray.remote(lambda: os.getpid())
@@ -60,15 +60,15 @@ def probe() -> str:
 
 @contextlib.contextmanager
 def connect(*, cpus: int | None = None, dashboard: bool = False) -> Iterator[None]:
-    """Connects to Ray for the duration of the block; a connection that exists is used as it is.
+    """Connect to Ray for the duration of the block; an existing connection is reused.
 
-    `RAY_ADDRESS` names a cluster; without it a private one starts on this machine, never one that
-    happens to be found in /tmp.
+    `RAY_ADDRESS` names a cluster; without it a private one starts on this machine, never one found
+    in /tmp.
 
     Args:
-        cpus: of the private cluster; all by default.
-        dashboard: starts it on loopback. Trials of several workers need it: Ray asks it whether
-            a stopped trial still holds its placement group (ray#58515).
+        cpus: CPUs of the private cluster; all by default.
+        dashboard: start it on loopback. Trials of several workers need it to release the placement
+            group of a stopped trial (ray#58515).
 
     Raises:
         MachineError: the cluster cannot be reached or started.
@@ -93,7 +93,7 @@ def connect(*, cpus: int | None = None, dashboard: bool = False) -> Iterator[Non
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keeps our handler of SIGTERM; `ray.init` puts one there that prints a stack and exits."""
+    """Restore our handler of SIGTERM; that of `ray.init` prints a stack and exits."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -136,7 +136,7 @@ def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
 
 
 def _require_answer(address: str) -> None:
-    """Knocks at host:port first: where nobody listens, `ray.init` ends the whole process."""
+    """Refuse a host:port without a listener: `ray.init` ends the process there."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return
@@ -150,7 +150,7 @@ def _require_answer(address: str) -> None:
 
 
 def _remove_abandoned() -> None:
-    """Session folders of killed processes, tens of megabytes each."""
+    """Delete session folders of killed processes, tens of megabytes each."""
     for left in Path("/tmp").glob("vd-*-*"):  # noqa: S108 (ours, by name and owner)
         pid = left.name.split("-")[1]
         if pid.isdigit() and not psutil.pid_exists(int(pid)) and left.owner() == getpass.getuser():
@@ -160,7 +160,7 @@ def _remove_abandoned() -> None:
 def _start_local(folder: Path, cpus: int | None, dashboard: bool, quiet: dict[str, Any]) -> None:
     import ray
 
-    for attempt in (1, 2):
+    for try_number in (1, 2):
         try:
             ray.init(
                 address="local",
@@ -173,7 +173,7 @@ def _start_local(folder: Path, cpus: int | None, dashboard: bool, quiet: dict[st
         except RuntimeError:
             # The raylet gives its agent 15 s, which a busy machine can miss once (ray#65983).
             ray.shutdown()
-            if attempt == 2:
+            if try_number == 2:
                 raise
         else:
             return

@@ -1,4 +1,4 @@
-"""The errors that a user can act on: what was found, what was wanted, what to do.
+"""Errors that a user can act on: found, expected, what to do.
 
 Each takes exactly one message, so that Ray can pickle it across processes, and each carries the
 exit code of the command line: 2 wrong input or configuration, 3 environment (disk, permission,
@@ -18,7 +18,7 @@ class VinedresserError(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        """One line per problem found, each with its topic."""
+        """Return one line per problem, each with its topic."""
         return "\n".join(f"error[E-{self.topic}] {line}" for line in self.args[0].splitlines())
 
 
@@ -30,7 +30,7 @@ class ConfigError(VinedresserError):
 
 
 class DataError(VinedresserError):
-    """A corpus, shard set or model folder is not what the run needs."""
+    """A corpus, shard set or model folder does not fit the run."""
 
     exit_code = 2
     topic = "DATA"
@@ -59,14 +59,14 @@ class DivergedError(TrainingError):
 
 
 class BusyError(VinedresserError):
-    """Another process holds what this command needs; the same command later will do."""
+    """Another process holds what this command needs; run the same command later."""
 
     exit_code = 75
     topic = "BUSY"
 
 
 class InterruptedRunError(VinedresserError):
-    """The run was told to stop; it left a checkpoint, and the same command continues it."""
+    """The run stopped on request; the same command resumes it from its checkpoint."""
 
     exit_code = 75
     topic = "STOPPED"

@@ -225,11 +225,11 @@ def test_exotic_files_are_refused_quickly(write, text, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ": empty; a mapping of keys is wanted"),
-        (b"# nothing\n\n# here\n", ": empty; a mapping of keys is wanted"),
-        (b"---\n", "input should be"),
-        (b"- a\n- b\n", "input should be"),
-        (b"word\n", "input should be"),
+        (b"", ": empty; expected a mapping of keys"),
+        (b"# nothing\n\n# here\n", ": empty; expected a mapping of keys"),
+        (b"---\n", "expected a valid dictionary"),
+        (b"- a\n- b\n", "expected a valid dictionary"),
+        (b"word\n", "expected a valid dictionary"),
         (b"a: 1\n\xff\xfe\n", ":2: not UTF-8"),
         (bytes(range(256)), "not UTF-8"),
         ("a: 1".encode("utf-16"), ":1: not UTF-8"),
@@ -323,7 +323,9 @@ def test_words_that_are_no_overrides(word):
 
 def test_overrides_are_applied_to_files(experiment, write):
     file = write(yaml.safe_dump(experiment))
-    value = resolve(str(file), [Experiment], overrides=["steps=321", "model.width=3"])
+    value = resolve(str(file), [Experiment]).override(
+        parse_overrides(["steps=321", "model.width=3"])
+    )
     assert (value.steps, value.model.width) == (321, 3)
 
 
@@ -343,6 +345,16 @@ def test_a_file_is_of_the_kind_that_has_its_keys(experiment, write):
         resolve(path, [Experiment, Study])
 
 
+def test_a_file_of_another_kind_is_refused_in_one_line(tmp_path):
+    from vinedresser.config.study import Study
+
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"task": {}, "model": "rnn-small", "steps": 3, "seed": 2}))
+    with pytest.raises(ConfigError) as caught:
+        resolve(str(path), [Study])
+    assert caught.value.args[0] == f"{path}: is an Experiment, expected a Study"
+
+
 # Import paths.
 
 TWO = """
@@ -360,7 +372,7 @@ def test_values_behind_import_paths(given):
     given(TWO)
     assert resolve("given.second", [Optim]).lr == 2.0
     assert resolve("given", [Experiment, Compute]) == Compute()
-    assert resolve("given", [Compute, Optim], overrides=["workers=2"]).workers == 2
+    assert resolve("given", [Compute, Optim]) == Compute()
 
 
 @pytest.mark.parametrize(
@@ -390,7 +402,7 @@ def test_import_paths_that_lead_nowhere(given, name, words):
 def test_an_allowed_package_that_is_not_there():
     from vinedresser.config import Optim
 
-    with pytest.raises(ConfigError, match="given: there is no such module; a Optim is expected"):
+    with pytest.raises(ConfigError, match="given: there is no such module; expected an Optim"):
         resolve("given", [Optim])
 
 

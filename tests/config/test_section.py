@@ -36,7 +36,7 @@ def test_a_value_is_frozen():
 def test_every_problem_is_told_at_once(experiment):
     text = refusal({**experiment, "steps": 0, "seed": -1, "optim": {"lr": "fast", "epss": 1}})
     assert len(text.split("\n")) == 4
-    assert "error[E-CONFIG] steps: input should be greater than 0; found 0" in text
+    assert "error[E-CONFIG] steps: expected greater than 0; found 0" in text
     assert "optim.epss: unknown key; did you mean eps?" in text
 
 
@@ -107,7 +107,7 @@ def test_pruning_without_gates(experiment):
 
 @pytest.mark.parametrize("corpus", [[1], 3, None, "text", {"kind": ["text"]}])
 def test_no_such_corpus(task, corpus):
-    expected = "corpus: a mapping is expected, with `kind` one of `digits`, `lexicon`, `speech`,"
+    expected = "corpus: expected a mapping with `kind` one of `digits`, `lexicon`, `speech`,"
     assert expected in refusal({**task, "corpus": corpus}, Task)
 
 

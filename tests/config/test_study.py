@@ -144,7 +144,7 @@ space:
 stopping: null
 """
     )
-    found = resolve(str(path), [Study], overrides=["num_trials=3", "base.optim.lr=0.01"])
+    found = resolve(str(path), [Study]).override({"num_trials": 3, "base.optim.lr": 0.01})
     assert found.space["optim.clip_norm"] == FloatDistribution(0.01, 10.0, log=True)
     assert found.space["model.num_heads"] == CategoricalDistribution([2, 4])
     assert (found.num_trials, found.base.optim.lr, found.stopping) == (3, 0.01, None)

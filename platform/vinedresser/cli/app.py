@@ -156,7 +156,7 @@ def _as_known(error: Exception) -> VinedresserError | None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "vinedresser"
         text = " ".join(message().split()).rstrip(".").replace("Value error, ", "")
-        text = text.replace(": Input should", ": expected").replace("expected be", "expected")
+        text = text.replace("Input should be", "expected")
         return ConfigError(f"{text}; see `{command} --help`")
     line = " ".join(str(error).split())[:300]
     if isinstance(error, MemoryError) or any(part in line.lower() for part in _NO_MEMORY):

@@ -1,4 +1,4 @@
-"""Corpora as plain values; each kind has its class in a module of `CORPORA`, with its reader."""
+"""Corpora as plain values; each kind is a class in a module of `CORPORA`, with its reader."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vinedresser.config.task import Task
     from vinedresser.data.corpora.corpus import Corpus
 
-# Home of the kinds: `kind: text` is the module `text` there.
+# Package of the kinds: `kind: text` is its module `text`.
 CORPORA = "vinedresser.data.corpora.kinds"
 
 PACKAGE_PREFIX = "package:"
@@ -42,7 +42,7 @@ def _resolve(path: str, info: ValidationInfo) -> str:
         )
     if path.startswith(REMOTE_PREFIX):
         if "@" in path.removeprefix(REMOTE_PREFIX).partition("/")[0]:
-            # A task is written into manifests and logs; a secret must not be.
+            # Tasks are written to manifests and logs, where secrets must not appear.
             raise ValueError(
                 "credentials inside a path are refused; give them as AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY in the environment"
@@ -57,7 +57,7 @@ def _resolve(path: str, info: ValidationInfo) -> str:
 DataPath = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
 
 # A path, a glob (`part-*.de.gz`), or a list of them, on disk or `s3://bucket/key`. Files of a glob
-# are read in the order of their names. Files may be gzip or zstd, as their first bytes say.
+# are read in the order of their names. gzip and zstd are detected by the first bytes.
 Files = Annotated[
     Annotated[DataPath, Tag("path")]
     | Annotated[tuple[DataPath, ...], Field(min_length=1), Tag("paths")],
@@ -96,7 +96,7 @@ def _restore_corpus(value: Any, info: ValidationInfo) -> Any:
     kind = value.get("kind", "text") if isinstance(value, Mapping) else None
     if not isinstance(kind, str):
         known = ", ".join(f"`{name}`" for name in kinds(CORPORA))
-        raise ValueError(f"a mapping is expected, with `kind` one of {known}")  # noqa: TRY004
+        raise ValueError(f"expected a mapping with `kind` one of {known}")  # noqa: TRY004
     return kind_class(CORPORA, kind, CorpusConfig).model_validate(value, context=info.context)
 
 

@@ -27,7 +27,7 @@ BatchOrder = Literal["alternating_max", "bucket_by_source", "random"]
 
 
 def _read_task(value: Any, info: ValidationInfo) -> Any:
-    """A task may stand as the name of its file or module instead of being written out."""
+    """Read a task that is given as the name of its file or module."""
     if not isinstance(value, str):
         return value
     from vinedresser.config.files import resolve
@@ -38,7 +38,7 @@ def _read_task(value: Any, info: ValidationInfo) -> Any:
     try:
         return resolve(value, [Task])
     except ConfigError as error:
-        # Told with the place of the name in the file that holds it.
+        # pydantic adds the line of the name in its file.
         raise ValueError("; ".join(error.args[0].splitlines())) from None
 
 
@@ -67,9 +67,9 @@ class Optim(Section):
     # they are pruned (methods.md 77). `vinedresser describe` prints the names. A tensor of two
     # names is frozen by either.
     freeze: tuple[str, ...] = ()
-    # Updates with a loss or gradient that is not finite: each is left out; one more ends the run.
+    # Updates with a loss or gradient that is not finite: each is skipped; one more ends the run.
     max_skipped: NonNegativeInt = 0
-    # A run that diverges goes back to its last checkpoint with half the rate, so many times.
+    # Times that a diverged run restarts from its last checkpoint at half the learning rate.
     rollbacks: NonNegativeInt = 0
     # Decay of the averaged weights that are evaluated and shipped; 0 switches averaging off.
     # Averaging gains 2 to 5 PER points before annealing and nothing after it.
@@ -77,11 +77,11 @@ class Optim(Section):
 
 
 class Batching(Section):
-    """How pairs become batches."""
+    """Formation of batches from pairs."""
 
     # Padded tokens of a batch: sentences x max(source, target) length. Never exceeded.
     max_padded_tokens: Annotated[int, Field(ge=16)] = 4096
-    # Batches in one update, over all workers, each worker taking its share; 0 is one a worker.
+    # Batches in one update, over all workers, each worker taking its share; 0 is one per worker.
     # Named, it makes the updates of a run the same on any number of workers that divides it.
     per_update: NonNegativeInt = 0
     # Which rows share a batch (data/order.py). Real tokens at 4096 on Multi30k: 97 %, 96 %, 46 %.
@@ -103,7 +103,7 @@ class Evaluation(Section):
     # Dev sentences that are decoded; 0 takes all.
     sentences: NonNegativeInt = 0
     # Pictures of the attention to the source, of one dev sentence, and dev/diagonality of up to 32
-    # at every so many evaluations: half a second each for 2 layers (methods.md 98). 0: none.
+    # at every Nth evaluation: half a second each for 2 layers (methods.md 98). 0: none.
     attention_every: NonNegativeInt = 2
 
 
@@ -118,43 +118,42 @@ class Devices(Section):
 
 
 class Compute(Section):
-    """Where a run runs. Results do not depend on it beyond rounding."""
+    """Workers and devices of a run. They change results only by rounding."""
 
     workers: PositiveInt = 1
-    # With how many a run goes on where a lost machine leaves no room for all of them, after it
-    # waited a minute; by default it waits three for another machine and ends. What is trained
-    # stays the same.
+    # Smallest number of workers with which a run continues, a minute after a machine is lost; by
+    # default it waits three minutes for another machine, then ends. The updates stay the same.
     min_workers: PositiveInt | None = None
-    # CPU threads a worker.
+    # CPU threads per worker.
     threads: PositiveInt = 1
     # auto: cuda where there is one, else cpu.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Instead of `device`, for one worker: `{encoder: cuda:0, decoder: cpu}` (methods.md 36).
-    # train/seconds_per_step tells what it costs.
+    # The metric train/seconds_per_step shows its cost.
     devices: Devices | None = None
     # auto: bf16 autocast where the processor or GPU has it, else fp32.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    # Of several workers, one that makes no update for so many seconds hangs, and all start again
-    # with their stacks in the run's folder; 0 never. Ten times the longest update so far is
-    # waited in any case, and that 10 times at checkpoints, 30 times at evaluations.
+    # Seconds without an update after which a worker of several counts as hung: all restart, with
+    # their stacks in the run's folder; 0 never. The limit is at least ten times the longest update
+    # so far, times 10 at checkpoints and times 30 at evaluations.
     hang_seconds: NonNegativeFloat = 60.0
 
     @model_validator(mode="after")
-    def _places_once(self) -> Self:
+    def _check_devices(self) -> Self:
         if self.devices and self.device != "auto":
             raise ValueError("device and devices are both set; leave one of them out")
         if self.min_workers and self.min_workers > self.workers:
             raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}")
         if self.devices and self.workers > 1:
             raise ValueError(
-                f"devices parts one model over devices, {self.workers} workers hold one each; "
+                f"devices splits one model, but each of {self.workers} workers has its own; "
                 "set workers to 1"
             )
         return self
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether it cannot run without one."""
+        """Return True if a GPU is required."""
         names = [self.devices.encoder, self.devices.decoder] if self.devices else [self.device]
         return any(name.startswith("cuda") for name in names)
 
@@ -174,9 +173,9 @@ class Experiment(Section):
     compute: Compute = Compute()
     # Optimizer updates of the whole run.
     steps: PositiveInt = 2000
-    # A checkpoint to resume from every so many updates; at the end the bundle takes its place.
+    # Updates between two checkpoints; at the end the bundle replaces them.
     checkpoint_every: PositiveInt = 500
-    # How many of the newest stay. The best weights so far are in each of them.
+    # Number of the newest checkpoints that are kept. Each contains the best weights so far.
     keep_checkpoints: PositiveInt = 2
     # A model folder whose weights the run starts from (methods.md 76, 83).
     init: DataPath | None = None
@@ -194,7 +193,7 @@ class Experiment(Section):
         if self.optim.decay == "noam":
             if getattr(self.model, "d_model", None) is None:
                 raise ValueError(
-                    "optim.decay noam needs model.d_model, which this model has not; set "
+                    "optim.decay noam needs model.d_model, which this model does not have; set "
                     "optim.decay=inverse_sqrt and optim.lr"
                 )
             if self.optim.warmup_steps == 0:
@@ -221,10 +220,10 @@ class Experiment(Section):
 
     @property
     def batches_an_update(self) -> int:
-        """Over all workers."""
+        """Return the number of batches per update over all workers."""
         return self.batch.per_update or self.compute.workers
 
     @property
     def batches_a_rank(self) -> int:
-        """Of one update."""
+        """Return the number of batches per update of one worker."""
         return self.batches_an_update // self.compute.workers

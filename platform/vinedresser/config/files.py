@@ -1,4 +1,4 @@
-"""Values behind names on the command line: an import path, or a YAML/JSON file.
+"""Values behind names of the command line: an import path, or a YAML/JSON file.
 
 YAML is parsed by PyYAML, and scalars are read by the core schema of YAML 1.2: `no` and `on` are
 strings, `012` and `1e-3` are numbers in decimal, `12:30` is a string. Duplicate keys, tags, anchors
@@ -26,12 +26,12 @@ MAX_DEPTH = 50
 _INT = re.compile(r"[-+]?[0-9]{1,4300}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 S = TypeVar("S", bound=Section)
 
 
 def scalar(text: str) -> Any:
-    """A plain scalar by YAML 1.2's core schema: null, bool, int, float, else string."""
+    """Return a plain scalar by YAML 1.2's core schema: null, bool, int, float, else string."""
     if text in {"null", "Null", "NULL", "~", ""}:
         return None
     if text in {"true", "True", "TRUE", "false", "False", "FALSE"}:
@@ -44,9 +44,9 @@ def scalar(text: str) -> Any:
 
 
 def refused(value: Any) -> str:
-    """Return why no setting can have a plain value; empty where one can.
+    """Return the reason to refuse a plain value as a setting; empty if it is accepted.
 
-    An integer beyond 64 bits and a NUL character would otherwise fail somewhere inside a library.
+    Refuses values that fail inside libraries: integers beyond 64 bits, control characters.
     """
     if isinstance(value, Mapping):
         return next(filter(None, map(refused, [*value, *value.values()])), "")
@@ -62,18 +62,18 @@ def refused(value: Any) -> str:
 
 
 def _joined(text: str) -> str:
-    r"""JSON's pairs of escapes such as \ud83d\ude00 as the one character that they mean."""
+    r"""Replace JSON's pairs of escapes such as \ud83d\ude00 by the character that they encode."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class _Reader:
-    """Turns YAML nodes into plain values and remembers the line of every key."""
+    """Convert YAML nodes to plain values; `key_lines` has the line of every key."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.places: dict[Path_, int] = {}
+        self.key_lines: dict[KeyPath, int] = {}
 
-    def value(self, node: yaml.Node, path: Path_ = ()) -> Any:
+    def value(self, node: yaml.Node, path: KeyPath = ()) -> Any:
         if isinstance(node, yaml.ScalarNode):
             found = _joined(node.value) if node.style else scalar(node.value)
             if problem := refused(found):
@@ -90,9 +90,9 @@ class _Reader:
             if problem := refused(key):
                 raise ConfigError(f"{self.name}:{line}: {problem}")
             if key in result:
-                first = self.places[(*path, key)]
+                first = self.key_lines[(*path, key)]
                 raise ConfigError(f"{self.name}:{line}: key {key} again, first in line {first}")
-            self.places[(*path, key)] = line
+            self.key_lines[(*path, key)] = line
             result[key] = self.value(child, (*path, key))
         return result
 
@@ -118,15 +118,15 @@ def _refuse_exotic(text: str, name: str) -> None:
             raise ConfigError(f"{name}:{line}: {problem}")
 
 
-def read_file(path: Path) -> tuple[Any, dict[Path_, int]]:
-    """A YAML or JSON file's plain value and the line of each of its keys.
+def read_file(path: Path) -> tuple[Any, dict[KeyPath, int]]:
+    """Return the plain value of a YAML or JSON file and the line of each of its keys.
 
     Raises:
         ConfigError: no such file, too large, not UTF-8, or not YAML; with file and line.
     """
     try:
         mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe may never end
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe may never end
             raise ConfigError(f"{path}: not a regular file; name a .yaml or .json file")
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
@@ -149,9 +149,9 @@ def read_file(path: Path) -> tuple[Any, dict[Path_, int]]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if node is None:
-        raise ConfigError(f"{path}: empty; a mapping of keys is wanted")
+        raise ConfigError(f"{path}: empty; expected a mapping of keys")
     reader = _Reader(str(path))
-    return reader.value(node), reader.places
+    return reader.value(node), reader.key_lines
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -172,38 +172,25 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def resolve(name: str, kinds: Sequence[type[S]], *, overrides: Sequence[str] = ()) -> S:
-    """The value of one of the wanted kinds behind an import path or a file, overrides applied.
+def resolve(name: str, kinds: Sequence[type[S]]) -> S:
+    """Return the value of one of the given kinds behind an import path or a file.
 
     Args:
         name: `search_spaces.demo`, `search_spaces.demo.study`, or `tasks/mine.yaml`.
-        kinds: acceptable classes, the most wanted first. A module must hold exactly one value
-            of the first kind that it holds any of; a file is of the first kind that has all of its
-            keys, else of the first.
-        overrides: dotted `key=value` words.
+        kinds: accepted classes in order of preference. A module must define exactly one value
+            of the first kind that it defines any of; a file is of the first kind that has all of
+            its keys, else of the first.
 
     Raises:
-        ConfigError: nothing there, nothing or too much of the wanted kind, or a refused value.
+        ConfigError: the name is unknown, defines no value or several values of these kinds, or
+            the value is refused.
     """
     if name.endswith((".yaml", ".yml", ".json")) or "/" in name:
-        path = Path(name)
-        plain, places = read_file(path)
-        base = str(path.resolve().parent)
-        keys = {str(key) for key in plain} if isinstance(plain, Mapping) else set()
-        fitting = (kind for kind in kinds if keys <= set(kind.model_fields))
-        kind = next(fitting, kinds[0])
-        value = kind.from_json(plain, where=name, base=base, places=places)
-    else:
-        value = _imported(name, kinds)
-    return value.override(parse_overrides(overrides))
-
-
-def _imported(name: str, kinds: Sequence[type[S]]) -> S:
-    wanted = " or ".join(kind.__name__ for kind in kinds)
+        return _resolve_file(name, kinds)
     if name.split(".")[0] not in allowed_packages():
         raise ConfigError(
             f"{name}: not a .yaml/.json file and not in the packages "
-            f"{', '.join(allowed_packages())}; name a {wanted}, or set VINEDRESSER_PACKAGES"
+            f"{', '.join(allowed_packages())}; name {_listed(kinds)}, or set VINEDRESSER_PACKAGES"
         )
     module_name, attribute = name, ""
     try:
@@ -214,7 +201,7 @@ def _imported(name: str, kinds: Sequence[type[S]]) -> S:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if module is None:
-        raise ConfigError(f"{name}: there is no such module; a {wanted} is expected")
+        raise ConfigError(f"{name}: there is no such module; expected {_listed(kinds)}")
     held = {key: value for key, value in vars(module).items() if not attribute or key == attribute}
     for kind in kinds:
         found = {key: value for key, value in held.items() if isinstance(value, kind)}
@@ -224,6 +211,32 @@ def _imported(name: str, kinds: Sequence[type[S]]) -> S:
             raise ConfigError(
                 f"{name} holds {', '.join(sorted(found))}; name one, as {name}.{min(found)}"
             )
+    names = " or ".join(kind.__name__ for kind in kinds)
     if attribute:
-        raise ConfigError(f"{name}: {module_name} has no {wanted} called {attribute}")
-    raise ConfigError(f"{name} holds no {wanted}")
+        raise ConfigError(f"{name}: {module_name} has no {names} called {attribute}")
+    raise ConfigError(f"{name} holds no {names}")
+
+
+def _resolve_file(name: str, kinds: Sequence[type[S]]) -> S:
+    """Return the value of a file; a file of another kind is refused in one line."""
+    path = Path(name)
+    plain, key_lines = read_file(path)
+    keys = {str(key) for key in plain} if isinstance(plain, Mapping) else set()
+    kind = next((kind for kind in kinds if keys <= set(kind.model_fields)), None)
+    if kind is None:
+        from vinedresser.config.experiment import Experiment
+        from vinedresser.config.study import Study
+        from vinedresser.config.task import Task
+
+        for other in (Task, Experiment, Study):
+            required = {key for key, field in other.model_fields.items() if field.is_required()}
+            if required <= keys <= set(other.model_fields):
+                raise ConfigError(f"{name}: is {_listed([other])}, expected {_listed(kinds)}")
+    base = str(path.resolve().parent)
+    return (kind or kinds[0]).from_json(plain, where=name, base=base, key_lines=key_lines)
+
+
+def _listed(kinds: Sequence[type[Section]]) -> str:
+    """Return "an Experiment or a Study"."""
+    names = (kind.__name__ for kind in kinds)
+    return " or ".join(f"{'an' if name[0] in 'AEIO' else 'a'} {name}" for name in names)

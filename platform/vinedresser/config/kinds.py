@@ -1,7 +1,7 @@
-"""Discovery of kinds: one module per model, objective term or corpus kind, found by its name.
+"""Discovery of kinds: one module per model, objective term or corpus kind, by its name.
 
-A kind is named by its module: `transformer` is short for `trainables.transformer`, and a name with
-dots is the module of any allowed package. Adding a kind is adding a file.
+A kind is named by its module: `transformer` is short for `trainables.transformer`, and a dotted
+name is the module of any allowed package. Adding a kind is adding a file.
 """
 
 import importlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vinedresser.model import Seq2Seq, Vocabulary
 
 ZOO = "trainables"
-# Characters of a foreign error that a message repeats.
+# Characters of an error of other code that a message repeats.
 _MAX_REASON = 300
 _MAX_LAYERS = 1000
 
@@ -30,7 +30,7 @@ S = TypeVar("S", bound=Section)
 
 
 def allowed_packages() -> tuple[str, ...]:
-    """Return the packages whose modules a configuration may name; nothing else is ever imported.
+    """Return the packages whose modules a configuration may name; no others are imported.
 
     `VINEDRESSER_PACKAGES` adds names, separated by commas.
     """
@@ -79,8 +79,8 @@ def kind_class(package: str, kind: str, base: type[S]) -> type[S]:
     """Return the one subclass of `base` that the module of a kind defines.
 
     Args:
-        package: home of the kinds, such as `trainables`.
-        kind: a module of `package`, or with dots a module of any allowed package.
+        package: package of the kinds, such as `trainables`.
+        kind: a module of `package`, or the dotted name of a module of any allowed package.
         base: superclass of the class that the module must define exactly once.
 
     Raises:
@@ -191,7 +191,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _restore_model(value: Any) -> Any:
-    """Build a model from its name, alone or as `kind` beside its settings."""
+    """Build a model from its name, or from a mapping of `kind` and settings."""
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, Mapping):

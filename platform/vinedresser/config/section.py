@@ -1,4 +1,4 @@
-"""Section: the base of everything that is configured. Frozen, closed to typos, JSON both ways."""
+"""Section: the base of all configuration. Frozen, without unknown keys, to and from JSON."""
 
 import difflib
 import json
@@ -23,8 +23,8 @@ MAX_PROBLEMS = 20
 # Characters of a key or a found value that a message shows.
 MAX_SHOWN = 80
 
-# Key path -> 1-based line of the file that it stands in.
-Places = Mapping[tuple[str | int, ...], int]
+# Key path -> its 1-based line in the file.
+KeyLines = Mapping[tuple[str | int, ...], int]
 
 
 class Section(BaseModel):
@@ -37,15 +37,15 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic reads `l0: true` as 1.0; who writes it means something else.
+        # pydantic reads `l0: true` as 1.0, which hides a mistake.
         if isinstance(value, bool) and info.field_name:
-            wanted = set(_leaves(cls.model_fields[info.field_name].annotation))
-            if wanted & {int, float} and bool not in wanted:
-                raise ValueError("a number is wanted")
+            accepted = set(_leaves(cls.model_fields[info.field_name].annotation))
+            if accepted & {int, float} and bool not in accepted:
+                raise ValueError("expected a number")
         return value
 
     def to_json(self) -> dict[str, Any]:
-        """The plain JSON value that `from_json` turns back into an equal section."""
+        """Return the plain JSON value from which `from_json` builds an equal section."""
         return self.model_dump(mode="json")
 
     @classmethod
@@ -55,26 +55,26 @@ class Section(BaseModel):
         *,
         where: str = "",
         base: str | None = None,
-        places: Places | None = None,
+        key_lines: KeyLines | None = None,
     ) -> Self:
-        """Validates a plain value; every problem is reported, each in one line.
+        """Validate a plain value; every problem is reported, each in one line.
 
         Args:
-            value: what a YAML or JSON file holds.
-            where: the file's name, for messages.
+            value: content of a YAML or JSON file.
+            where: name of the file, for messages.
             base: folder against which relative paths inside the value are resolved.
-            places: key path -> line of the file, for messages.
+            key_lines: key path -> line of the file, for messages.
 
         Raises:
-            ConfigError: one line a problem, the first 20 of them.
+            ConfigError: one line per problem, for the first 20.
         """
         try:
             return cls.model_validate(value, context={"base": base})
         except ValidationError as error:
-            raise ConfigError(_explain(cls, error, value, where, places or {})) from None
+            raise ConfigError(_explain(cls, error, value, where, key_lines or {})) from None
 
     def override(self, changes: Mapping[str, Any]) -> Self:
-        """A copy with dotted keys replaced: `override({"optim.clip_norm": 1.0})`.
+        """Return a copy with dotted keys replaced: `override({"optim.clip_norm": 1.0})`.
 
         Raises:
             ConfigError: an unknown key (with the nearest known one) or a refused value.
@@ -82,7 +82,7 @@ class Section(BaseModel):
         if not changes:
             return self
         tree, owners = self.to_json(), {"": self}
-        # A part that is replaced as a whole comes before the keys inside it, whatever their order.
+        # A section is replaced before the keys inside it, in any order of the changes.
         for key in sorted(changes, key=lambda key: key.count(".")):
             has_more = any(other.startswith(f"{key}.") for other in changes)
             _replace(tree, key, changes[key], owners, is_parent=has_more)
@@ -92,15 +92,15 @@ class Section(BaseModel):
 def _replace(
     tree: dict[str, Any], key: str, value: Any, owners: dict[str, Any], *, is_parent: bool
 ) -> None:
-    """Puts a value at a dotted key of a section's JSON.
+    """Set a dotted key in the JSON of a section.
 
     Args:
-        tree: of the whole section; changed in place.
-        key: dotted.
-        value: plain.
-        owners: dotted prefix -> the section that stands there; "" is the whole, and those that
-            were replaced before are in it too.
-        is_parent: keys inside this one follow, so the value must be read as what it stands for.
+        tree: JSON of the whole section; changed in place.
+        key: dotted key.
+        value: plain value.
+        owners: dotted prefix -> the section at it, for the whole ("") and for sections that were
+            replaced before.
+        is_parent: keys inside this one follow, so the value must be validated first.
     """
     owner: Any = owners[""]
     path = key.split(".")
@@ -118,7 +118,7 @@ def _replace(
         elif isinstance(child, Section):
             pass
         elif isinstance(owner, Section) and isinstance(child, Mapping):
-            tree[head] = {**tree[head], rest: value}  # a mapping's own keys hold dots
+            tree[head] = {**tree[head], rest: value}  # keys of a mapping contain dots
             return
         elif child is None and not isinstance(tree.get(head), str):
             tree[head] = tree.get(head) or {}
@@ -140,7 +140,7 @@ def _refuse_unknown(owner: Section, head: str, tree: Mapping[str, Any], key: str
 def _refuse_other_kind(
     owner: Any, head: str, value: Any, tree: Mapping[str, Any], key: str
 ) -> None:
-    """A model's `kind` is its class: the settings of another class would not fit beside it."""
+    """Refuse another `kind` of a model, whose settings would not fit."""
     if not isinstance(owner, Section) or head != "kind" or head in type(owner).model_fields:
         return
     if value != tree[head]:
@@ -149,7 +149,7 @@ def _refuse_other_kind(
 
 
 def _read_field(owner: Section, head: str, value: Any, key: str) -> Any:
-    """A plain value as what a section's field makes of it, other fields left aside."""
+    """Return a plain value as validated by one field of a section."""
     if head not in type(owner).model_fields:
         return getattr(
             type(owner).from_json({head: value}, where=key.removesuffix(f".{head}")), head
@@ -165,18 +165,18 @@ def _read_field(owner: Section, head: str, value: Any, key: str) -> Any:
 
 
 def _one_level_below(owner: Section, head: str) -> str | None:
-    """The part of a section that knows a key which the section itself does not."""
+    """Return the name of the first subsection with this key; None if there is none."""
     parts = {name: getattr(owner, name) for name in type(owner).model_fields}
-    knowing = [
+    having = [
         name
         for name, part in parts.items()
         if isinstance(part, Section) and head in type(part).model_fields
     ]
-    return knowing[0] if knowing else None
+    return having[0] if having else None
 
 
 def did_you_mean(found: str, known: Sequence[str]) -> str:
-    """`; did you mean x?`, or the known names where none is near."""
+    """Return `; did you mean x?`, or the known names if none is similar."""
     near = difflib.get_close_matches(found, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]}?"
@@ -184,39 +184,42 @@ def did_you_mean(found: str, known: Sequence[str]) -> str:
 
 
 def _explain(
-    cls: type[Section], error: ValidationError, value: object, where: str, places: Places
+    cls: type[Section], error: ValidationError, value: object, where: str, key_lines: KeyLines
 ) -> str:
     problems = error.errors(include_url=False)
-    lines = [_line(cls, problem, value, where, places) for problem in problems[:MAX_PROBLEMS]]
+    lines = [_line(cls, problem, value, where, key_lines) for problem in problems[:MAX_PROBLEMS]]
     if len(problems) > MAX_PROBLEMS:
         lines.append(f"{where or cls.__name__}: {len(problems) - MAX_PROBLEMS} more problems")
     return "\n".join(lines)
 
 
-def _line(cls: type[Section], problem: Any, value: object, where: str, places: Places) -> str:
+def _line(cls: type[Section], problem: Any, value: object, where: str, key_lines: KeyLines) -> str:
     path = _written(problem["loc"], value, is_missing=problem["type"] == "missing")
     if problem["type"] == "extra_forbidden":
         text = f"unknown key{did_you_mean(str(path[-1]), _fields_at(cls, path[:-1], value))}"
     elif problem["type"] == "missing":
         text = "required key is missing"
     else:
-        message = problem["msg"].removeprefix("Value error, ")
+        message = (
+            problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        )
         text = message[0].lower() + message[1:]
         if isinstance(problem["input"], str | int | float | bool | None):
             text += f"; found {shortened(json.dumps(problem['input'], ensure_ascii=False))}"
-    at = _place(path, places)
+    prefixes = (path[:end] for end in range(len(path), 0, -1))
+    at = next((key_lines[prefix] for prefix in prefixes if prefix in key_lines), None)
     prefix = f"{where}:{at}: " if where and at else f"{where}: " if where else ""
     key = shortened(".".join(str(part) for part in path))
     return " ".join(f"{prefix}{key + ': ' if key else ''}{text}".split())
 
 
 def shortened(text: str) -> str:
-    """Return a text as a message shows it, without the end of a long one."""
+    """Return a text cut to the length that messages show."""
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
 def _written(loc: Sequence[str | int], value: Any, *, is_missing: bool) -> tuple[str | int, ...]:
-    """A problem's path as it stands in the file: pydantic's has the tags of unions in it too."""
+    """Return the path of a problem in the file: pydantic's path contains tags of unions too."""
     path: list[str | int] = []
     for i, part in enumerate(loc):
         if isinstance(value, Mapping) and part in value:
@@ -229,16 +232,8 @@ def _written(loc: Sequence[str | int], value: Any, *, is_missing: bool) -> tuple
     return tuple(path)
 
 
-def _place(path: tuple[str | int, ...], places: Places) -> int | None:
-    """The line of the longest part of a path that the file has a line for."""
-    for end in range(len(path), 0, -1):
-        if path[:end] in places:
-            return places[path[:end]]
-    return None
-
-
 def _fields_at(cls: type[Section], path: Sequence[str | int], value: Any) -> list[str]:
-    """The keys that are known at a place inside a section class."""
+    """Return the known keys at a path inside a section class."""
     classes: list[type[Section]] = [cls]
     for part in path:
         inner = [c for k in classes for c in _sections(k, str(part))]
@@ -250,7 +245,7 @@ def _fields_at(cls: type[Section], path: Sequence[str | int], value: Any) -> lis
 
 
 def _is_kind(cls: type[Section], kind: object) -> bool:
-    """Whether `kind` in a file means this class: its default, its module, or a preset there."""
+    """Return True if `kind` names this class: by its default, its module, or a preset there."""
     field = cls.model_fields.get("kind")
     presets = getattr(sys.modules.get(cls.__module__), "PRESETS", {})
     return (
@@ -261,7 +256,7 @@ def _is_kind(cls: type[Section], kind: object) -> bool:
 
 
 def _sections(cls: type[Section], name: str) -> list[type[Section]]:
-    """The section classes that a field may hold, subclasses included."""
+    """Return the section classes of a field, including subclasses."""
     found: list[type[Section]] = []
     hint = (
         typing.get_type_hints(cls)["__pydantic_extra__"]
@@ -278,7 +273,7 @@ def _sections(cls: type[Section], name: str) -> list[type[Section]]:
 
 
 def _leaves(annotation: Any) -> list[type]:
-    """The plain classes inside a type hint."""
+    """Return the plain classes inside a type hint."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation]
     return [leaf for part in typing.get_args(annotation) for leaf in _leaves(part)]

@@ -1,4 +1,4 @@
-"""Task: which corpus, which tokenizers, which metric. Everything that defines a shard set."""
+"""Task: corpus, tokenizers and metric; it defines a shard set."""
 
 import importlib
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ SafeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
 def _known_metric(name: str) -> str:
-    # By name: the table of metrics stands above config in the order of imports.
+    # Imported by name: the module of metrics is above config in the order of imports.
     checked: str = importlib.import_module("vinedresser.metrics").metric_name(name)
     return checked
 
@@ -26,27 +26,27 @@ MetricName = Annotated[str, AfterValidator(_known_metric)]
 
 
 class Tokenizer(Section):
-    """How a side of the corpus becomes ids."""
+    """Conversion of one side of the corpus to ids."""
 
-    # bpe and unigram: SentencePiece; characters: one id a character; symbols: split at spaces.
+    # bpe and unigram: SentencePiece; characters: one id per character; symbols: split at spaces.
     kind: Literal["bpe", "unigram", "characters", "symbols"]
     # bpe and unigram only. Includes the four special ids.
     vocab_size: Annotated[int, Field(ge=8, le=1_000_000)] = 8000
     # SentencePiece's rule name; `nmt_nfkc_cf` also folds case.
     normalization: Literal["nmt_nfkc", "nmt_nfkc_cf", "nfkc", "nfkc_cf", "identity"] = "nmt_nfkc"
-    # Text is put into lower case first, by Unicode's rules; any kind.
+    # Convert text to lower case first, by Unicode's rules; for any kind.
     lowercase: bool = False
-    # bpe and unigram: 256 byte pieces spell what is in no other piece, so that nothing is unknown.
+    # bpe and unigram: 256 byte pieces for characters without a piece, so that none is unknown.
     byte_fallback: bool = False
     # bpe and unigram: rows that the pieces are learned from, at most, evenly spread over train.
-    # SentencePiece holds them in memory, 1.3 GB a million pairs.
+    # SentencePiece holds them in memory, 1.3 GB per million pairs.
     training_rows: PositiveInt = 100_000
     # bpe and unigram: text too small for `vocab_size` gives a smaller vocabulary, not an error.
     shrink: bool = False
 
 
 class Frames(Section):
-    """How recordings become frames: log-mel filterbanks by Kaldi's rules, without dither."""
+    """Conversion of recordings to frames: log-mel filterbanks by Kaldi's rules, without dither."""
 
     kind: Literal["frames"]
     # Hz. Recordings of another rate are refused, not resampled.
@@ -55,8 +55,8 @@ class Frames(Section):
     window_ms: Annotated[float, Field(ge=1, le=1000)] = 25.0
     shift_ms: Annotated[float, Field(ge=1, le=1000)] = 10.0
     # utterance: each mel band gets mean 0 and variance 1 over the utterance; mean: mean 0 only.
-    # Not over the corpus: frames then depend on their own utterance alone, in training, in a
-    # bundle and in any block, and a recording's level and microphone cancel out.
+    # Not over the corpus: frames then depend on their own utterance alone, which
+    # removes the level and the microphone of a recording.
     normalization: Literal["utterance", "mean", "none"] = "utterance"
 
 
@@ -76,7 +76,7 @@ class Task(Section):
 
     name: SafeName
     corpus: AnyCorpus
-    # Either `tokenizer`, one joint vocabulary for both sides, or one tokenizer a side.
+    # Either `tokenizer`, one joint vocabulary for both sides, or one tokenizer per side.
     tokenizer: Tokenizer | None = None
     source_tokenizer: SourceTokenizer | None = None
     target_tokenizer: Tokenizer | None = None
@@ -109,5 +109,5 @@ class Task(Section):
 
     @property
     def has_joint_vocabulary(self) -> bool:
-        """Whether source and target ids mean the same pieces."""
+        """Return True if both sides use the same vocabulary."""
         return self.tokenizer is not None
