@@ -270,7 +270,6 @@ def test_errors(shown: Shown, compared: Any, files: Any, tmp_path: Path) -> None
         ("attend", "no/such/folder", "a b"),
         ("export", "no/such/folder", "name"),
         ("export", "no/such/folder", "name", "max_regresion=1"),
-        ("sweep", "experiment.json"),
         ("describe", "transformer-smal"),
         ("describe", "rnn-small", "dropuot=1"),
         ("describe", "rnn-small", "sorce=3"),
