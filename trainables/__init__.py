@@ -1,1 +1,1 @@
-"""The model zoo: one file per architecture, its configuration beside it."""
+"""The model zoo: one file per architecture, with its configuration."""

@@ -6,7 +6,7 @@ comes from the attentional state a_t = tanh(W [h_t; c_t]). With `input_feeding` 
 enters the cell: c_t = attend(h_{t-1}), h_t = f(h_{t-1}, [e_t; c_t]) (methods.md 40); its output is
 tanh(W [h_t; c_t]) too, where the paper has a maxout layer.
 
-Only `luong` without input feeding knows all inputs of its cells beforehand: it runs the whole
+Only `luong` without input feeding has all inputs of its cells beforehand: it runs the whole
 sequence through the fused kernel and attends once for all positions. The other two take a step a
 token.
 
@@ -80,7 +80,7 @@ class AttentionRnnConfig(ModelConfig):
         return self
 
     def build(self, vocabulary: Vocabulary) -> "AttentionRnn":
-        """A model with fresh weights."""
+        """Return a model with fresh weights."""
         return AttentionRnn(self, vocabulary)
 
 
@@ -124,7 +124,7 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
 
 @dataclass(frozen=True)
 class Weights:
-    """What does not change from step to step, laid out for steps.
+    """Constants of all steps, laid out for stepwise use.
 
     Attributes:
         source: keys and values of the encoded source.
@@ -156,7 +156,7 @@ class AttentionRnnState:
 
 @dataclass(frozen=True)
 class Step:
-    """What is known of a step before it is taken; each sum begins with it.
+    """Terms of a step that are computed before it; each sum begins with them.
 
     Attributes:
         gates: of each layer.
@@ -182,8 +182,8 @@ class AttentionRnn(Seq2Seq):
         self.config = config
         D = config.width
         # Vectors drawn with variance 1 / D enter with 1 / sqrt(D). Brought to 1, five of five small
-        # forms learned 63 sequences by heart instead of reversing them; left at 1 / D, Multi30k
-        # stood at 6.1 nats a token after 40 updates, with variance 1 at 5.7.
+        # forms memorised 63 sequences instead of reversing them; left at 1 / D, Multi30k
+        # stood at 6.1 nats per token after 40 updates, with variance 1 at 5.7.
         self.scale = D**0.25
         self.source_embedding = SourceEmbedding(vocabulary, D, config.embedding, scale=self.scale)
         self.target_embedding = token_table(vocabulary.target, D)
@@ -195,7 +195,7 @@ class AttentionRnn(Seq2Seq):
             subsampling=config.subsampling,
         )
         M, stack = self.encoder.width, _stack(config, D, config.decoder_layers)
-        # What a step feeds to the first cell beside the token: context, attentional state, nothing.
+        # Input of the first cell in addition to the token: context, attentional state, nothing.
         self.is_bahdanau = config.order == "bahdanau"
         self.num_fed = M if self.is_bahdanau else D * config.input_feeding
         self.decoder = nn.ModuleList(
@@ -275,14 +275,14 @@ class AttentionRnn(Seq2Seq):
         return self.attend.remember(states_BSM, values, memory.is_real_BS)
 
     def _first(self, memory: Memory) -> list[RecurrentState]:
-        """The state of each decoder layer before the first step: tanh(W last + b)."""
+        """Return the state of each decoder layer before the first step: tanh(W last + b)."""
         last_BM = self.encoder.last(memory.states_BSD, memory.is_real_BS)
         num_parts = 2 if self.config.cell == "lstm" else 1
         parts = torch.split(torch.tanh(self.bridge(last_BM)), self.config.width, -1)
         return [tuple(parts[i : i + num_parts]) for i in range(0, len(parts), num_parts)]
 
     def _whole(self, memory: Memory, x_BTD: Tensor) -> Tensor:
-        """Decoder states (B, T, D) of a model that feeds nothing back."""
+        """Return decoder states (B, T, D) of a model that feeds nothing back."""
         source = self._remember(memory)
         for i, (layer, state) in enumerate(zip(self.decoder, self._first(memory), strict=True)):
             x_BTD = self.norms[i](layer(self.dropout(x_BTD) if i else x_BTD, state))

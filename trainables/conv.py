@@ -31,8 +31,8 @@ _HALF = math.sqrt(0.5)
 class ConvConfig(ModelConfig):
     """The defaults are as large as the small Transformer: 5.5 million weights in the layers.
 
-    It wants a higher learning rate than the others: after 150 updates of 4,096 tokens on Multi30k
-    it stood at 4.5 nats a token with optim.lr 3e-3 and at 5.3 with 1e-3.
+    It needs a higher learning rate than the others: after 150 updates of 4,096 tokens on Multi30k
+    it stood at 4.5 nats per token with optim.lr 3e-3 and at 5.3 with 1e-3.
     """
 
     d_model: PositiveInt = 256
@@ -43,7 +43,7 @@ class ConvConfig(ModelConfig):
     # Of embeddings, of each layer's input and of the decoder's states.
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # Learned, as in the paper: positions from max_positions on share the last row, so that no
-    # sentence is too long; the convolutions still tell their order.
+    # sentence is too long; the convolutions still encode their order.
     positions: Literal["learned", "none"] = "learned"
     max_positions: PositiveInt = 512
     # Salimans & Kingma 2016, for every convolution and projection.
@@ -54,7 +54,7 @@ class ConvConfig(ModelConfig):
     subsampling: SubsamplingConfig = SubsamplingConfig()
 
     def build(self, vocabulary: Vocabulary) -> "ConvSeq2Seq":
-        """A convolutional model with fresh weights.
+        """Return a convolutional model with fresh weights.
 
         Raises:
             ValueError: `embedding.kind: characters` with frames.
@@ -113,7 +113,7 @@ class EncoderLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Source:
-    """What every decoder layer attends to.
+    """Keys and values that every decoder layer attends to.
 
     Attributes:
         keys_BSD: z, the encoder's outputs.
@@ -136,7 +136,7 @@ class Source:
         return cls(keys, values, ~mask_BS[:, None], mask_BS.sum(1)[:, None, None].sqrt())
 
     def select(self, rows: Tensor) -> "Source":
-        """The given rows, in their order."""
+        """Return the given rows, in their order."""
         fields = (self.keys_BSD, self.values_BSD, self.hidden_B1S, self.spread_B11)
         return Source(*(field.index_select(0, rows) for field in fields))
 

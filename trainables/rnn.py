@@ -37,7 +37,7 @@ class RnnConfig(ModelConfig):
     decoder_layers: PositiveInt = 1
     # LayerNorm on the outputs of every layer (methods.md 46).
     layer_norm: bool = False
-    # The source is read from its end: its first words stand near the target's, which gained 4.7
+    # The source is read from its end: its first words are then near the target's, which gained 4.7
     # BLEU on English to French (Sutskever et al. 2014, section 3.3).
     reverse_source: bool = False
     # Of embeddings, between layers, and of what the output layer reads.
@@ -48,12 +48,12 @@ class RnnConfig(ModelConfig):
 
     @property
     def has_bridge(self) -> bool:
-        """Whether u needs a map, tanh(W u + b), to be the decoder's first state."""
+        """True if u needs a map, tanh(W u + b), to be the decoder's first state."""
         encoder = (self.encoder_units * (1 + self.bidirectional), self.encoder_layers)
         return encoder != (self.width, self.decoder_layers)
 
     def build(self, vocabulary: Vocabulary) -> "Rnn":
-        """A model with fresh weights."""
+        """Return a model with fresh weights."""
         return Rnn(self, vocabulary)
 
 
@@ -88,8 +88,8 @@ class Rnn(Seq2Seq):
         super().__init__()
         self.config = config
         # Vectors drawn with variance 1 / D enter with 1 / sqrt(D). Brought to 1, five of five small
-        # forms learned 63 sequences by heart instead of reversing them; left at 1 / D, Multi30k
-        # stood at 6.1 nats a token after 40 updates, with variance 1 at 5.7.
+        # forms memorised 63 sequences instead of reversing them; left at 1 / D, Multi30k
+        # stood at 6.1 nats per token after 40 updates, with variance 1 at 5.7.
         D, self.scale = config.width, config.width**0.25
         self.num_parts = 2 if config.cell == "lstm" else 1
         self.source_embedding = SourceEmbedding(vocabulary, D, config.embedding, scale=self.scale)

@@ -95,7 +95,7 @@ class TransformerConfig(ModelConfig):
         return self
 
     def layers_of(self, kind: AttentionKind) -> int:
-        """How many layers have attention of this kind."""
+        """Number of layers with attention of this kind."""
         return self.encoder_layers if kind == "enc_self" else self.decoder_layers
 
     def heads_of(self, kind: AttentionKind, layer: int) -> tuple[int, ...]:
@@ -105,7 +105,7 @@ class TransformerConfig(ModelConfig):
         return tuple(h for h in heads if alive is None or alive[layer][h])
 
     def build(self, vocabulary: Vocabulary) -> "Transformer":
-        """A Transformer with fresh weights.
+        """Return a Transformer with fresh weights.
 
         Raises:
             ValueError: `tie: all` without a joint vocabulary of ids, or with character embedding;
@@ -139,7 +139,7 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "gelu": {**_SMALL, "activation": "gelu"},
     "swiglu": {**_SMALL, "activation": "swiglu"},
     "geglu_post": {**_SMALL, "activation": "geglu", "norm": "post"},
-    # In evaluation mode they keep every row of the suite; nn/norms.py tells which fail in training.
+    # In evaluation mode they keep every row of the suite; nn/norms.py lists which fail in training.
     "batch_norm": {**_SMALL, "norm_kind": "batch"},
     "power_norm": {**_SMALL, "norm_kind": "power"},
     # At rank 4 of 8, three seeds left 1, 2 and 0 of 60 reversals wrong; at 6 none.
@@ -168,7 +168,7 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
 }  # fmt: skip
 
 # The field's sizes, with layer norm first and a norm after each stack: `norm: post` takes the
-# order of Vaswani et al. 2017, whose rates want a warm-up of thousands of updates.
+# order of Vaswani et al. 2017, whose rates need a warm-up of thousands of updates.
 # Parameters with two vocabularies (tie: output) and with a joint one (tie: all):
 #   size       8,000: output          all    37,000: output          all
 #   tiny           2,982,208    1,958,208       10,435,208    5,699,208
@@ -201,12 +201,12 @@ class Residual(nn.Module):
         self.is_pre = config.norm == "pre"
 
     def enter(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """What the sub-layer is given. Real positions matter to norms over a batch only."""
+        """Return the input of the sub-layer. Real positions matter to norms over a batch only."""
         entered: Tensor = self.norm(x_BTD, real_BT) if self.is_pre else x_BTD
         return entered
 
     def leave(self, x_BTD: Tensor, out_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """What the sub-layer's output becomes."""
+        """Return the residual sum with the sub-layer's output."""
         summed = x_BTD + self.dropout(out_BTD)
         left: Tensor = summed if self.is_pre else self.norm(summed, real_BT)
         return left
@@ -271,7 +271,7 @@ class EncoderLayer(nn.Module):
 
 @dataclass
 class LayerState:
-    """What one decoder layer keeps between steps."""
+    """State of one decoder layer between steps."""
 
     cache: Cache
     memory: tuple[Tensor, Tensor]

@@ -1,6 +1,6 @@
 """Batch: padded ids and lengths. The shape legend of the whole project.
 
-B sentences, S source positions, T target positions, D features, H heads, K features a head,
+B sentences, S source positions, T target positions, D features, H heads, K features per head,
 V vocabulary, N = real (not padded) target tokens of a batch.
 """
 
@@ -21,7 +21,7 @@ class Batch:
     Attributes:
         source_BS: int64, each row ends in EOS; or float32 frames (B, S, F), 0 on padding.
         source_lengths_B: int64, >= 1; ids count EOS, frames have none.
-        target_BT: int64, what the decoder shall say, each row ends in EOS.
+        target_BT: int64, targets of the decoder, each row ends in EOS.
         target_lengths_B: int64, EOS included, >= 1.
         rows_B: int64, the sentence's position in its split.
     """
@@ -34,7 +34,7 @@ class Batch:
 
     @property
     def inputs_BT(self) -> Tensor:
-        """What the decoder is fed under teacher forcing: BOS, then the target without its end."""
+        """Inputs of the decoder under teacher forcing: BOS, then the target without its end."""
         inputs_BT = torch.roll(self.target_BT, 1, dims=1)
         inputs_BT[:, 0] = BOS
         return inputs_BT
@@ -55,7 +55,7 @@ class Batch:
         return len(self.rows_B) * max(self.source_BS.shape[1], self.target_BT.shape[1])
 
     def rows(self, first: int, end: int | None) -> "Batch":
-        """Some of the sentences, with the padding that they have."""
+        """Return some of the sentences, with their padding."""
         at = slice(first, end)
         return Batch(
             self.source_BS[at],
@@ -66,7 +66,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; the copy does not wait where memory is pinned."""
+        """Return the batch on a device; the copy does not wait where memory is pinned."""
         return Batch(
             *(
                 tensor.to(device, non_blocking=True)
@@ -87,7 +87,7 @@ def is_real(lengths_B: Tensor, size: int) -> Tensor:
 
 
 def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Lists of ids -> (B, longest) int64 padded with PAD, and their lengths (B,)."""
+    """Return lists of ids as (B, longest) int64 padded with PAD, and their lengths (B,)."""
     lengths = [len(row) for row in rows]
     padded = torch.full((len(rows), max(lengths)), PAD, dtype=torch.int64)
     for i, row in enumerate(rows):

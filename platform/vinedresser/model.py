@@ -20,13 +20,13 @@ from vinedresser.nn.record import recording
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Sizes of the two id spaces; `joint` says that they are one and the same.
+    """Sizes of the two id spaces; `joint` marks that they are one and the same.
 
     Attributes:
         source: ids of the source side; 0 where the source is frames.
         target: ids of the target side.
         joint: one vocabulary for both sides.
-        features: 0 for ids, else the source is float frames of so many features (speech).
+        features: 0 for ids, else the source is float frames with this many features (speech).
     """
 
     source: int
@@ -53,7 +53,7 @@ Encode = Callable[["Seq2Seq", Tensor, Tensor], Memory]
 
 
 def _crossing(encode: Encode) -> Encode:
-    """An encoder pass that fetches its source and hands its memory over to the decoder's device."""
+    """Return an encoder pass that fetches its source and moves its memory to the decoder."""
 
     @functools.wraps(encode)
     def crossed(model: "Seq2Seq", source_BS: Tensor, source_lengths_B: Tensor) -> Memory:
@@ -94,7 +94,7 @@ class Seq2Seq(nn.Module):
 
     @abstractmethod
     def encode(self, source_BS: Tensor, source_lengths_B: Tensor) -> Memory:
-        """Encodes once per source: ids (B, S), or float frames (B, S, F)."""
+        """Encode a source once: ids (B, S), or float frames (B, S, F)."""
 
     @abstractmethod
     def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
@@ -109,7 +109,7 @@ class Seq2Seq(nn.Module):
 
     @abstractmethod
     def start(self, memory: Memory, max_length: int) -> Any:
-        """A decoding state for up to `max_length` steps; holds the caches."""
+        """Return a decoding state for up to `max_length` steps; holds the caches."""
 
     @abstractmethod
     def step(self, state: Any, tokens_B: Tensor) -> tuple[Tensor, Any]:
@@ -117,10 +117,10 @@ class Seq2Seq(nn.Module):
 
     @abstractmethod
     def select(self, state: Any, rows: Tensor) -> Any:
-        """The state of the given rows, in their order; rows may repeat (beams) or be left out."""
+        """Return the state of the given rows, in order; rows may repeat (beams) or be left out."""
 
     def to_devices(self, *, encoder: torch.device, decoder: torch.device) -> Self:
-        """Moves the weights; the encoder's may live on another device (methods.md 36).
+        """Move the weights; the encoder's may be on another device (methods.md 36).
 
         Batches, states and the output layer are on the decoder's device. Per source, its ids or
         frames and lengths cross to the encoder, its memory crosses back; nothing else does.
@@ -164,7 +164,7 @@ class Seq2Seq(nn.Module):
         """Module's name -> its attention weights (B, H, T, S) under teacher forcing, no dropout.
 
         Weights of a query sum to 1 over real keys and are exactly 0 on padding. A module that
-        attends once a step has its steps put together along T. Empty for a model that does not
+        attends once per step has its steps put together along T. Empty for a model that does not
         attend.
         """
         was_training = self.training

@@ -126,7 +126,7 @@ class Pass:
         """Return the score (B,) of each hypothesis against its target, as text.
 
         Args:
-            metric: a name of METRICS, which says the unit and the direction.
+            metric: a name of METRICS, which defines the unit and the direction.
             hypotheses: ids of each sentence of the batch, EOS left out.
         """
         assert self.tokenizer is not None, "this caller trains without a tokenizer"
@@ -246,7 +246,7 @@ class Objective(nn.Module):
 
     # A part of a checkpoint, not of another module's state.
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the states of terms and of their optimizers; the model is a part of its own."""
+        """Return the states of terms and of their optimizers; the model is another part."""
         return {
             name: {
                 "module": term.state_dict(),

@@ -120,7 +120,7 @@ def test_of_a_study_the_time_is_said_to_be_of_one_trial(
     (tmp_path / "study.json").write_text(json.dumps({**tiny_study, "num_trials": trials}))
     code, out, _ = main("check", "study.json")
     assert code == 0
-    assert ("a sweep of 6 takes up to 6 times that" in out) == (trials == 6)
+    assert ("a sweep of 6 takes up to 6 times as much" in out) == (trials == 6)
     assert "1 h [bold]" in out
     assert "time: [/] is no markup" in out
     assert out.splitlines()[-1].startswith("all passed")

@@ -314,7 +314,7 @@ def test_text_models_are_not_scored_on_recordings(
     (tmp_path / "speech.json").write_text(json.dumps(task))
     code, err = run("evaluate", bundle, "speech.json", "split=dev")
     assert code == 2
-    assert "its source is recordings" in err
+    assert "the source is recordings, the input of model" in err
 
 
 @pytest.mark.parametrize("name", ["[bold]model", ":boom:"])

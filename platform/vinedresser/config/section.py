@@ -129,7 +129,7 @@ def _replace(
 
 def _refuse_unknown(owner: Section, head: str, tree: Mapping[str, Any], key: str) -> None:
     if owner.model_config.get("extra") == "allow":
-        return  # the section itself knows which keys it takes
+        return  # the section itself defines which keys it takes
     known = [*type(owner).model_fields, *(["kind"] if "kind" in tree else [])]
     if head not in known:
         below = _one_level_below(owner, head)

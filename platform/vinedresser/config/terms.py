@@ -50,7 +50,7 @@ def _restore_term(value: Any, info: ValidationInfo) -> Any:
 
 
 class Terms(Section):
-    """What is minimised: name of a term -> its configuration.
+    """Training loss: name of a term -> its configuration.
 
     `likelihood` is one of them unless its weight is 0. A name with dots is the module of any
     allowed package.
@@ -64,7 +64,7 @@ class Terms(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_names(cls, value: Any) -> Any:
-        """Put the name of each term beside its settings, for `_restore_term`."""
+        """Add the name of each term to its settings, for `_restore_term`."""
         if not isinstance(value, Mapping):
             return value
         return {

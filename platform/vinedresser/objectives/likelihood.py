@@ -12,7 +12,7 @@ first one teacher-forced: their predictions follow the target's prefix (Mihaylov
 so that at a ratio of 0 the second pass reads one-step predictions and never what the model decodes.
 With `exact` every decoder is fed step by step, from its caches.
 
-The estimator is not proper (Huszar 2015): report the teacher-forced loss beside the inferred
+The estimator is not proper (Huszar 2015): report the teacher-forced loss with the inferred
 metric, as every evaluation here does. Evaluation itself never samples.
 """
 
@@ -158,7 +158,7 @@ def mixed_inputs(
 
     A ratio of 1 is teacher forcing; 0 feeds no target token after BOS. Coins and draws are a
     function of torch's seed. On padding, inputs stay as they are. An EOS that the model predicts
-    before the target's end is fed as any other token: the target goes on, and so does its loss.
+    before the target's end is fed as any other token: the target continues, and so does its loss.
 
     Cost: a pass of the decoder without gradient, and the output layer for the share of tokens that
     are fed back. CPU time of a step over that of teacher forcing (one core, 4,096 tokens of 11 to

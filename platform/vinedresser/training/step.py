@@ -99,7 +99,7 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
         should_stop: called once per update; true on any rank ends all ranks after the same update.
 
     Raises:
-        MachineError: out of memory with a single row, or beside other ranks.
+        MachineError: out of memory with a single row, or with other ranks.
     """
     module: nn.Module = objective
     if device.world_size > 1:
