@@ -95,7 +95,7 @@ class TransformerConfig(ModelConfig):
         return self
 
     def layers_of(self, kind: AttentionKind) -> int:
-        """Number of layers with attention of this kind."""
+        """Return the number of layers with attention of this kind."""
         return self.encoder_layers if kind == "enc_self" else self.decoder_layers
 
     def heads_of(self, kind: AttentionKind, layer: int) -> tuple[int, ...]:
