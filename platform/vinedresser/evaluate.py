@@ -98,7 +98,7 @@ def tokenized(
     return Split("texts", *sides, names, references)
 
 
-def exposure_gap(evaluated: Evaluated, tokenizer: TextTokenizer) -> float:
+def measure_exposure_gap(evaluated: Evaluated, tokenizer: TextTokenizer) -> float:
     """Return the decoded minus the teacher-forced error, in percent points (methods.md 4).
 
     Both are errors per reference token of the target side, EOS included, whatever the metric is:

@@ -15,7 +15,7 @@ from vinedresser.errors import DataError
 PARITY_TOLERANCE = 1e-5
 
 # (hypotheses, references, folds_case) -> value and how it was computed, without the metric's name.
-Corpus = Callable[[Sequence[str], Sequence[str], bool], tuple[float, str]]
+CorpusScorer = Callable[[Sequence[str], Sequence[str], bool], tuple[float, str]]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Metric:
 
     unit: str
     is_lower_better: bool
-    corpus: Corpus
-    sentence: Corpus
+    corpus: CorpusScorer
+    sentence: CorpusScorer
 
 
 def _points(unit: str, name: str, *, is_lower_better: bool = False) -> Metric:

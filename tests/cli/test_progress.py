@@ -8,7 +8,15 @@ import sys
 import pytest
 from rich.console import Console, RenderableType
 
-from vinedresser.cli.progress import Bar, Lines, TimeLeft, duration, quantity, sparkline, watching
+from vinedresser.cli.progress import (
+    Bar,
+    LogLines,
+    TimeLeft,
+    duration,
+    quantity,
+    sparkline,
+    watching,
+)
 from vinedresser.config import Experiment
 from vinedresser.training.listener import Best, Progress
 
@@ -73,7 +81,7 @@ def test_a_resumed_run_is_not_faster_for_what_was_done_before():
 def test_lines_at_log_lines_five_seconds_apart(caplog):
     caplog.set_level(logging.INFO)
     hand = Hand()
-    lines = Lines(RUN, now=hand)
+    lines = LogLines(RUN, now=hand)
     lines.progress(Progress(0, 900, 0.0, 2))
     for step in range(1, 121):
         hand.time += 0.125
@@ -135,7 +143,7 @@ def test_no_bar_where_there_is_no_terminal(caplog):
         Console(file=io.TextIOWrapper(io.BytesIO(), "latin-1"), force_terminal=True),
     ):
         with watching(RUN, console=console) as shown:
-            assert isinstance(shown, Lines)
+            assert isinstance(shown, LogLines)
             shown.progress(Progress(3, 9, 0.5, 1, "training", 2.0, 900.0))
     assert caplog.messages == ["step 3/9  epoch 0.50  loss 2.00  900 tok/s"] * 3
 

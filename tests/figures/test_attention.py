@@ -24,8 +24,8 @@ from vinedresser.figures import attention_maps as diagnostics
 from vinedresser.figures.attention import attention_figure, legible
 from vinedresser.figures.attention_maps import (
     AttentionWatch,
-    attend,
     attention_maps,
+    attention_of,
     diagonality,
     entropy,
     kind_of,
@@ -347,13 +347,13 @@ def bundle(reversal: ShardSet, tmp_path: Path):
 
 def test_attend_to_a_given_and_to_its_own_output(bundle):
     model = bundle()
-    found = attend(model, "a b c", "f e")
+    found = attention_of(model, "a b c", "f e")
     assert (found.target, found.is_forced) == ("f e", True)
     assert found.maps[2].rows.labels == ("f", "e", "</s>")
     module, head, value = found.best()
     assert module == "decoder.0.dec_enc"
     assert value == max(found.maps[2].diagonality) == found.maps[2].diagonality[head]
-    own = attend(model, "a b c")
+    own = attention_of(model, "a b c")
     assert own.is_forced is False
     assert own.target == model.translate(["a b c"])[0]
     *said, end = own.maps[2].rows.labels
@@ -377,9 +377,9 @@ def test_heads_inside_the_encoder_are_told_from_those_of_the_decoder(bundle):
 )
 def test_sentences_that_are_refused(bundle, words, told):
     with pytest.raises(DataError, match=told):
-        attend(bundle(), *words)
+        attention_of(bundle(), *words)
 
 
 def test_a_model_without_attention_is_named(bundle):
     with pytest.raises(DataError, match=r"trainables\.rnn has no attention.*Fix"):
-        attend(bundle("rnn", width=16), "a b")
+        attention_of(bundle("rnn", width=16), "a b")

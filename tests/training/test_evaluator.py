@@ -14,7 +14,7 @@ from vinedresser.bundle import load_bundle
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import DivergedError, TrainingError
-from vinedresser.evaluate import Evaluated, Scores, Scoring, evaluate, exposure_gap
+from vinedresser.evaluate import Evaluated, Scores, Scoring, evaluate, measure_exposure_gap
 from vinedresser.nn.gates import head_gates
 from vinedresser.training import evaluator
 from vinedresser.training.listener import Best
@@ -139,9 +139,9 @@ def test_the_exposure_gap_counts_tokens_on_both_sides(reversal):
     """Whatever the metric: 1 edit in 3 + 2 tokens and their 2 ends is 100 / 7 percent."""
     target = tokenizers(reversal)[1]
     decoded = texts(["a b c", "d f"], ["a b c", "d e"], error=10.0)
-    assert exposure_gap(decoded, target) == pytest.approx(100 / 7 - 10)
+    assert measure_exposure_gap(decoded, target) == pytest.approx(100 / 7 - 10)
     solved = texts(["a b c"], ["a b c"], error=0.0)
-    assert exposure_gap(solved, target) == 0
+    assert measure_exposure_gap(solved, target) == 0
 
 
 @pytest.mark.parametrize("metric", ["per", "wer", "cer", "ter", "bleu", "ser"])
@@ -158,7 +158,7 @@ def test_the_gap_of_a_run_does_not_depend_on_its_metric(metric, reversal, tmp_pa
     )
     edits = sum(distance(a, b) for a, b in zip(said, meant, strict=True))
     wanted = 100 * edits / sum(map(len, meant)) - found.scores.teacher_forced_error
-    assert exposure_gap(found, target) == pytest.approx(wanted)
+    assert measure_exposure_gap(found, target) == pytest.approx(wanted)
 
 
 def distance(a: list[int], b: list[int]) -> int:

@@ -44,7 +44,7 @@ def watching(experiment: Experiment, *, console: Console | None = None) -> Itera
     console = console or Console(stderr=True)
     can_draw = console.is_terminal and not console.is_dumb_terminal
     if not (can_draw and console.encoding.startswith("utf")):
-        yield Lines(experiment)
+        yield LogLines(experiment)
         return
     # No refresh thread: the bar changes only with new progress.
     first = Text("preparing data, model and optimizer", style="dim")
@@ -122,7 +122,7 @@ class Evaluations(Listener):
     finished = evaluated
 
 
-class Lines(Evaluations):
+class LogLines(Evaluations):
     """A log line per closed metrics window, at least five seconds apart."""
 
     def __init__(self, experiment: Experiment, *, now: Now = time.monotonic) -> None:

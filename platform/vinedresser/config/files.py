@@ -27,7 +27,7 @@ _INT = re.compile(r"[-+]?[0-9]{1,4300}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 KeyPath = tuple[str | int, ...]
-S = TypeVar("S", bound=Section)
+_S = TypeVar("_S", bound=Section)
 
 
 def scalar(text: str) -> Any:
@@ -172,7 +172,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def resolve(name: str, kinds: Sequence[type[S]]) -> S:
+def resolve(name: str, kinds: Sequence[type[_S]]) -> _S:
     """Return the value of one of the given kinds behind an import path or a file.
 
     Args:
@@ -217,7 +217,7 @@ def resolve(name: str, kinds: Sequence[type[S]]) -> S:
     raise ConfigError(f"{name} holds no {names}")
 
 
-def _resolve_file(name: str, kinds: Sequence[type[S]]) -> S:
+def _resolve_file(name: str, kinds: Sequence[type[_S]]) -> _S:
     """Return the value of a file; a file of another kind is refused in one line."""
     path = Path(name)
     plain, key_lines = read_file(path)

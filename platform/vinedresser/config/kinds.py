@@ -26,7 +26,7 @@ ZOO = "trainables"
 _MAX_REASON = 300
 _MAX_LAYERS = 1000
 
-S = TypeVar("S", bound=Section)
+_S = TypeVar("_S", bound=Section)
 
 
 def allowed_packages() -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def kinds(package: str) -> list[str]:
     return sorted(name for name in found if not name.startswith("_"))
 
 
-def kind_class(package: str, kind: str, base: type[S]) -> type[S]:
+def kind_class(package: str, kind: str, base: type[_S]) -> type[_S]:
     """Return the one subclass of `base` that the module of a kind defines.
 
     Args:

@@ -154,7 +154,7 @@ class Attended:
         return max(heads, key=lambda entry: entry[2], default=None)
 
 
-def attend(bundle: Bundle, source: str, target: str | None = None) -> Attended:
+def attention_of(bundle: Bundle, source: str, target: str | None = None) -> Attended:
     """Return every attention weight of a finished model on one sentence pair.
 
     Args:

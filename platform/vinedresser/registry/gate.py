@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat
 from vinedresser.config import Section
 from vinedresser.metrics import PARITY_TOLERANCE, is_lower_better
 
-Scores = Mapping[str, Any]
+StoredScores = Mapping[str, Any]
 
 
 class Gate(Section):
@@ -31,7 +31,7 @@ class Decision:
     reason: str
 
 
-def _number(scores: Scores, gate: Gate) -> float | None:
+def _number(scores: StoredScores, gate: Gate) -> float | None:
     """Return the ranking metric on the gate's split; None if it is missing or not finite."""
     split = scores.get(gate.split)
     value = split.get(scores.get("metric")) if isinstance(split, Mapping) else None
@@ -40,7 +40,7 @@ def _number(scores: Scores, gate: Gate) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def decide(challenger: Scores, champion: Scores | None, gate: Gate) -> Decision:
+def decide(challenger: StoredScores, champion: StoredScores | None, gate: Gate) -> Decision:
     """Decide whether a challenger may become champion, by decoded scores only.
 
     Args:

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from vinedresser.config import SafeName
 from vinedresser.errors import BusyError, ConfigError, DamagedError, DataError, MachineError
 from vinedresser.metrics import METRICS
-from vinedresser.registry.gate import Decision, Gate, Scores, decide
+from vinedresser.registry.gate import Decision, Gate, StoredScores, decide
 from vinedresser.tracking.store import (
     ABSENT,
     EXISTS,
@@ -204,7 +204,7 @@ def _add(
     store: Store,
     bundle: Manifest,
     name: str,
-    scores: Scores,
+    scores: StoredScores,
     run_id: str | None,
 ) -> "ModelVersion":
     """Upload the bundle as a logged model and make a version of it; no alias is changed."""
@@ -313,7 +313,7 @@ def _alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | Non
 
 
 def _promote(
-    client: "MlflowClient", store: Store, version: "ModelVersion", scores: Scores, gate: Gate
+    client: "MlflowClient", store: Store, version: "ModelVersion", scores: StoredScores, gate: Gate
 ) -> Decision:
     """Apply the gate to a verified version and move the alias, as the last step."""
     name, number = version.name, version.version
@@ -325,7 +325,7 @@ def _promote(
         return Decision(
             False, f"was champion once ({promoted}); to restore it move the alias by hand"
         )
-    best: Scores | None = None
+    best: StoredScores | None = None
     if champion is not None:
         # From its verified bundle: the tag is for people and can be edited.
         with _downloaded(client, store, champion) as bundle:

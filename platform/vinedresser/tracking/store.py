@@ -21,7 +21,7 @@ from vinedresser.workspace.lease import Lease, leased
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 # Of the wait for another process that holds a named lease.
 LOCK_SECONDS = 60.0
 # MLflow's error codes.
@@ -160,7 +160,7 @@ def server_errors(store: Store) -> Iterator[None]:
         ) from error
 
 
-def none_if(codes: tuple[str, ...], call: Callable[[], T]) -> T | None:
+def none_if(codes: tuple[str, ...], call: Callable[[], _T]) -> _T | None:
     """Return a call's result; None if the store answers with one of its error codes."""
     from mlflow.exceptions import MlflowException
 

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 _TENSOR, _ITEMS = "$tensor", "$items"
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """A part of a run that a checkpoint stores."""
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -50,7 +50,9 @@ class Checkpoint:
     states: Mapping[str, Any]
 
 
-def save_checkpoint(run: RunFolder, step: int, parts: Mapping[str, Part], *, keep: int = 2) -> Path:
+def save_checkpoint(
+    run: RunFolder, step: int, parts: Mapping[str, Stateful], *, keep: int = 2
+) -> Path:
     """Commit the checkpoint of a step and remove all but the newest `keep`, oldest first.
 
     Raises:
@@ -78,7 +80,7 @@ def save_checkpoint(run: RunFolder, step: int, parts: Mapping[str, Part], *, kee
     return target
 
 
-def load_parts(parts: Mapping[str, Part], checkpoint: Checkpoint) -> None:
+def load_parts(parts: Mapping[str, Stateful], checkpoint: Checkpoint) -> None:
     """Restore every part that the checkpoint holds a state of."""
     for name, part in parts.items():
         if name in checkpoint.states:

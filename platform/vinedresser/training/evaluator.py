@@ -11,7 +11,7 @@ from vinedresser.config import Experiment
 from vinedresser.data.batching.reader import in_order, load_split
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import TrainingError
-from vinedresser.evaluate import Scores, Scoring, conditioning_gap, evaluate, exposure_gap
+from vinedresser.evaluate import Scores, Scoring, conditioning_gap, evaluate, measure_exposure_gap
 from vinedresser.figures.attention_maps import AttentionWatch, Tokenizers
 from vinedresser.metrics import is_better, worst
 from vinedresser.nn.gates import head_gates
@@ -126,7 +126,7 @@ class Evaluator:
             f"best/{metric}": best.value if best else math.nan,
             "dev/teacher_forced_loss": evaluated.scores.teacher_forced_loss,
             "dev/teacher_forced_error": evaluated.scores.teacher_forced_error,
-            "dev/exposure_gap": exposure_gap(evaluated, target),
+            "dev/exposure_gap": measure_exposure_gap(evaluated, target),
         }
         tokens = experiment.decoding.max_padded_tokens
         slice_ = in_order(self._dev, tokens=tokens, sentences=_EXCHANGED)

@@ -37,8 +37,7 @@ from vinedresser.training.listener import Listener, Progress
 from vinedresser.training.optimizer import OptimizerState, build_optimizer, freeze
 from vinedresser.training.outcome import Outcome, run_key
 from vinedresser.training.schedule import StepSchedule
-from vinedresser.training.step import Monitor as StepMonitor
-from vinedresser.training.step import Step, training_steps
+from vinedresser.training.step import Step, StepMonitor, training_steps
 from vinedresser.training.watchdog import StragglerDetector, Watchdog
 from vinedresser.training.window import MetricsWindow
 from vinedresser.workspace.history import RunHistory

@@ -26,7 +26,7 @@ from vinedresser.training.optimizer import learning_rate, set_learning_rate
 _log = logging.getLogger("vinedresser")
 
 
-class Monitor(Protocol):
+class StepMonitor(Protocol):
     """Observer of a model while it trains; `health.monitor.RunMonitor` is one."""
 
     def watching(self, step: int, batch: Batch) -> AbstractContextManager[None]:
@@ -79,7 +79,7 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
     *,
     device: Device,
     start: int = 0,
-    monitor: Monitor | None = None,
+    monitor: StepMonitor | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
     """Make one update after another, from step start + 1 to the end, and yield each.
@@ -161,7 +161,7 @@ class GradientAccumulator:
     """
 
     def __init__(
-        self, module: nn.Module, device: Device, seed: int, monitor: Monitor | None
+        self, module: nn.Module, device: Device, seed: int, monitor: StepMonitor | None
     ) -> None:
         """Args: the objective, alone or inside DDP; where it computes; the run's seed; observer."""
         self._module, self._device, self._seed, self._monitor = module, device, seed, monitor

@@ -32,9 +32,9 @@ def attend(
     import numpy as np
 
     from vinedresser.figures.attention import attention_figure
-    from vinedresser.figures.attention_maps import attend as find_maps
+    from vinedresser.figures.attention_maps import attention_of
 
-    found = find_maps(open_model(model, workspace), source, target)
+    found = attention_of(open_model(model, workspace), source, target)
     out.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {}
     figures, modules, rows = [], {}, []

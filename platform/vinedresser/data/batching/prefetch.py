@@ -5,14 +5,14 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # Items read ahead: at 20 updates per second 0.4 s, the time of the first batch of a new chunk; and
 # at most 10 MB of frames.
 DEPTH = 8
 
 
-def prefetched(source: Iterator[T], *, depth: int = DEPTH) -> Generator[T, None, None]:
+def prefetched(source: Iterator[_T], *, depth: int = DEPTH) -> Generator[_T, None, None]:
     """Yield the items of an iterator, drawn in a thread that runs up to `depth` items ahead.
 
     The thread starts when the first item is requested. It ends with the source, with an error, or

@@ -14,7 +14,7 @@ from vinedresser.errors import MachineError, VinedresserError
 
 Executor = Literal["auto", "in_process", "ray"]
 Connect = Callable[[], contextlib.AbstractContextManager[None]]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # `auto` uses Ray from this many raw rows on, where Ray runs already and where it must be started.
 RAY_ROWS, RAY_START_ROWS = 500_000, 1_000_000
@@ -28,15 +28,15 @@ class BlockRunner(Protocol):
     """An executor, see `block_runner`."""
 
     def __call__(
-        self, function: Callable[[Block, PrepareJob], T], blocks: Sequence[Block], job: PrepareJob
-    ) -> Iterator[T]:
+        self, function: Callable[[Block, PrepareJob], _T], blocks: Sequence[Block], job: PrepareJob
+    ) -> Iterator[_T]:
         """Yield function(block, job) of each block, in their order."""
         ...
 
 
 def in_process(
-    function: Callable[[Block, PrepareJob], T], blocks: Sequence[Block], job: PrepareJob
-) -> Iterator[T]:
+    function: Callable[[Block, PrepareJob], _T], blocks: Sequence[Block], job: PrepareJob
+) -> Iterator[_T]:
     """Run one block after the other, in the memory of one."""
     for block in blocks:
         yield function(block, job)
@@ -65,8 +65,8 @@ def block_runner(name: Executor, rows: int, connect: Connect | None) -> Iterator
 
 
 def with_ray(
-    function: Callable[[Block, PrepareJob], T], blocks: Sequence[Block], job: PrepareJob
-) -> Iterator[T]:
+    function: Callable[[Block, PrepareJob], _T], blocks: Sequence[Block], job: PrepareJob
+) -> Iterator[_T]:
     """Run one Ray task per block; only descriptions and counts travel.
 
     Raises:

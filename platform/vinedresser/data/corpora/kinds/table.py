@@ -74,7 +74,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Part:
+class TablePart:
     """Some rows of one file.
 
     Attributes:
@@ -115,7 +115,7 @@ class TableBlock(Block):
     """
 
     first: int
-    parts: tuple[Part, ...]
+    parts: tuple[TablePart, ...]
 
     def rows(self, counts: RowCounts) -> Iterator[Row]:
         """Yield all its rows; a cell without a value counts as empty."""
@@ -175,7 +175,7 @@ class Table(InspectedFiles):
 
     def blocks(self, split: str) -> Iterator[TableBlock]:
         """Yield blocks over all files of a split; of Parquet files once they are unpacked."""
-        parts = list[Part]()
+        parts = list[TablePart]()
         for name in self._files[split]:
             facts, form = self._facts[name], self._forms[name]
             if form.kind != "parquet":
@@ -183,7 +183,9 @@ class Table(InspectedFiles):
             else:  # a span is a row group
                 spans = [Span(facts.copy, name, i, i + 1, n) for i, n in enumerate(facts.counts)]
             headers = [form.header, *[0] * len(spans)]
-            parts += [Part(span, form, skip) for span, skip in zip(spans, headers, strict=False)]
+            parts += [
+                TablePart(span, form, skip) for span, skip in zip(spans, headers, strict=False)
+            ]
         for number, first, count, chosen in together([part.count for part in parts]):
             yield TableBlock(split, number, count, first, tuple(parts[chosen]))
 
