@@ -72,7 +72,7 @@ def test_terms_are_modules():
         ({"likelyhood": {}}, "likelyhood: there is no module .*; did you mean likelihood?"),
         ({"likelihood": {"smoothing": 0.1}}, "likelihood.smoothing: unknown key; did you mean lab"),
         ({"likelihood": {"weight": -1}}, "likelihood.weight: .* greater than or equal to 0"),
-        ({"likelihood": {"weight": True}}, "likelihood.weight: a number is wanted"),
+        ({"likelihood": {"weight": True}}, "likelihood.weight: expected a number"),
         ({"head_penalty": {"weight": 0.1}}, "objective.head_penalty: .*set model.concrete_heads"),
         ({"os.path": {}}, "os.path: not in the allowed packages"),
         ({"tests.short_run": {}}, "defines 0 subclasses of TermConfig"),
@@ -140,7 +140,7 @@ def trained(
     objective = Objective(config.objective, model, encoders[1])
     optimizer = build_optimizer(objective, config.optim)
     batches = stream(
-        shards, tokens=config.batch.max_padded_tokens, seed=1, rank=device.rank,
+        shards, config.batch, seed=1, rank=device.rank,
         of=device.world_size,
     )  # fmt: skip
     updates = training_steps(objective, batches, optimizer, config, device=device)

@@ -433,6 +433,8 @@ def test_ui_answers_and_ends_whole_on_interrupt(sqlite: Store) -> None:
         [sys.executable, "-c", code, str(sqlite.leases.parent), str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # A background job of a shell inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         wait_for(f"http://127.0.0.1:{port}/health", process)
