@@ -144,7 +144,7 @@ def ours(folder: Path, pairs: int, out: Path, mode: str, *, memory: bool) -> dic
         meter = Meter(memory=memory)
         prepare(task, out, executor="in_process")
         return meter.close()
-    from vinedresser.cluster import connect
+    from vinedresser.cluster.connect import connect
 
     meter = Meter(memory=memory)
     begun = time.perf_counter()

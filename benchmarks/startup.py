@@ -61,7 +61,7 @@ def in_group(plain: Path, workspace: Path) -> None:
     from vinedresser.cli.app import _open_streams
 
     _open_streams()
-    from vinedresser.cluster import connect
+    from vinedresser.cluster.connect import connect
     from vinedresser.config import Experiment
     from vinedresser.data.shards import prepare
     from vinedresser.distributed.context import RunContext

@@ -202,7 +202,7 @@ def mlflow_server(
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One local Ray for the whole session, never the user's cluster; for tests marked `ray`."""
-    from vinedresser.cluster import connect
+    from vinedresser.cluster.connect import connect
 
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_ADDRESS", raising=False)

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from kills import forms, nursery
 
-from vinedresser.cluster import connect
+from vinedresser.cluster.connect import connect
 from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
 from vinedresser.distributed.context import RunContext

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field, NonNegativeInt
 
 from vinedresser.bundle import Bundle, load_bundle
-from vinedresser.cluster import connect
+from vinedresser.cluster.connect import connect
 from vinedresser.config import Experiment, SafeName, Section
 from vinedresser.config.study import Study
 from vinedresser.data.shards import prepare

@@ -229,7 +229,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from vinedresser import tracking
-from vinedresser.cluster import connect
+from vinedresser.cluster.connect import connect
 from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
 from vinedresser.distributed.context import RunContext

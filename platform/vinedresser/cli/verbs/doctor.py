@@ -64,7 +64,7 @@ def _torch() -> str:
 
 
 def _ray() -> str:
-    from vinedresser.cluster import connect, probe
+    from vinedresser.cluster.connect import connect, probe
 
     with connect(cpus=1):
         return f"ray {probe()}, a task ran; usage statistics are off"

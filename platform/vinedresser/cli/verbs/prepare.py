@@ -32,7 +32,7 @@ def prepare(
     value = resolve_value(task, [Task], overrides)
     if dry_run:
         return print_json(value.to_json())
-    from vinedresser.cluster import connect
+    from vinedresser.cluster.connect import connect
     from vinedresser.data import shards
     from vinedresser.workspace import layout
 

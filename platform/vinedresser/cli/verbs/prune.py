@@ -38,7 +38,7 @@ def prune(
     value = resolve_value(pruning, [Pruning], words)
     if dry_run:
         return print_plan(value, as_json=as_json)
-    from vinedresser.cluster import connect
+    from vinedresser.cluster.connect import connect
 
     whole = open_model(model, workspace)
     experiment = whole.experiment

@@ -34,7 +34,7 @@ def sweep(
     if dry_run:
         return print_plan(value, as_json=as_json)
     from vinedresser import sweep as search
-    from vinedresser.cluster import connect
+    from vinedresser.cluster.connect import connect
 
     with connect(dashboard=value.base.compute.workers > 1):
         context = prepare_context(value.base.task, workspace, kind="trial")

@@ -39,7 +39,7 @@ def train(
     if dry_run:
         return print_plan(value, as_json=as_json)
     from vinedresser.cli.progress import watching
-    from vinedresser.cluster import connect
+    from vinedresser.cluster.connect import connect
     from vinedresser.distributed import train as distributed
 
     with connect() if value.compute.workers > 1 else contextlib.nullcontext():

@@ -1,0 +1,1 @@
+"""Connection to Ray and work that is handed to a cluster."""
