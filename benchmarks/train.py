@@ -98,9 +98,9 @@ def write_pieces(shards: Path, folder: Path) -> None:
     """The same pieces as words, for a peer that reads text; and their vocabulary."""
     import sentencepiece
 
-    from vinedresser.batch import EOS
     from vinedresser.data.batching.reader import load_split
     from vinedresser.data.shards import open_shards
+    from vinedresser.special_ids import EOS
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(shards / "joint.model"))
     names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vinedresser.batch import EOS, UNK, pad_ids
+from tests.batches import pad_ids
 from vinedresser.bundle import (
     Bundle,
     load_bundle,
@@ -25,6 +25,7 @@ from vinedresser.errors import ConfigError, DamagedError, DataError
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.gates import head_gates
 from vinedresser.pruning.heads import count_heads, pruning_experiment
+from vinedresser.special_ids import EOS, UNK
 from vinedresser.workspace.commit import commit
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.batches import pad_ids
 from trainables.transformer import TransformerConfig
-from vinedresser.batch import BOS, EOS, PAD, Batch, is_real, pad_ids
+from vinedresser.batch import Batch, is_real
 from vinedresser.decode import beam_search, greedy, length_limits, length_penalty
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.output import Output
 from vinedresser.objective import target_nll
+from vinedresser.special_ids import BOS, EOS, PAD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

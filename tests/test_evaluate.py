@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.batches import pad_ids
 from trainables.transformer import Transformer, TransformerConfig
-from vinedresser.batch import EOS, Batch, pad_ids
+from vinedresser.batch import Batch
 from vinedresser.evaluate import conditioning_gap, sentence_nll, with_other_sources
 from vinedresser.model import Memory, Vocabulary
 from vinedresser.nn.output import Output
 from vinedresser.objective import target_nll
+from vinedresser.special_ids import EOS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

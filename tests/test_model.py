@@ -4,7 +4,6 @@ Without a GPU the decoder stands on torch's `meta` device: it computes shapes an
 nothing can be copied away from it, so that every crossing is seen and none can be made up for.
 """
 
-import importlib
 import pkgutil
 
 import pytest
@@ -12,7 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import trainables
-from vinedresser.batch import EOS, Batch, pad_ids
+from tests.batches import pad_ids
+from tests.trainables.variants import FORMS
+from vinedresser.batch import Batch
 from vinedresser.config import Compute, Terms
 from vinedresser.config.kinds import ZOO, ModelConfig, kind_class
 from vinedresser.decode import beam_search, greedy
@@ -20,6 +21,7 @@ from vinedresser.errors import ConfigError, MachineError
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.gates import head_gates
 from vinedresser.objective import Objective
+from vinedresser.special_ids import EOS
 from vinedresser.training.device import resolve_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +32,7 @@ MODELS = [info.name for info in pkgutil.iter_modules(trainables.__path__)]
 
 def build(name: str, features: int = 0, **changes) -> Seq2Seq:
     torch.manual_seed(0)
-    variants = importlib.import_module(f"trainables.{name}").VARIANTS
+    variants = FORMS[name]
     config = kind_class(ZOO, name, ModelConfig)().override(
         {**next(iter(variants.values())), **changes}
     )

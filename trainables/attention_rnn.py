@@ -84,29 +84,6 @@ class AttentionRnnConfig(ModelConfig):
         return AttentionRnn(self, vocabulary)
 
 
-_SMALL = {"width": 32, "encoder_units": 16}
-_DEEP = {**_SMALL, "encoder_layers": 3, "decoder_layers": 2}
-
-# Forms that the conformance suite tries besides the defaults: name -> overrides.
-VARIANTS: Mapping[str, Mapping[str, object]] = {
-    "lstm": _SMALL,
-    "gru": {**_SMALL, "cell": "gru", "tie": "none"},
-    "one_way": {**_SMALL, "bidirectional": False, "decoder_layers": 2},
-    "feeding": {**_SMALL, "input_feeding": True},
-    "gru_feeding": {**_SMALL, "input_feeding": True, "cell": "gru", "decoder_layers": 2},
-    "bahdanau": {**_SMALL, "order": "bahdanau", "score": "additive", "encoder_units": 20},
-    "gru_bahdanau": {**_SMALL, "order": "bahdanau", "cell": "gru", "layer_norm": True},
-    "additive": {**_SMALL, "score": "additive"},
-    "cosine": {**_SMALL, "score": "cosine", "input_feeding": True},
-    "dot": {**_SMALL, "score": "dot"},
-    "scaled_dot": {**_SMALL, "score": "scaled_dot", "input_feeding": True},
-    "layer_norm": {**_DEEP, "layer_norm": True, "input_feeding": True},
-    "deep": _DEEP,
-    "pyramid_conv": {**_DEEP, "subsampling.kind": "conv"},
-    "pyramid_pool": {**_DEEP, "subsampling.kind": "pool", "subsampling.factor": 3},
-    "pyramid_concat": {**_DEEP, "subsampling.kind": "concat", "cell": "gru"},
-}
-
 # The sizes that performance.md compares; and Listen, Attend and Spell (Chan et al. 2016): a
 # layer, three more each after a reduction by 2 (concatenation), so 8 frames a state. Its
 # speller is half as wide, scores additively and attends with the previous state.

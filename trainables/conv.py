@@ -64,24 +64,6 @@ class ConvConfig(ModelConfig):
 
 PRESETS: Mapping[str, Mapping[str, object]] = {"conv-small": {}}
 
-_SMALL = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
-
-# Forms that the conformance suite tries besides the defaults: name -> overrides.
-VARIANTS: Mapping[str, Mapping[str, object]] = {
-    "small": _SMALL,
-    "wide_window": {**_SMALL, "kernel": 5},
-    "even_window": {**_SMALL, "kernel": 4, "decoder_layers": 3, "max_positions": 256},
-    "no_window": {**_SMALL, "kernel": 1, "encoder_layers": 1},
-    "plain_weights": {**_SMALL, "weight_norm": False, "positions": "none", "tie": "none"},
-    "characters": {
-        **_SMALL,
-        "embedding": {"kind": "characters", "character_features": 16, "filters": 16},
-    },
-    "subsampled_conv": {**_SMALL, "subsampling": {"kind": "conv"}},
-    "subsampled_pool": {**_SMALL, "subsampling": {"kind": "pool", "pool": "max", "layers": 1}},
-    "subsampled_concat": {**_SMALL, "subsampling": {"kind": "concat"}},
-}
-
 
 def _gated_convolution(config: ConvConfig) -> WeightNorm:
     """(..., K * D) -> (..., 2 * D), which a GLU halves.

@@ -7,7 +7,6 @@ So on long sources it cannot be exact: u of 512 numbers has to hold every word.
 B sentences, S source positions, T target positions, D features, U features of u, V vocabulary.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -55,19 +54,6 @@ class RnnConfig(ModelConfig):
     def build(self, vocabulary: Vocabulary) -> "Rnn":
         """Return a model with fresh weights."""
         return Rnn(self, vocabulary)
-
-
-_SMALL = {"width": 32, "encoder_units": 32}
-
-# Forms that the conformance suite tries besides the defaults: name -> overrides.
-VARIANTS: Mapping[str, Mapping[str, object]] = {
-    "lstm": _SMALL,
-    "gru": {**_SMALL, "cell": "gru", "tie": "none"},
-    "bridge": {**_SMALL, "encoder_units": 20, "bidirectional": True, "decoder_layers": 2},
-    "gru_two_way": {**_SMALL, "cell": "gru", "encoder_units": 16, "bidirectional": True},
-    "deep": {**_SMALL, "encoder_layers": 2, "decoder_layers": 2, "reverse_source": True},
-    "layer_norm": {**_SMALL, "encoder_layers": 2, "layer_norm": True},
-}
 
 
 @dataclass(frozen=True)

@@ -114,59 +114,6 @@ class TransformerConfig(ModelConfig):
         return Transformer(self, vocabulary)
 
 
-_SMALL = {"d_model": 32, "d_ff": 64, "encoder_layers": 2, "decoder_layers": 2}
-
-# Forms that the conformance suite tries besides the defaults: name -> overrides.
-VARIANTS: Mapping[str, Mapping[str, object]] = {
-    "pre": _SMALL,
-    "post": {**_SMALL, "norm": "post"},
-    "untied": {**_SMALL, "tie": "none", "num_heads": 2, "head_dim": 10},
-    "all_tied": {**_SMALL, "tie": "all"},
-    "gated": {**_SMALL, "concrete_heads": ["enc_self", "dec_self", "dec_enc"]},
-    "pruned": {
-        **_SMALL,
-        "norm": "post",
-        "alive_heads": {
-            "enc_self": [[0, 0, 0, 0], [1, 0, 1, 1]],
-            "dec_self": [[0, 1, 0, 0], [0, 0, 0, 0]],
-            "dec_enc": [[1, 1, 1, 1], [0, 0, 0, 1]],
-        },
-    },
-    "pruned_pre": {**_SMALL, "alive_heads": {"dec_self": [[0, 0, 0, 0], [0, 1, 1, 0]]}},
-    "learned": {**_SMALL, "positions": "learned", "max_positions": 64, "inp_emb_bias": True},
-    "one_hot": {**_SMALL, "positions": "one_hot", "rescale_emb": False},
-    "no_positions": {**_SMALL, "positions": "none"},
-    "gelu": {**_SMALL, "activation": "gelu"},
-    "swiglu": {**_SMALL, "activation": "swiglu"},
-    "geglu_post": {**_SMALL, "activation": "geglu", "norm": "post"},
-    # In evaluation mode they keep every row of the suite; nn/norms.py lists which fail in training.
-    "batch_norm": {**_SMALL, "norm_kind": "batch"},
-    "power_norm": {**_SMALL, "norm_kind": "power"},
-    # At rank 4 of 8, three seeds left 1, 2 and 0 of 60 reversals wrong; at 6 none.
-    "low_rank": {**_SMALL, "values": "low_rank", "value_rank": 6},
-    "low_rank_pruned": {
-        **_SMALL,
-        "values": "low_rank",
-        "alive_heads": {"enc_self": [[0, 0, 0, 0], [1, 0, 1, 1]], "dec_enc": [[1, 1, 0, 1]] * 2},
-    },
-    "value_free": {**_SMALL, "values": "none", "head_dim": 6},
-    "value_free_gated": {**_SMALL, "values": "none", "concrete_heads": ["enc_self", "dec_enc"]},
-    "value_free_pruned": {
-        **_SMALL,
-        "values": "none",
-        "alive_heads": {"dec_self": [[0, 1, 0, 0], [0, 0, 0, 0]], "dec_enc": [[1, 0, 0, 1]] * 2},
-    },
-    "subsampled_conv": {**_SMALL, "subsampling": {"kind": "conv", "layers": 1}},
-    "subsampled_pool": {**_SMALL, "subsampling": {"kind": "pool"}, "norm": "post"},
-    "subsampled_concat": {**_SMALL, "subsampling": {"kind": "concat", "factor": 3, "layers": 1}},
-    "characters": {
-        **_SMALL,
-        "embedding": {
-            "kind": "characters", "character_features": 8, "widths": [1, 2, 3], "filters": 8
-        },
-    },
-}  # fmt: skip
-
 # The field's sizes, with layer norm first and a norm after each stack: `norm: post` takes the
 # order of Vaswani et al. 2017, whose rates need a warm-up of thousands of updates.
 # Parameters with two vocabularies (tie: output) and with a joint one (tie: all):

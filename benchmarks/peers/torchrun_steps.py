@@ -19,11 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 def main() -> None:
     """Trains; whoever started it ends it."""
     shards, plain, file = sys.argv[1:]
-    from vinedresser.batch import PAD
     from vinedresser.config import Batching, Experiment
     from vinedresser.data.batching.reader import Batches
     from vinedresser.data.shards import open_shards
     from vinedresser.model import Vocabulary
+    from vinedresser.special_ids import PAD
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -4,14 +4,12 @@ B sentences, S source positions, T target positions, D features, H heads, K feat
 V vocabulary, N = real (not padded) target tokens of a batch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# The first ids of every vocabulary.
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
+from vinedresser.special_ids import BOS, PAD
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,3 @@ class Batch:
 def is_real(lengths_B: Tensor, size: int) -> Tensor:
     """(B,) lengths -> (B, size) bool, true before each length."""
     return torch.arange(size, device=lengths_B.device) < lengths_B[:, None]
-
-
-def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return lists of ids as (B, longest) int64 padded with PAD, and their lengths (B,)."""
-    lengths = [len(row) for row in rows]
-    padded = torch.full((len(rows), max(lengths)), PAD, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-    return padded, torch.tensor(lengths, dtype=torch.int64)

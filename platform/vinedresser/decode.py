@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vinedresser.batch import BOS, EOS
 from vinedresser.config import Decoding
 from vinedresser.model import Seq2Seq
+from vinedresser.special_ids import BOS, EOS
 
 # Finished rows are dropped once they are this share of the batch: copying caches takes time too.
 _DROP_SHARE = 0.25

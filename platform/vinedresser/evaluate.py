@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vinedresser.batch import EOS, Batch
+from vinedresser.batch import Batch
 from vinedresser.config import Decoding, Experiment
 from vinedresser.data.batching.reader import Split, in_order
 from vinedresser.data.batching.side import Side
@@ -20,6 +20,7 @@ from vinedresser.decode import decode
 from vinedresser.errors import InterruptedRunError
 from vinedresser.metrics import measure
 from vinedresser.model import Seq2Seq
+from vinedresser.special_ids import EOS
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,13 @@ class Seen(Listener):
     def __init__(self, progress: list[Progress], reports: list[object] | None = None) -> None:
         self.progress = progress.append  # type: ignore[method-assign]
         self.reports = [] if reports is None else reports
+        self.final = list[object]()
 
     def evaluated(self, report: Mapping[str, Any]) -> None:
         self.reports.append(report)
+
+    def finished(self, report: Mapping[str, Any]) -> None:
+        self.final.append(report)
 
 
 @pytest.mark.parametrize("in_trial", [False, True])
@@ -36,9 +40,11 @@ def test_evaluations_cross_too_unless_ray_forwards_them(tmp_path: Path, in_trial
         log_to_folder(RunFolder(tmp_path), 0)
         worker.evaluated({"dev/per": 12.5, "step": 8.0})
         worker.evaluated({})
+        worker.finished({"dev/per": 12.5, "is_last": 1.0})
         log.removeHandler(log.handlers[-1])
-    assert handed == [{"dev/per": 12.5, "step": 8.0}, {}]
+    assert handed == [{"dev/per": 12.5, "step": 8.0}, {}, {"dev/per": 12.5, "is_last": 1.0}]
     assert seen.reports == ([] if in_trial else handed[:1])
+    assert seen.final == ([] if in_trial else handed[2:])
 
 
 def wait_for(told: list[Progress], count: int) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.batches import pad_ids
 from tests.memory_tracker import MemoryTracker
-from vinedresser.batch import EOS, Batch, pad_ids
+from vinedresser.batch import Batch
 from vinedresser.bundle import load_bundle, save_bundle
 from vinedresser.config import Experiment
 from vinedresser.config.kinds import named_model
@@ -32,6 +33,7 @@ from vinedresser.figures.attention_maps import (
 )
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.objective import target_nll
+from vinedresser.special_ids import EOS
 
 SYMBOLS = Symbols("symbols", list("abcdefgh"))
 SMALL = {"d_model": 32, "d_ff": 64, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0,

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainables.transformer import Transformer, TransformerConfig
-from vinedresser.batch import EOS, PAD
 from vinedresser.config import Experiment
 from vinedresser.data.shards import tokenizers
 from vinedresser.evaluate import Conditioning
@@ -31,6 +30,7 @@ from vinedresser.health.preflight.sentences import (
 )
 from vinedresser.health.rules import MAX_FIRST_EXCESS
 from vinedresser.model import Vocabulary
+from vinedresser.special_ids import EOS, PAD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from trainables.transformer import Transformer, TransformerConfig
-from vinedresser.batch import PAD
 from vinedresser.config import Experiment, Task, Tokenizer
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import ShardSet, prepare
@@ -19,6 +18,7 @@ from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.preflight.checks import checks
 from vinedresser.model import Memory, Vocabulary
 from vinedresser.nn.output import FullOutput
+from vinedresser.special_ids import PAD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

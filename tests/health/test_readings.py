@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from vinedresser.batch import EOS, Batch, is_real, pad_ids
+from tests.batches import pad_ids
+from vinedresser.batch import Batch, is_real
 from vinedresser.config import Experiment
 from vinedresser.health.activations import Activations, observed
 from vinedresser.health.readings import Readings, layer_of
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.objective import Objective
+from vinedresser.special_ids import EOS
 from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer, freeze
 from vinedresser.training.step import training_steps

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vinedresser.batch import PAD
 from vinedresser.model import Vocabulary
 from vinedresser.nn.embedding import (
     CharacterConvolution,
@@ -13,6 +12,7 @@ from vinedresser.nn.embedding import (
     SourceEmbeddingConfig,
     token_table,
 )
+from vinedresser.special_ids import PAD
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 

@@ -7,10 +7,10 @@ import torch
 from pydantic import PositiveFloat
 from torch import nn
 
-from vinedresser.batch import EOS, PAD
 from vinedresser.config import MetricName, TermConfig
 from vinedresser.model import Seq2Seq
 from vinedresser.objective import Part, Pass, Term
+from vinedresser.special_ids import EOS, PAD
 
 
 class ReinforceConfig(TermConfig):

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
+from tests.batches import pad_ids
+from vinedresser.batch import Batch
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.output import FullOutput
 from vinedresser.objective import target_nll
+from vinedresser.special_ids import BOS, EOS, PAD
 
 V = 7
 TARGETS = [[4, 5, 6, EOS], [EOS], [6, 6, EOS]]

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.batches import pad_ids
 from trainables.attention_rnn import AttentionRnnConfig
 from trainables.conv import ConvConfig
 from trainables.rnn import RnnConfig
 from trainables.transformer import TransformerConfig
-from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
+from vinedresser.batch import Batch
 from vinedresser.config import Experiment, ModelConfig, Terms
 from vinedresser.decode import greedy
 from vinedresser.errors import ConfigError
@@ -29,6 +30,7 @@ from vinedresser.objectives.likelihood import (
     mixed_inputs,
     teacher_forcing_ratio,
 )
+from vinedresser.special_ids import BOS, EOS, PAD
 from vinedresser.training.device import seed_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")

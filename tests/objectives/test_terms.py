@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.objectives.reinforce import Reinforce, ReinforceConfig
 from tests.short_run import GATED, a_run, ending, experiment, killed_run
-from vinedresser.batch import EOS, PAD, Batch
+from vinedresser.batch import Batch
 from vinedresser.config import Batching, Experiment, Terms
 from vinedresser.config.kinds import kinds
 from vinedresser.config.terms import TERMS
@@ -26,6 +26,7 @@ from vinedresser.errors import ConfigError
 from vinedresser.model import Vocabulary
 from vinedresser.nn.gates import HeadGates, head_gates
 from vinedresser.objective import Objective
+from vinedresser.special_ids import EOS, PAD
 from vinedresser.training.device import Device
 from vinedresser.training.optimizer import build_optimizer
 from vinedresser.training.step import Step, training_steps

@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
+from tests.batches import pad_ids
 from trainables.transformer import TransformerConfig
-from vinedresser.batch import EOS, Batch, pad_ids
+from vinedresser.batch import Batch
 from vinedresser.config import Experiment
 from vinedresser.config.kinds import ZOO, ModelConfig, kind_class
 from vinedresser.decode import greedy
@@ -20,6 +21,7 @@ from vinedresser.pruning.heads import (
     decode_speeds,
     num_parameters,
 )
+from vinedresser.special_ids import EOS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 

@@ -7,14 +7,16 @@ import random
 import pytest
 import torch
 
+from tests.batches import pad_ids
 from trainables.transformer import TransformerConfig
-from vinedresser.batch import EOS, Batch, pad_ids
+from vinedresser.batch import Batch
 from vinedresser.errors import TrainingError
 from vinedresser.metrics import PARITY_TOLERANCE
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.gates import head_gates
 from vinedresser.pruning.heads import compact
 from vinedresser.pruning.parity import certify
+from vinedresser.special_ids import EOS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 

@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainables.attention_rnn import PRESETS, VARIANTS, AttentionRnn, AttentionRnnConfig
-from vinedresser.batch import EOS, Batch, pad_ids
+from tests.batches import pad_ids
+from tests.trainables.variants import ATTENTION_RNN
+from trainables.attention_rnn import PRESETS, AttentionRnn, AttentionRnnConfig
+from vinedresser.batch import Batch
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError
 from vinedresser.model import Vocabulary
 from vinedresser.nn.record import recording
 from vinedresser.objective import target_nll
+from vinedresser.special_ids import EOS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,11 +113,11 @@ def test_input_feeding_adds_a_states_width_of_weights_and_changes_the_states():
     assert (found[:, 1] - without[:, 1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("form", VARIANTS)
+@pytest.mark.parametrize("form", ATTENTION_RNN)
 @torch.no_grad()
 def test_attention_is_reported_whole_and_step_by_step(form):
     torch.manual_seed(0)
-    model = AttentionRnnConfig().override(VARIANTS[form]).build(Vocabulary(13, 11))
+    model = AttentionRnnConfig().override(ATTENTION_RNN[form]).build(Vocabulary(13, 11))
     weights = model.attention(BATCH)
     assert list(weights) == ["attend"]
     model.eval()

@@ -1,10 +1,9 @@
 """What every trainable keeps. A file in `trainables/` is found and tried with no other edit.
 
-A module may list forms of its model in `VARIANTS`, name -> overrides of its configuration. Forms
+`variants.py` may list further forms of a model, name -> overrides of its configuration. Forms
 that learn to reverse are here, as few as cover every mechanism: see REVERSALS.
 """
 
-import importlib
 import itertools
 import json
 import pkgutil
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import trainables
-from vinedresser.batch import BOS, EOS, PAD, Batch, pad_ids
+from tests.batches import pad_ids
+from tests.trainables.variants import FORMS
+from vinedresser.batch import Batch
 from vinedresser.config import Experiment, ModelConfig, Terms
 from vinedresser.config.kinds import ZOO, kind_class
 from vinedresser.decode import beam_search, greedy
@@ -35,6 +36,7 @@ from vinedresser.objectives.likelihood import (
     ScheduledSampling,
     mixed_inputs,
 )
+from vinedresser.special_ids import BOS, EOS, PAD
 from vinedresser.training.device import seed_step
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
@@ -54,8 +56,7 @@ def all_forms() -> Iterator[tuple[str, str, ModelConfig]]:
     for info in pkgutil.iter_modules(trainables.__path__):
         config = kind_class(ZOO, info.name, ModelConfig)()
         yield info.name, "", config
-        holder = importlib.import_module(f"trainables.{info.name}")
-        for name, changes in getattr(holder, "VARIANTS", {}).items():
+        for name, changes in FORMS.get(info.name, {}).items():
             yield info.name, name, config.override(changes)
 
 

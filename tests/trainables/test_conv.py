@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainables.conv import VARIANTS, Attention, ConvConfig, DecoderLayer, EncoderLayer, Source
-from vinedresser.batch import EOS, Batch, is_real, pad_ids
+from tests.batches import pad_ids
+from tests.trainables.variants import CONV
+from trainables.conv import Attention, ConvConfig, DecoderLayer, EncoderLayer, Source
+from vinedresser.batch import Batch, is_real
 from vinedresser.errors import ConfigError
 from vinedresser.model import Memory, Vocabulary
 from vinedresser.objective import target_nll
+from vinedresser.special_ids import EOS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("error")]
 
@@ -144,7 +147,7 @@ def test_frames_of_any_length(kind):
 
 
 def test_variants_have_every_subsampling():
-    kinds = {SMALL.override(changes).subsampling.kind for changes in VARIANTS.values()}
+    kinds = {SMALL.override(changes).subsampling.kind for changes in CONV.values()}
     assert kinds == {"none", "conv", "pool", "concat"}
 
 

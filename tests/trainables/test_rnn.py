@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from tests.batches import pad_ids
 from trainables.rnn import Rnn, RnnConfig
-from vinedresser.batch import EOS, Batch, pad_ids
+from vinedresser.batch import Batch
 from vinedresser.decode import beam_search, greedy
 from vinedresser.model import Memory, Vocabulary
 from vinedresser.objective import target_nll
+from vinedresser.special_ids import EOS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

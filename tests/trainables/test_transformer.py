@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.batches import pad_ids
 from trainables.transformer import (
     PRESETS,
     DecoderLayer,
@@ -15,7 +16,7 @@ from trainables.transformer import (
     Transformer,
     TransformerConfig,
 )
-from vinedresser.batch import EOS, Batch, pad_ids
+from vinedresser.batch import Batch
 from vinedresser.errors import ConfigError, TrainingError
 from vinedresser.model import Vocabulary
 from vinedresser.nn.gates import head_gates
@@ -25,6 +26,7 @@ from vinedresser.objective import target_nll
 from vinedresser.objectives.likelihood import mixed_inputs
 from vinedresser.pruning.heads import compact
 from vinedresser.pruning.parity import certify
+from vinedresser.special_ids import EOS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

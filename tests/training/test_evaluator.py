@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests.short_run import a_run, experiment
-from vinedresser.batch import EOS
 from vinedresser.bundle import load_bundle
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import DivergedError, TrainingError
 from vinedresser.evaluate import Evaluated, Scores, Scoring, evaluate, measure_exposure_gap
 from vinedresser.nn.gates import head_gates
+from vinedresser.special_ids import EOS
 from vinedresser.training import evaluator
 from vinedresser.training.listener import Best
 from vinedresser.training.run import Run

@@ -19,7 +19,6 @@ import torch
 
 import vinedresser.distributed.train
 from tests.short_run import KilledError, Reports, a_run, experiment, folder_of, killed_run, script
-from vinedresser.batch import BOS, EOS, PAD, UNK
 from vinedresser.config import Experiment, Tokenizer
 from vinedresser.data.batching.reader import Batches, load_split
 from vinedresser.data.shards import ShardSet, prepare, tokenizers
@@ -28,6 +27,7 @@ from vinedresser.distributed.context import RunContext
 from vinedresser.distributed.train import run_worker, train
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
 from vinedresser.evaluate import Scoring, evaluate
+from vinedresser.special_ids import BOS, EOS, PAD, UNK
 from vinedresser.tracking import NullTracker, store_for
 from vinedresser.tracking.store import initialise
 from vinedresser.training.checkpoint import newest_checkpoint

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.batches import pad_ids
 from trainables.transformer import TransformerConfig
-from vinedresser.batch import EOS, Batch, pad_ids
+from vinedresser.batch import Batch
 from vinedresser.config import Compute, Experiment, Optim, Terms
 from vinedresser.errors import (
     ConfigError,
@@ -18,6 +19,7 @@ from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.gates import HeadGates, expected_open_share
 from vinedresser.objective import Objective
 from vinedresser.objectives.likelihood import ScheduledSampling
+from vinedresser.special_ids import EOS
 from vinedresser.training.device import Device, resolve_device, seed_step
 from vinedresser.training.optimizer import OptimizerState, build_optimizer, freeze
 from vinedresser.training.step import Step, training_steps
@@ -274,7 +276,7 @@ class TestOutOfMemory:
 
 class TestAccumulation:
     @pytest.mark.parametrize("l0", [0.0, 0.5])
-    def test_two_batches_an_update_are_one_large_batch(self, l0):
+    def test_two_batches_per_update_are_one_large_batch(self, l0):
         """methods.md 34, through the real loop; the penalty counts once."""
         changes = {
             "model.dropout": 0,
@@ -313,8 +315,8 @@ class TestAccumulation:
         with pytest.raises(ConfigError, match=r"per_update 3 is no multiple .* 2; set it to 2"):
             experiment(**{"batch.per_update": 3, "compute.workers": 2})
         config = experiment(**{"batch.per_update": 6, "compute.workers": 2})
-        assert (config.batches_an_update, config.batches_a_rank) == (6, 3)
-        assert experiment(**{"compute.workers": 3}).batches_an_update == 3
+        assert (config.batches_per_update, config.batches_per_rank) == (6, 3)
+        assert experiment(**{"compute.workers": 3}).batches_per_update == 3
 
 
 class TestFreezing:

@@ -17,7 +17,7 @@ import psutil
 
 from vinedresser.errors import MachineError
 
-_log = logging.getLogger("vinedresser")
+_log = logging.getLogger(__name__)
 
 # Objects in the store are configurations and blocks of 20,000 rows; shards travel as files.
 _OBJECT_STORE_BYTES = 300_000_000

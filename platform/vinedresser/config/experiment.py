@@ -204,7 +204,7 @@ class Experiment(Section):
                     f"optim.lr {self.optim.lr:g} is the factor of the formula under optim.decay "
                     "noam, and makes it 100 times too small; set optim.lr=1"
                 )
-        if self.batches_an_update % self.compute.workers:
+        if self.batches_per_update % self.compute.workers:
             raise ValueError(
                 f"batch.per_update {self.batch.per_update} is no multiple of compute.workers "
                 f"{self.compute.workers}; set it to {self.compute.workers} or a multiple"
@@ -219,11 +219,11 @@ class Experiment(Section):
         return self
 
     @property
-    def batches_an_update(self) -> int:
+    def batches_per_update(self) -> int:
         """Return the number of batches per update over all workers."""
         return self.batch.per_update or self.compute.workers
 
     @property
-    def batches_a_rank(self) -> int:
+    def batches_per_rank(self) -> int:
         """Return the number of batches per update of one worker."""
-        return self.batches_an_update // self.compute.workers
+        return self.batches_per_update // self.compute.workers

@@ -60,7 +60,7 @@ def train_in_group(
 
 def _with_fewer_workers(experiment: Experiment) -> Experiment | None:
     """Return the same run with as many workers as there is room for, down to min_workers."""
-    compute, batches = experiment.compute, experiment.batches_an_update
+    compute, batches = experiment.compute, experiment.batches_per_update
     for count in range(compute.workers - 1, (compute.min_workers or compute.workers) - 1, -1):
         smaller = compute.model_copy(update={"workers": count})
         if batches % count == 0 and num_groups(smaller):

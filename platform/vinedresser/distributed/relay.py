@@ -49,18 +49,16 @@ class GroupListener(Listener):
             partial.replace(self._folder.progress)
 
     def evaluated(self, report: Mapping[str, Any]) -> None:
-        """Report to Ray Train, and append the evaluation to the worker log."""
+        """Report to Ray Train, and append the report to the worker log."""
         if report:
             _root.info("%s", json.dumps(dict(report)), extra={"report": dict(report)})
         self._report(report)
 
-    def finished(self, report: Mapping[str, Any]) -> None:
-        """Report to Ray Train."""
-        self._report(report)
+    finished = evaluated
 
 
 class _Line(logging.Formatter):
-    """A line of JSON: rank, level, text; for an evaluation its report in the place of the text."""
+    """A line of JSON: rank, level and text; an evaluation has its report in place of the text."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -150,6 +148,8 @@ class _Relay:
         self._position += len(whole) + 1 if whole else 0
         for entry in map(parsed_object, whole.splitlines()):
             if "report" in entry and self._reports:
-                self._listener.evaluated(entry["report"])
+                report = entry["report"]
+                is_last = report.get("is_last") == 1.0
+                (self._listener.finished if is_last else self._listener.evaluated)(report)
             elif entry.keys() >= {"rank", "level", "text"}:
                 _root.log(entry["level"], "rank %d: %s", entry["rank"], entry["text"])

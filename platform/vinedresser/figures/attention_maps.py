@@ -17,7 +17,7 @@ from vinedresser.batch import Batch
 from vinedresser.bundle import Bundle
 from vinedresser.data.batching.reader import Split
 from vinedresser.data.batching.side import Side, batch_of
-from vinedresser.data.tokenizers.flat import BOS, flattened
+from vinedresser.data.tokenizers.flat import flattened
 from vinedresser.data.tokenizers.frames import Filterbank
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
 from vinedresser.decode import greedy
@@ -25,6 +25,7 @@ from vinedresser.errors import DataError
 from vinedresser.figures.attention import attention_figure
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.subsampling import SubsamplingConfig
+from vinedresser.special_ids import BOS
 from vinedresser.tracking import Tracker
 
 Floats = NDArray[np.floating[Any]]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vinedresser.batch import EOS, Batch
+from vinedresser.batch import Batch
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.nn.attention import MultiHeadAttention
+from vinedresser.special_ids import EOS
 
 # Shapes of a part that are written out; the rest are counted.
 _SHAPES = 2

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from vinedresser.batch import PAD, is_real
+from vinedresser.batch import is_real
 from vinedresser.config.section import Section
 from vinedresser.nn.attention import linear
 from vinedresser.nn.convolution import windows
+from vinedresser.special_ids import PAD
 
 if TYPE_CHECKING:
     from vinedresser.model import Vocabulary

@@ -174,7 +174,7 @@ def mixed_inputs(
     (3,840 tokens, 15 per sentence); the cost of steps grows with the length of the targets.
 
     Args:
-        model: in the mode that it trains in: dropout applies here too, with masks of its own.
+        model: in the mode that it trains in: dropout applies here too, with separate masks.
         memory: the batch's encoded source.
         batch: supplies targets and padding.
         teacher_forcing_ratio: in [0, 1].

@@ -17,7 +17,7 @@ from vinedresser.config import Compute, ModelConfig
 from vinedresser.errors import ConfigError, MachineError
 from vinedresser.model import Vocabulary
 
-_log = logging.getLogger("vinedresser")
+_log = logging.getLogger(__name__)
 
 
 def refuse_too_large(config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -155,8 +155,8 @@ def _keep_freed_memory() -> None:
 def seed_step(seed: int, step: int, number: int) -> int:
     """Make every random draw of a batch a pure function of (seed, step, its number in the update).
 
-    So a resumed run draws what the uninterrupted one would have, with no state to store, and so
-    does a run on another number of workers. Returns the seed of torch's global generator.
+    A resumed run draws the same numbers as an uninterrupted one without stored state, and so does
+    a run on another number of workers. Returns the seed of torch's global generator.
     """
     # Odd multipliers spread neighbouring triples over the 64-bit seeds (Weyl sequence).
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + number * 0x94D049BB133111EB

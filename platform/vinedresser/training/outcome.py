@@ -80,7 +80,7 @@ def run_key(experiment: Experiment, shards: ShardSet) -> str:
     for key in ("name", "checkpoint_every", "keep_checkpoints"):
         del content[key]
     content["compute"] = {"precision": experiment.compute.precision}
-    content["batch"] = {**content["batch"], "per_update": experiment.batches_an_update}
+    content["batch"] = {**content["batch"], "per_update": experiment.batches_per_update}
     if experiment.init is not None:
         # Its files are verified when its weights are loaded.
         content["init"] = read_manifest(Path(experiment.init)).digest

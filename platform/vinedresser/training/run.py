@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vinedresser.batch import PAD
 from vinedresser.bundle import (
     load_bundle,
     refuse_other_pieces,
@@ -28,6 +27,7 @@ from vinedresser.data.batching.reader import Batches
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
 from vinedresser.objective import Objective
+from vinedresser.special_ids import PAD
 from vinedresser.tracking import Tracker
 from vinedresser.training.checkpoint import load_parts, newest_checkpoint, save_checkpoint
 from vinedresser.training.device import Device, refuse_too_large, seed_step
@@ -166,7 +166,7 @@ class Run:
         # However training ends, the thread that reads ahead ends with it.
         with self._failures_recorded(), contextlib.ExitStack() as stack:
             start = self._resume()
-            first_batch = start * experiment.batches_a_rank
+            first_batch = start * experiment.batches_per_rank
             batches = prefetched(
                 self.batches.steps(rank=device.rank, of=device.world_size, at=first_batch)
             )
@@ -306,7 +306,7 @@ class Run:
             Progress(
                 step,
                 self.experiment.steps,
-                step * self.experiment.batches_an_update / self.batches.per_epoch,
+                step * self.experiment.batches_per_update / self.batches.per_epoch,
                 self.schedule.evaluations_left(step) + is_evaluating,
                 "evaluating" if is_evaluating else "training",
                 logged.get("train/loss"),

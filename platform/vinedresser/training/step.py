@@ -23,7 +23,7 @@ from vinedresser.objective import Objective
 from vinedresser.training.device import Device, is_out_of_memory, peak_memory, seed_step
 from vinedresser.training.optimizer import learning_rate, set_learning_rate
 
-_log = logging.getLogger("vinedresser")
+_log = logging.getLogger(__name__)
 
 
 class StepMonitor(Protocol):
@@ -68,7 +68,7 @@ class Step:
 
 
 # Reading an answer from a GPU waits for all that is queued there.
-_ASK_EVERY_ON_GPU = 16
+_READ_EVERY_ON_GPU = 16
 
 
 def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidden
@@ -108,7 +108,7 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
         module = DistributedDataParallel(objective, find_unused_parameters=device.world_size > 2)
     gradients = GradientAccumulator(module, device, experiment.seed, monitor)
     parameters, own_parameters = objective.joint_parameters(), objective.own_parameters()
-    count, clip_norm = experiment.batches_a_rank, experiment.optim.clip_norm
+    count, clip_norm = experiment.batches_per_rank, experiment.optim.clip_norm
     d_model = getattr(experiment.model, "d_model", None)
     for index in range(start + 1, experiment.steps + 1):
         begun = time.perf_counter()
@@ -122,7 +122,7 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
         if device.world_size > 1:
             both = device.all_sum(torch.stack([own_tokens, torch.tensor(int(stop))]))
             tokens = both[0] / device.world_size
-            is_read = device.primary.type == "cpu" or index % _ASK_EVERY_ON_GPU == 0
+            is_read = device.primary.type == "cpu" or index % _READ_EVERY_ON_GPU == 0
             stop = is_read and bool(both[1] > 0)
         rate = learning_rate(experiment.optim, step=index, steps=experiment.steps, d_model=d_model)
         set_learning_rate(optimizer, rate)

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vinedresser.batch import EOS, PAD
 from vinedresser.config import Batching, BatchOrder
 from vinedresser.data.batching.reader import Batches, Split, _random, in_order, stream
 from vinedresser.data.batching.side import Side
 from vinedresser.errors import DataError
+from vinedresser.special_ids import EOS, PAD
 
 STRATEGIES = get_args(BatchOrder)
 

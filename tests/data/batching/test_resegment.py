@@ -4,12 +4,12 @@ import random
 import numpy as np
 import pytest
 
-from vinedresser.batch import EOS, PAD
 from vinedresser.config import Batching, Task, Tokenizer
 from vinedresser.data.batching.reader import Batches, load_split, stream
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.shards import prepare, tokenizers
 from vinedresser.errors import DataError
+from vinedresser.special_ids import EOS, PAD
 
 TOKENS = 120
 

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vinedresser import batch
 from vinedresser.config import Tokenizer
 from vinedresser.data.tokenizers import pieces
 from vinedresser.data.tokenizers.flat import flattened
@@ -29,10 +28,6 @@ def trained(kind: str, size: int = 60):
 
 
 DECODERS = [trained("bpe"), trained("characters")]
-
-
-def test_special_ids_are_the_batch_s():
-    assert (PAD, BOS, EOS, UNK) == (batch.PAD, batch.BOS, batch.EOS, batch.UNK)
 
 
 @pytest.mark.parametrize("kind", KINDS)

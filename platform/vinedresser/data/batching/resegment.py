@@ -12,9 +12,9 @@ import numpy as np
 from vinedresser.config import Batching
 from vinedresser.data.batching.side import Side
 from vinedresser.data.shards import ShardSet, tokenizers
-from vinedresser.data.tokenizers.flat import EOS
 from vinedresser.data.tokenizers.pieces import SentencePiece
 from vinedresser.errors import DataError
+from vinedresser.special_ids import EOS
 
 # Share of rows whose other pieces shall fit where the plain ones would have.
 FITTING = 0.95

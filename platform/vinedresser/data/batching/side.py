@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vinedresser.batch import PAD, Batch
+from vinedresser.batch import Batch
 from vinedresser.data.batching.plan import Ints
 from vinedresser.data.tokenizers.flat import take_ragged
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder
+from vinedresser.special_ids import PAD
 
 
 @dataclass(frozen=True)

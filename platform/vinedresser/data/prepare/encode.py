@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from vinedresser.data.corpora.row import FIRST_LINES, Block, Pairs, RowCounts
 from vinedresser.data.prepare.clean import PrepareJob, read_cleaned
-from vinedresser.data.tokenizers.flat import UNK, take_ragged
+from vinedresser.data.tokenizers.flat import take_ragged
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder, load_source
+from vinedresser.special_ids import UNK
 
 # `lengths.parquet`: kept rows of a block per pair of lengths, in tokens or frames. Sorted by split
 # (train, dev, test), block, source, target. Planning batches needs nothing else: the row groups of

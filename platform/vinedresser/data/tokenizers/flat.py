@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# The first ids of every vocabulary.
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
+from vinedresser.special_ids import BOS, EOS, PAD
 
 
 class Flat(NamedTuple):

@@ -13,18 +13,10 @@ from typing import Any
 import numpy as np
 
 from vinedresser.config.task import Tokenizer
-from vinedresser.data.tokenizers.flat import (
-    BOS,
-    EOS,
-    PAD,
-    UNK,
-    Flat,
-    flattened,
-    real_ids,
-    take_ragged,
-)
+from vinedresser.data.tokenizers.flat import Flat, flattened, real_ids, take_ragged
 from vinedresser.data.tokenizers.resampling import SPACE, Resampler
 from vinedresser.errors import DataError
+from vinedresser.special_ids import BOS, EOS, PAD, UNK
 from vinedresser.workspace.storage import write_file
 
 # Words whose pieces are cached: 30 MB at about 150 bytes each. Multi30k's German train side has

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vinedresser.config.task import Frames, Tokenizer
-from vinedresser.data.tokenizers.flat import BOS, EOS, PAD, UNK, Flat, flattened, real_ids
+from vinedresser.data.tokenizers.flat import Flat, flattened, real_ids
 from vinedresser.data.tokenizers.frames import Filterbank, load_filterbank
 from vinedresser.data.tokenizers.pieces import SentencePiece, train_pieces
 from vinedresser.errors import ConfigError, DataError
+from vinedresser.special_ids import BOS, EOS, PAD, UNK
 from vinedresser.workspace.commit import canonical_json
 from vinedresser.workspace.storage import write_file
 

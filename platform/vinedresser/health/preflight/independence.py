@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vinedresser.batch import BOS, EOS, Batch
+from vinedresser.batch import Batch
 from vinedresser.decode import greedy
 from vinedresser.evaluate import sentence_nll
 from vinedresser.health.preflight.check import CheckResult
@@ -14,6 +14,7 @@ from vinedresser.health.preflight.sentences import Sentence, collated, with_fill
 from vinedresser.model import Seq2Seq
 from vinedresser.nn.gates import head_gates
 from vinedresser.nn.norms import BatchNorm
+from vinedresser.special_ids import BOS, EOS
 
 # Nats per token that fp32 may differ by when matrices have another shape, or that share of losses
 # over 1: the zoo stays below 1e-5; one position of a neighbour's is 1e-2 and more.

@@ -112,7 +112,7 @@ def speed(
     objective: Objective, batches: Iterator[Batch], experiment: Experiment, device: Device
 ) -> Speed:
     """Time updates on real batches, in the experiment's precision, threads and objective."""
-    count = experiment.batches_a_rank
+    count = experiment.batches_per_rank
     alone = experiment.model_copy(
         update={
             "steps": _WARM_UP + _TIMED,
@@ -182,7 +182,7 @@ def check_cost(
     judging = experiment.evaluation.num_evaluations * evaluation
     total, workers = training + judging, experiment.compute.workers
     per_epoch = Batches(shards, experiment.batch, seed=experiment.seed).per_epoch
-    epochs = experiment.steps * experiment.batches_an_update / per_epoch
+    epochs = experiment.steps * experiment.batches_per_update / per_epoch
     share = judging / total
     found = (
         f"{timedelta(seconds=round(total))} = {experiment.steps:,} updates ({epochs:.2g} epochs) x "

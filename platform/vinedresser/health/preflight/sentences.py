@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vinedresser.batch import PAD, Batch
+from vinedresser.batch import Batch
+from vinedresser.special_ids import PAD
 
 
 @dataclass(frozen=True)
