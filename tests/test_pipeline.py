@@ -123,6 +123,9 @@ def test_the_chain_makes_a_champion_and_recognises_it(
     assert 0 <= table["heads_kept"] <= 12
     assert table["parity_max_abs"] < 1e-5
     assert table["parity_same_output"] is True
+    assert (table["verdict"], table["scores"]["champion"]) == ("promoted", None)
+    assert table["scores"]["challenger"] == pytest.approx(table["pruned_per"], abs=1e-3)
+    assert table["reason"].startswith("first champion, test per")
     assert (table["version"], table["champion_version"], table["split"]) == (1, 1, "test")
     assert json.loads((place / "workspace" / "mirror.json").read_text()) == table
 
@@ -135,13 +138,15 @@ def test_the_chain_makes_a_champion_and_recognises_it(
     assert all(row.parent for row in rows if row.kind != "pipeline")
     assert {row.parent for row in rows if row.kind in ("sweep", "train")} == {top.run_id}
 
-    second = cli("retrain", file)
-    assert second.returncode == 0, second.stderr
+    second = cli("retrain", file, "--exit-code")
+    assert second.returncode == 11, second.stderr
     for step in ("prepare", "tiny-lr", "finalist", "mirror-heads", "compact", "register"):
         assert any(step in line and "unchanged" in line for line in second.stderr.split("\n")), step
     assert "version 1" in second.stdout
     again = json.loads((place / "workspace" / "mirror.json").read_text())
-    varying = ("seconds",)
+    varying = ("seconds", "verdict", "reason", "scores")
+    assert (again["verdict"], again["reason"]) == ("unchanged", "is the champion already")
+    assert set(again["scores"].values()) == {"per", "test", table["scores"]["challenger"]}
     assert {k: v for k, v in again.items() if k not in varying} == {
         k: v for k, v in table.items() if k not in varying
     }

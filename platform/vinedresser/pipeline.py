@@ -119,6 +119,9 @@ class Retrained:
             "bundle": str(self.small.folder),
             "version": self.registered.version,
             "champion_version": self.registered.champion_version,
+            "verdict": self.registered.verdict,
+            "reason": self.registered.reason,
+            "scores": dict(self.registered.scores),
             "signature": after["signature"],
             "seconds": self.seconds,
         }
@@ -172,9 +175,8 @@ def _run_steps(
         run_id=tracker.run_id or None,
     )
     _log.info(
-        "register: %s version %d%s %s: %s", registered.name, registered.version,
-        " (unchanged)" if registered.already else "",
-        "is champion" if registered.is_champion else "is not champion", registered.reason,
+        "register: %s version %d %s: %s", registered.name, registered.version, registered.verdict,
+        registered.reason,
     )  # fmt: skip
     return finalist, small, registered
 

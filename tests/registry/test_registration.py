@@ -10,6 +10,7 @@ import time
 import types
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,18 @@ def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path)
 
     first, better = bundle(tmp_path, 0.3), bundle(tmp_path, 0.2)
     one = put(first)
-    assert (one.version, one.is_champion, one.already) == (1, True, False)
+    assert (one.version, one.verdict, one.is_champion, one.already) == (1, "promoted", True, False)
     same = put(first)
-    assert (same.version, same.is_champion, same.already) == (1, True, True)
+    assert (same.version, same.verdict, same.is_champion, same.already) == (
+        1, "unchanged", True, True,
+    )  # fmt: skip
     two = put(better)
     assert (two.version, two.is_champion) == (2, True)
+    assert two.scores == {"metric": "per", "split": "test", "challenger": 0.2, "champion": 0.3}
     worse = put(bundle(tmp_path, 0.25))
     assert (worse.version, worse.is_champion, worse.champion_version) == (3, False, 2)
+    assert worse.verdict == "kept"
+    assert put(bundle(tmp_path, 0.25)) == replace(worse, verdict="unchanged", already=True)
     assert "0.25 against the champion's 0.2" in worse.reason
     # An equal one replaces the champion: it is the newer.
     equal = put(bundle(tmp_path, 0.2, "equal"))

@@ -25,10 +25,19 @@ class Gate(Section):
 
 @dataclass(frozen=True)
 class Decision:
-    """Decision of the gate with its reason."""
+    """Decision of the gate.
+
+    Attributes:
+        promoted: whether the challenger may become champion.
+        reason: why, with the numbers.
+        challenger: score of the challenger on the gate's split; None if there is none.
+        champion: that of the champion.
+    """
 
     promoted: bool
     reason: str
+    challenger: float | None = None
+    champion: float | None = None
 
 
 def _number(scores: StoredScores, gate: Gate) -> float | None:
@@ -49,28 +58,32 @@ def decide(challenger: StoredScores, champion: StoredScores | None, gate: Gate) 
         gate: split and tolerance.
     """
     metric, new = challenger.get("metric"), _number(challenger, gate)
+    old = _number(champion, gate) if champion is not None else None
+
+    def refused(reason: str) -> Decision:
+        return Decision(False, reason, new, old)
+
     parity = challenger.get("parity_max_abs")
     if parity is not None and not (isinstance(parity, int | float) and parity <= PARITY_TOLERANCE):
-        return Decision(
-            False, f"parity {parity} is above {PARITY_TOLERANCE}: not the model that was scored"
+        return refused(
+            f"parity {parity} is above {PARITY_TOLERANCE}: not the model that was scored"
         )
     if new is None:
-        return Decision(False, f"no finite {gate.split} {metric}; score the bundle again")
+        return refused(f"no finite {gate.split} {metric}; score the bundle again")
     if not challenger.get("reference_digest"):
-        return Decision(False, "no reference_digest: unknown on what it was scored; score it again")
+        return refused("no reference_digest: unknown on what it was scored; score it again")
     if champion is None:
-        return Decision(True, f"first champion, {gate.split} {metric} {new:g}")
+        return Decision(True, f"first champion, {gate.split} {metric} {new:g}", new)
     for key in ("metric", "reference_digest"):
         if challenger.get(key) != champion.get(key):
             found, wanted = challenger.get(key), champion.get(key)
-            return Decision(
-                False, f"{key} is {found}, the champion's is {wanted}; score both on the same set"
+            return refused(
+                f"{key} is {found}, the champion's is {wanted}; score both on the same set"
             )
-    old = _number(champion, gate)
     if old is None:
-        return Decision(False, f"the champion has no finite {gate.split} {metric}; score it again")
+        return refused(f"the champion has no finite {gate.split} {metric}; score it again")
     worse = new - old if is_lower_better(str(metric)) else old - new
     numbers = f"{gate.split} {metric} {new:g} against the champion's {old:g}"
     if worse > gate.max_regression:
-        return Decision(False, f"{numbers}, worse by more than {gate.max_regression:g}")
-    return Decision(True, numbers)
+        return refused(f"{numbers}, worse by more than {gate.max_regression:g}")
+    return Decision(True, numbers, new, old)

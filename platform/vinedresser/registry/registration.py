@@ -10,12 +10,12 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -44,12 +44,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+Verdict = Literal["promoted", "kept", "unchanged"]
+
 CHAMPION, CHALLENGER = "champion", "challenger"
 BUNDLE = "bundle"
 DIGEST_TAG, SCORES_TAG = "vinedresser.bundle", "vinedresser.scores"
 # When and why a version became champion. One that has been is never promoted by `register`
 # again: exporting the same bundle twice must not undo an operator's choice of another.
 PROMOTED_TAG = "vinedresser.promoted"
+# When and why a version did not become champion.
+KEPT_TAG = "vinedresser.kept"
 # Characters of a version's tag, on every database that MLflow takes.
 _MAX_VERSION_TAG = 5000
 # Copied into every version and executed by MLflow's own server.
@@ -61,16 +65,22 @@ class Registered:
     """A version in the registry.
 
     Attributes:
+        verdict: promoted: this call made it champion; kept: this call left the champion in place;
+            unchanged: an earlier call had decided about the same bundle.
         is_champion: whether the alias `champion` is on this version now.
-        reason: reason for that, with the numbers.
+        reason: reason for the verdict, with the numbers.
+        scores: the numbers that were compared: metric, split, challenger, champion; None where
+            there is no number.
         already: whether the same bundle had been registered before.
         champion_version: version with the alias `champion`; None while there is none.
     """
 
     name: str
     version: int
+    verdict: Verdict
     is_champion: bool
     reason: str
+    scores: Mapping[str, Any]
     already: bool
     champion_version: int | None
 
@@ -130,13 +140,20 @@ def register(
         newest = _alias(client, name, CHALLENGER)
         if newest is None or int(newest.version) < int(version.version):
             client.set_registered_model_alias(name, CHALLENGER, version.version)
-        decision = _promote(client, store, version, scores, gate)
+        verdict, decision = _promote(client, store, version, scores, gate)
         champion = _alias(client, name, CHAMPION)
     return Registered(
         name=name,
         version=int(version.version),
+        verdict=verdict,
         is_champion=decision.promoted,
         reason=decision.reason,
+        scores={
+            "metric": scores["metric"],
+            "split": gate.split,
+            "challenger": decision.challenger,
+            "champion": decision.champion,
+        },
         already=found is not None,
         champion_version=int(champion.version) if champion else None,
     )
@@ -314,33 +331,36 @@ def _alias(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | Non
 
 def _promote(
     client: "MlflowClient", store: Store, version: "ModelVersion", scores: StoredScores, gate: Gate
-) -> Decision:
+) -> tuple[Verdict, Decision]:
     """Apply the gate to a verified version and move the alias, as the last step."""
     name, number = version.name, version.version
     champion = _alias(client, name, CHAMPION)
-    if champion is not None and int(champion.version) == int(number):
-        return Decision(True, "is the champion already")
-    promoted = version.tags.get(PROMOTED_TAG)
-    if champion is not None and promoted:
-        return Decision(
-            False, f"was champion once ({promoted}); to restore it move the alias by hand"
-        )
     best: StoredScores | None = None
     if champion is not None:
         # From its verified bundle: the tag is for people and can be edited.
         with _downloaded(client, store, champion) as bundle:
             best = read_scores(bundle.folder)
     decision = decide(scores, best, gate)
+    if champion is not None and int(champion.version) == int(number):
+        return "unchanged", replace(decision, promoted=True, reason="is the champion already")
+    promoted = version.tags.get(PROMOTED_TAG)
+    if champion is not None and promoted:
+        reason = f"was champion once ({promoted}); to restore it move the alias by hand"
+        return "unchanged", replace(decision, promoted=False, reason=reason)
+    when = datetime.now(UTC).isoformat(timespec="seconds")
     if not decision.promoted:
-        return decision
+        if KEPT_TAG in version.tags:
+            return "unchanged", decision
+        reason = f"{when}: {decision.reason}"[:_MAX_VERSION_TAG]
+        client.set_model_version_tag(name, number, KEPT_TAG, reason)
+        return "kept", decision
     # The registry has no conditional write; the workspace's lease does not reach other machines.
     now = _alias(client, name, CHAMPION)
     if (now and now.version) != (champion and champion.version):
         raise BusyError(f"{name}: the champion changed during the export; run it again")
-    when = datetime.now(UTC).isoformat(timespec="seconds")
     client.set_registered_model_alias(name, CHAMPION, number)
     client.set_model_version_tag(name, number, PROMOTED_TAG, f"{when}: {decision.reason}")
-    return decision
+    return "promoted", decision
 
 
 def _find(client: "MlflowClient", uri: str) -> "ModelVersion":

@@ -34,5 +34,4 @@ def export(
     registered = register(bundle.manifest, name=name, store=store, gate=gate)
     if as_json:
         return print_json(vars(registered))
-    verdict = "champion" if registered.is_champion else "not champion"
-    return print(f"{name} version {registered.version}: {verdict}, {registered.reason}")
+    return print(f"{name} version {registered.version}: {registered.verdict}, {registered.reason}")

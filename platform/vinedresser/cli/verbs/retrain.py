@@ -2,8 +2,9 @@
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -19,6 +20,13 @@ from vinedresser.cli.arguments import (
 )
 from vinedresser.cli.render import print_json, print_lines, print_table
 
+# Exit codes of verdicts with --exit-code.
+EXIT_CODES = {"promoted": 0, "kept": 10, "unchanged": 11}
+ExitCode = Annotated[
+    bool,
+    typer.Option("--exit-code", help="exit with 0 for promoted, 10 for kept, 11 for unchanged"),
+]
+
 
 def retrain(
     pipeline: Annotated[str, typer.Argument(help="import path or file of a pipeline")],
@@ -26,6 +34,7 @@ def retrain(
     workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
     dry_run: DryRun = False,
+    exit_code: ExitCode = False,
 ) -> None:
     """Run all steps of a pipeline: prepare, sweep, finalist, prune, compact, register."""
     from vinedresser import pipeline as chain
@@ -37,7 +46,16 @@ def retrain(
 
     found = chain.retrain(value, workspace, watch=watching).to_json()
     if as_json:
-        return print_json(found)
+        print_json(found)
+    else:
+        _print_table(found, pipeline, workspace)
+    if exit_code:
+        raise typer.Exit(EXIT_CODES[found["verdict"]])
+    return None
+
+
+def _print_table(found: Mapping[str, Any], pipeline: str, workspace: Path) -> None:
+    """Print the closing table and the next commands."""
     metric, model = found["metric"], found["model"]
     before, after = found["parameters"]
     slow, fast = found["sentences_per_second"]
@@ -64,12 +82,13 @@ def retrain(
     # The path of the program, if its environment is not activated.
     program = "vinedresser" if shutil.which("vinedresser") else sys.argv[0]
     at = "" if workspace == Path("workspace") else f" -w {workspace}"
-    return print_lines(
+    print_lines(
         f"\nparity of the pruned model: log-probabilities differ by {found['parity_max_abs']:.1e} "
         f"(in fp32 by {found['parity_max_abs_fp32']:.1e}), greedy outputs identical: "
         f"{'yes' if found['parity_same_output'] else 'no'}",
         f"registered: {model} version {found['version']}, "
         f"champion is version {found['champion_version']}",
+        f"{found['verdict']}: {found['reason']}",
         f"{found['seconds']:.0f} s\n",
         Text("Next:", "bold"),
         f"  {program} ui{at}",
