@@ -173,6 +173,7 @@ def _run_steps(
         store=context.store,
         gate=pipeline.gate.override({"split": held_out(context.shards)}),
         run_id=tracker.run_id or None,
+        data=lambda: context.shards,
     )
     _log.info(
         "register: %s version %d %s: %s", registered.name, registered.version, registered.verdict,

@@ -14,15 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.short_run import a_run, experiment
 from vinedresser import tracking
 from vinedresser.cli.arguments import open_model
+from vinedresser.data.shards import ShardSet, prepare
 from vinedresser.errors import BusyError, ConfigError, DamagedError, DataError, MachineError
+from vinedresser.registry import promotion
 from vinedresser.registry import registration as registry
 from vinedresser.registry.gate import Gate, decide
 from vinedresser.registry.registration import fetch, register
+from vinedresser.registry.versions import read_scores
+from vinedresser.significance import PairedBootstrap
 from vinedresser.tracking import Store
 from vinedresser.tracking.store import open_client
 from vinedresser.workspace.commit import Manifest, commit, verify
@@ -161,6 +166,94 @@ def test_a_trained_bundle_becomes_champion_by_its_scores_on_dev(
     )
 
 
+@pytest.fixture(scope="module")
+def grown(
+    reversal: ShardSet, tmp_path_factory: pytest.TempPathFactory, one_thread: None
+) -> dict[str, tuple[Manifest, ShardSet]]:
+    """A bad model scored on 40 dev rows, and a good one scored on these and another one."""
+    folder, corpus = tmp_path_factory.mktemp("grown"), reversal.task.corpus.to_json()
+    for side, line in (("source", "a b c d\n"), ("target", "d c b a\n")):
+        text = Path(corpus["dev"][side]).read_text()
+        corpus["dev"][side] = str(folder / f"dev.{side}")
+        Path(corpus["dev"][side]).write_text(text + line)
+    task = reversal.task.override({"corpus": corpus})
+    more = prepare(task, folder / "shards", executor="in_process")
+    assert more.counts["dev"] == reversal.counts["dev"] + 1
+    found = {}
+    for name, shards, steps in (("bad", reversal, 24), ("good", more, 120)):
+        changes = {"evaluation.sentences": 0, "steps": steps, "optim.lr": 5e-3}
+        outcome = a_run(experiment(shards, **changes), shards, folder / name).execute()
+        found[name] = verify(Path(outcome.bundle)), shards
+    return found
+
+
+def test_a_champion_on_another_test_set_is_scored_again(
+    store: Store, name: str, grown: dict[str, tuple[Manifest, ShardSet]], monkeypatch: Any
+) -> None:
+    gate = Gate(split="dev")
+
+    def put(which: str, model: str, gate: Gate = gate, *, with_data: bool = True) -> Any:
+        made, shards = grown[which]
+        data = (lambda: shards) if with_data else None
+        return register(made, name=model, store=store, gate=gate, data=data)
+
+    better, worse = f"{name}-better", f"{name}-worse"
+    assert put("bad", better).verdict == "promoted"
+    blind = put("good", better, with_data=False)
+    assert (blind.verdict, blind.champion_version) == ("kept", 1)
+    assert "score both on the same set" in blind.reason
+
+    found = put("good", better)
+    assert (found.verdict, found.champion_version) == ("promoted", 2)
+    assert found.scores["challenger"] < found.scores["champion"]
+    assert re.fullmatch(
+        r"dev per [\d.]+ against the champion's [\d.]+ \(better by [\d.]+ to [\d.]+ at 95%, "
+        r"paired bootstrap\)",
+        found.reason,
+    )
+    stored = read_scores(grown["good"][0].folder)
+    assert found.scores["challenger"] == pytest.approx(stored["dev"]["per"])
+    digest = stored["reference_digest"]
+    tags = open_client(store).get_model_version(better, "1").tags
+    kept = json.loads(tags[f"vinedresser.scores/{digest[:12]}"])
+    assert kept == {
+        "metric": "per", "reference_digest": digest, "dev": {"per": found.scores["champion"]}
+    }  # fmt: skip
+
+    assert put("good", worse).verdict == "promoted"
+    refused = put("bad", worse)
+    assert (refused.verdict, refused.champion_version) == ("kept", 1)
+    assert "worse by more than 0" in refused.reason
+    # The champion's score on these references is in its tag: nothing is decoded again.
+    monkeypatch.setattr(promotion, "compare", None)
+    again = put("bad", worse)
+    assert (again.verdict, again.scores) == ("unchanged", refused.scores)
+
+
+def test_a_gate_of_confidence_decodes_with_both(
+    store: Store, name: str, grown: dict[str, tuple[Manifest, ShardSet]]
+) -> None:
+    for which, verdict in (("bad", "promoted"), ("good", "promoted")):
+        made, shards = grown[which]
+        gate = Gate(split="dev", confidence=0.95)
+        found = register(made, name=name, store=store, gate=gate, data=lambda: shards)  # noqa: B023 (called at once)
+        assert found.verdict == verdict
+
+
+def test_the_gate_resamples_where_confidence_is_asked_for() -> None:
+    def resampled(share: float) -> PairedBootstrap:
+        gains = np.where(np.arange(1000) < 1000 * share, 0.1, -0.1)
+        return PairedBootstrap("per", (0.2, 0.3), gains)
+
+    gate = Gate(confidence=0.95)
+    assert decide(scores(0.2), scores(0.3), gate, resampled(0.96)).promoted
+    refused = decide(scores(0.2), scores(0.3), gate, resampled(0.9))
+    assert not refused.promoted
+    assert "within 0 in 90% of the samples, expected 95%" in refused.reason
+    assert not decide(scores(0.2), scores(0.3), gate).promoted
+    assert decide(scores(0.2), scores(0.3), Gate(), resampled(0.5)).promoted
+
+
 def test_what_does_not_exist_is_answered_with_what_does(store, name, tmp_path) -> None:
     register(bundle(tmp_path, 0.3), name=name, store=store, gate=GATE)
     for uri, word in [
@@ -263,11 +356,11 @@ def test_a_bad_bundle_registers_nothing(store, name, tmp_path) -> None:
         fetch(f"models:/{name}/1", store=store, cache=tmp_path / "cache")
 
 
-@pytest.mark.parametrize("stop", ["_add", "_downloaded", "_promote"])
+@pytest.mark.parametrize("stop", ["_add", "downloaded", "promote"])
 def test_what_fails_half_way_moves_no_champion_and_can_be_repeated(
     store, tmp_path, monkeypatch, stop
 ) -> None:
-    name = f"half-way{stop}"
+    name = f"half-way-{stop}"
     register(bundle(tmp_path, 0.3), name=name, store=store, gate=GATE)
     better = bundle(tmp_path, 0.2)
 
@@ -294,7 +387,7 @@ def test_a_champion_that_changed_meanwhile_is_not_overwritten(
         open_client(store).set_registered_model_alias(name, "champion", "2")
         return decide(*arguments)
 
-    monkeypatch.setattr(registry, "decide", slow_decide)
+    monkeypatch.setattr(promotion, "decide", slow_decide)
     with pytest.raises(BusyError, match="changed during the export"):
         register(bundle(tmp_path, 0.2), name=name, store=store, gate=GATE)
     assert int(open_client(store).get_model_version_by_alias(name, "champion").version) == 2
