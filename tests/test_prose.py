@@ -30,11 +30,14 @@ PATTERNS = {
 }
 # First word of a docstring: a verb or a noun, no question.
 OPENING = r"(?:What|Whether|How|Where|Who|Whose|Of|As)\b"
-# Files that are not converted yet; XPASS in the report means that an entry can be deleted.
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/methods.md")
 
 
 def texts(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Yield line, text and True for a docstring, of docstrings, comments and messages."""
+    """Yield line, text and True for a docstring, of docstrings, comments, messages and pages."""
+    if path.suffix == ".md":
+        yield from ((i, line, False) for i, line in enumerate(path.read_text().splitlines(), 1))
+        return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if doc := ast.get_docstring(node):
@@ -79,7 +82,8 @@ def test_the_search_finds_each_kind_of_problem(tmp_path: Path, code: str, reason
 
 
 def cases() -> Iterator[Any]:
-    for path in sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py")):
+    code = (path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+    for path in [*sorted(code), *(ROOT / page for page in PAGES)]:
         yield pytest.param(path, id=str(path.relative_to(ROOT)))
 
 

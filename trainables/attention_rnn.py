@@ -84,8 +84,8 @@ class AttentionRnnConfig(ModelConfig):
         return AttentionRnn(self, vocabulary)
 
 
-# The sizes that performance.md compares; and Listen, Attend and Spell (Chan et al. 2016): a
-# layer, three more each after a reduction by 2 (concatenation), so 8 frames a state. Its
+# The size that the benchmarks compare; and Listen, Attend and Spell (Chan et al. 2016): a
+# layer, three more each after a reduction by 2 (concatenation), so 8 frames per state. Its
 # speller is half as wide, scores additively and attends with the previous state.
 PRESETS: Mapping[str, Mapping[str, object]] = {
     "rnn-small": {"input_feeding": True},

@@ -31,7 +31,7 @@ class Scoring:
         metric: name of the score.
         decoding: search and batch size.
         cap: longest output, in tokens.
-        sentences: number of sentences to score, the first ones; 0 for all.
+        sentences: number of sentences to score, evenly spread over the split; 0 for all.
     """
 
     metric: str
@@ -41,7 +41,7 @@ class Scoring:
 
     @classmethod
     def of(cls, experiment: Experiment, *, sentences: int = 0) -> "Scoring":
-        """Return the settings of an experiment, over the first sentences or all."""
+        """Return the settings of an experiment, over some sentences or all."""
         task = experiment.task
         return cls(task.metric, experiment.decoding, task.max_target_length, sentences)
 

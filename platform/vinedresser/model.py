@@ -78,7 +78,7 @@ class Seq2Seq(nn.Module):
         output: the distribution of the next token given a decoder state.
         devices: encoder's and decoder's, where `to_devices` parted them.
         is_recurrent: whether a step of the decoder costs the same at any position. Scheduled
-            sampling then feeds it step by step, else in two passes (objectives/sampling.py).
+            sampling then feeds it step by step, else in two passes (objectives/likelihood.py).
     """
 
     encoder_parts: tuple[str, ...] = ()

@@ -125,7 +125,7 @@ def test_two_workers_take_the_steps_of_one_that_sees_both_batches(
     assert [(one["is_last"], one["run/bundle"]) for one in told] == [(1.0, outcome.bundle)]
 
 
-# Faults (T05 ... of the table in test_training_faults.py). Each run that was hurt ends in the very
+# Faults (T05 ... of the table in tests/test_faults.py). Each run that was hurt ends in the very
 # bits of the one that was not.
 
 

@@ -202,7 +202,7 @@ def test_a_run_of_a_deleted_experiment_is_refused_by_the_next_call_and_not_by_cl
 
 
 def test_a_busy_store_does_not_end_a_training(sqlite: Store, monkeypatch, caplog) -> None:
-    """It waits in the thread, and goes on without tracking (cluster.md A6)."""
+    """It waits in the thread, and goes on without tracking."""
     tracking.initialise(sqlite)
     monkeypatch.setattr(store, "LOCK_SECONDS", 0.1)
     with store.locked(sqlite, "run k"):
@@ -216,7 +216,7 @@ def test_a_busy_store_does_not_end_a_training(sqlite: Store, monkeypatch, caplog
 
 
 def test_openers_do_not_wait_for_each_other_where_the_store_exists(sqlite: Store) -> None:
-    """Importing mlflow took seconds under one lock of the workspace (cluster.md A6)."""
+    """Importing mlflow took seconds under one lock of the workspace."""
     identity = tracking.initialise(sqlite)
     with store.locked(sqlite, f"creation of {sqlite.shown}"):
         assert tracking.initialise(sqlite) == identity

@@ -31,7 +31,7 @@ from vinedresser.special_ids import BOS, EOS, PAD, UNK
 from vinedresser.tracking import NullTracker, store_for
 from vinedresser.tracking.store import initialise
 from vinedresser.training.checkpoint import newest_checkpoint
-from vinedresser.training.outcome import Outcome, finished, log_changes
+from vinedresser.training.outcome import Outcome, finished, record_experiment
 from vinedresser.training.run import Run
 from vinedresser.training.watchdog import Watchdog
 from vinedresser.workspace.history import RunHistory
@@ -549,13 +549,13 @@ def test_t15_other_threads_are_told(reversal, whole, tmp_path, caplog):
 def test_t16_a_changed_key_is_another_run(reversal, tmp_path, caplog, key, value, said):
     config = experiment(reversal)
     before = folder_of(config, reversal, tmp_path)
-    log_changes(config, before)
+    record_experiment(config, before)
     assert caplog.text == ""
     changed = config.override({key: value})
     folder = folder_of(changed, reversal, tmp_path)
     assert folder != before
     with caplog.at_level(logging.INFO, "vinedresser"):
-        log_changes(changed, folder)
+        record_experiment(changed, folder)
     assert f"the unfinished {before.name} differs: {said}" in caplog.text
 
 

@@ -46,7 +46,7 @@ AnyTask = Annotated[Task, BeforeValidator(_read_task)]
 
 
 class Optim(Section):
-    """AdamW and its learning rate, a pure function of the step (optim.py)."""
+    """AdamW and its learning rate, a pure function of the step (training/optimizer.py)."""
 
     lr: PositiveFloat = 2e-3
     betas: tuple[Probability, Probability] = (0.9, 0.98)
@@ -84,7 +84,8 @@ class Batching(Section):
     # Batches in one update, over all workers, each worker taking its share; 0 is one per worker.
     # Named, it makes the updates of a run the same on any number of workers that divides it.
     per_update: NonNegativeInt = 0
-    # Which rows share a batch (data/order.py). Real tokens at 4096 on Multi30k: 97 %, 96 %, 46 %.
+    # Which rows share a batch (data/batching/plan.py). Real tokens at 4096 on Multi30k: 97 %, 96 %,
+    # 46 %.
     order: BatchOrder = "alternating_max"
     # Share of the train rows that are used, of all lengths alike; smaller shares are contained in
     # larger ones. A cheap fidelity for searches (methods.md 79).

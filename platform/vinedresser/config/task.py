@@ -11,7 +11,7 @@ from vinedresser.config.corpus import AnyCorpus
 from vinedresser.config.section import Section
 
 # One rule for every name that becomes a folder, a run or a model: no path, no shell, no control
-# characters (faults X05, S17).
+# characters.
 SafeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 

@@ -2,7 +2,7 @@
 
 Ray counts in memory and by number alone: a controller that is restarted begins at 0, and 100
 deaths in a week of progress are too many for it. Here progress counts: deaths without a new
-checkpoint in between, kept in the run's folder (fault T22), and hangs at one step (fault T10).
+checkpoint in between, kept in the run's folder, and hangs at one step.
 """
 
 from typing import Any

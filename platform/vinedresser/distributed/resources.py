@@ -21,7 +21,7 @@ def of_cluster() -> dict[str, float]:
 
 
 def require(compute: Compute, what: str) -> None:
-    """Raise at once where Ray would wait for resources that never come (fault C10).
+    """Raise at once where Ray would wait for resources that never come.
 
     Raises:
         MachineError: the cluster has less in all than one `what` needs.

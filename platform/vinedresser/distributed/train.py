@@ -14,7 +14,7 @@ from vinedresser.health.series import RunFacts
 from vinedresser.tracking import NullTracker, Tracker, ending, open_run
 from vinedresser.training.device import resolve_device
 from vinedresser.training.listener import Listener
-from vinedresser.training.outcome import Outcome, clear, finished, log_changes, run_folder
+from vinedresser.training.outcome import Outcome, clear, finished, record_experiment, run_folder
 from vinedresser.training.run import RolledBackError, Run
 from vinedresser.workspace.layout import RunFolder
 from vinedresser.workspace.lease import leased
@@ -57,7 +57,7 @@ def train(
         if from_scratch:
             clear(folder)
         if context.kind == "train":
-            log_changes(experiment, folder)
+            record_experiment(experiment, folder)
         if (outcome := finished(folder)) is not None:  # of the command that held the lease
             listener.finished(outcome.final_report)
         elif experiment.compute.workers == 1:

@@ -48,7 +48,7 @@ class HeadGates(nn.Module):
 
     def open_probability(self) -> Tensor:
         """Return P(gate != 0), (H,) = sigmoid(log_alpha - beta * ln(-gamma / zeta))."""
-        return torch.sigmoid(self.log_alpha.float() + _OPEN_SHIFT)
+        return torch.sigmoid(self.log_alpha + _OPEN_SHIFT)
 
 
 def head_gates(model: nn.Module) -> list[HeadGates]:
@@ -60,7 +60,8 @@ def expected_open_share(model: nn.Module) -> Tensor:
     """Return the mean of P(gate != 0) over all gates of a model, a scalar in (0, 1).
 
     The L0 penalty is lambda times this, in nats per token, so that lambda means the same for
-    any number of layers and heads (methods.md 82; sums over layers are the trap of its table).
+    any number of layers and heads (methods.md 82; Voita et al. write a sum over all heads, and
+    their code takes the mean over layers of the sums).
 
     Raises:
         ValueError: the model has no gates.

@@ -42,7 +42,7 @@ class Pruning(Section):
 
     # Keys of the finalist's experiment that differ while pruning: steps, learning rate, ...
     overrides: Mapping[str, Any] = Field(default_factory=dict)
-    # The coefficient's range; methods.md 90 and its trap on conventions.
+    # The coefficient's range; in nats per token, see expected_open_share (methods.md 90).
     space: Mapping[str, Distribution]
     # Attention kinds that get gates; empty takes all kinds of the model.
     kinds: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 A part is anything with `state_dict` and `load_state_dict`. Its tensors are stored as safetensors,
 everything else as JSON; nothing is pickled. No random state is stored because there is none: every
-step seeds its generator from (seed, step, rank).
+step seeds its generator from (seed, step, number of the batch in the update).
 """
 
 import json

@@ -70,7 +70,7 @@ class Device:
 
     @property
     def settings(self) -> dict[str, str | int]:
-        """Return what the bits of a run depend on, apart from its experiment (fault T15)."""
+        """Return what the bits of a run depend on, apart from its experiment."""
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),

@@ -155,7 +155,7 @@ class Evaluator:
         # Gates are still closing while the metric is at its best: with gates the last weights
         # ship, without them the best by the inferred metric (methods.md 13).
         is_best = bool(heads) or is_better(scores.metric, scores.value, so_far) or not self.best
-        # Weights that are not finite decode to something too: they never ship (fault T01).
+        # Weights that are not finite decode to something too: they never ship.
         if is_best and math.isfinite(scores.teacher_forced_loss):
             self.best = {name: t.clone() for name, t in weights.items()}
             self.best_step, self.best_scores = step, scores.to_json()

@@ -1,4 +1,4 @@
-"""Progress of a run as a value, and the listener that receives all output of a run."""
+"""Progress of a run as a value, and the listener that receives progress and reports of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -74,7 +74,7 @@ def run_key(experiment: Experiment, shards: ShardSet) -> str:
     """Return the content digest of a run, with data and initial weights by digest.
 
     Name, workers, threads, devices and checkpoints are left out: they change nothing of what is
-    trained beyond rounding, so that a run may resume with others (fault T14).
+    trained beyond rounding, so that a run may resume with others.
     """
     content = {**experiment.to_json(), "task": shards.digest}
     for key in ("name", "checkpoint_every", "keep_checkpoints"):
@@ -117,8 +117,8 @@ def clear(folder: RunFolder) -> None:
             path.unlink()
 
 
-def log_changes(experiment: Experiment, folder: RunFolder) -> None:
-    """Log in what a new run differs from an unfinished one of its name (fault T16).
+def record_experiment(experiment: Experiment, folder: RunFolder) -> None:
+    """Write the experiment to its folder; log how it differs from an unfinished run of its name.
 
     Another experiment is another run in a separate folder; a user who meant to resume sees why the
     run starts anew.

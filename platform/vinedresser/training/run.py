@@ -164,7 +164,7 @@ class Run:
         if monitor is not None:
             self.monitor = self.parts["monitor"] = monitor
         # However training ends, the thread that reads ahead ends with it.
-        with self._failures_recorded(), contextlib.ExitStack() as stack:
+        with self._owning_folder(), contextlib.ExitStack() as stack:
             start = self._resume()
             first_batch = start * experiment.batches_per_rank
             batches = prefetched(
@@ -206,8 +206,8 @@ class Run:
             return self._finish() if device.rank == 0 else None
 
     @contextlib.contextmanager
-    def _failures_recorded(self) -> Iterator[None]:
-        """Take the right to write to the folder; record in its history how the run fails."""
+    def _owning_folder(self) -> Iterator[None]:
+        """Hold the right to write to the folder; record a failure of the run in its history."""
         is_first = self.device.rank == 0
         if is_first:
             self.history.require_progress()
@@ -246,7 +246,7 @@ class Run:
         return metrics
 
     def _save_rows(self, step: Step) -> None:
-        """Write the rows of an update that was left out to a file for inspection (fault T01)."""
+        """Write the rows of an update that was left out to a file for inspection."""
         rows = [
             {
                 "row": int(row),
@@ -341,7 +341,7 @@ class Run:
         return step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the run's own state: time, reports, and what its bits depend on (T15)."""
+        """Return the run's own state: time, reports, and what its bits depend on."""
         return {
             "seconds": self._seconds,
             "last_report": self.last_report,

@@ -45,7 +45,8 @@ class Step:
 
     Attributes:
         index: 1-based.
-        nll: negative log-likelihood, summed over the real target tokens of this rank's batches.
+        nll: negative log-likelihood, summed over the real target tokens of this rank's batches;
+            as the likelihood term trains it: smoothed, on mixed inputs where these are sampled.
         tokens: number of those tokens.
         gradient_norm: global, before clipping; not finite where the update was left out.
         learning_rate: of the model's weights.
@@ -213,7 +214,7 @@ class GradientAccumulator:
         return [*self._cut(batch.rows(0, middle)), *self._cut(batch.rows(middle, None))]
 
     def _shrink(self, pieces: Sequence[Batch], index: int) -> None:
-        """Lower what is tried at a time (fault T03); the sums over an update stay the same."""
+        """Lower the largest batch that is tried; the sums over an update stay the same."""
         largest = max(pieces, key=lambda piece: piece.padded)
         shape = " x ".join(map(str, largest.source_BS.shape[:2])) + " source and "
         shape += " x ".join(map(str, largest.target_BT.shape)) + " target"

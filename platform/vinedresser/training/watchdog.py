@@ -1,4 +1,4 @@
-"""Watchdog: detection of ranks that hang (fault T10) and of ranks that are slow (T11).
+"""Watchdog: detection of ranks that hang and of ranks that are slow.
 
 A rank in a collective operation waits for ever if another rank never enters it. Each rank has a
 timer that every update resets; when it expires, the stacks of all threads are written to the run's

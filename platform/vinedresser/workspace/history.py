@@ -1,7 +1,6 @@
 """History of a run: its failures, rollbacks and deaths of workers, over all of its restarts.
 
-Kept in a file of the run's folder: a supervisor, Ray or a user may start a new process each time
-(fault T22).
+Kept in a file of the run's folder: a supervisor, Ray or a user may start a new process each time.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ from typing import Any
 from vinedresser.errors import DataError, MachineError, TrainingError, VinedresserError
 from vinedresser.workspace.storage import POSIX, Storage, parsed_object
 
-# Equal failures in a row, at the same step, after which a start is refused (fault T22).
+# Equal failures in a row, at the same step, after which a start is refused.
 _SAME_FAILURES = 3
 # Repaired outside of the run: a mount that is away, a checkpoint to be restored from a copy.
 _EXTERNAL = (OSError, DataError, MachineError)
@@ -61,7 +60,7 @@ class RunHistory:
 
     @property
     def rollbacks(self) -> int:
-        """Times that the run went back to its last checkpoint because it diverged (T02)."""
+        """Times that the run went back to its last checkpoint because it diverged."""
         return len(self._entries("rollbacks"))
 
     def add_rollback(self, *, done: int, reason: str) -> None:

@@ -4,8 +4,7 @@ One mechanism serves as lock between commands and as fence between starts of a r
 of the file are a token that is new with each holder, the holder's process, and the time of its last
 heartbeat. The lease is free once it was released, once its process has died on this host, or once
 a holder on another host has missed its heartbeats. A restarted worker takes the lease over from
-its predecessor; the predecessor finds another token before its next write and stops (faults T08,
-S10).
+its predecessor; the predecessor finds another token before its next write and stops.
 """
 
 import contextlib

@@ -198,7 +198,7 @@ def plan_cells(
     Each batch takes as many rows of the order as the budget holds. In `alternating_max` the
     longest side never falls, so that no way to form batches needs fewer of them; neighbours are
     near in both lengths, also across a change of the maximum: 0.969 real tokens on Multi30k at
-    4096, against 0.935 of a full sort (performance.md 3 iv). A row longer than the budget is a
+    4096, against 0.935 of a full sort (benchmarks/padding.py). A row longer than the budget is a
     batch alone. O(C log C) for C cells; `random` takes O(n) for n rows.
 
     Args:

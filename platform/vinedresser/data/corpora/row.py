@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Rows of a block, at most: about 3 MB of text, so that memory stays the same for any corpus size,
-# and Ray has 50 tasks per million rows (performance.md 5). Tests make it smaller.
+# and Ray has 50 tasks per million rows. Tests make it smaller.
 BLOCK_ROWS = 20_000
 # Line numbers kept per reason; more would make the manifest grow with the damage.
 FIRST_LINES = 10

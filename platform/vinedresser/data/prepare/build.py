@@ -57,7 +57,13 @@ def build_shards(
         corpus.unpack(scratch)
         blocks = {split: list(corpus.blocks(split)) for split in corpus.splits}
         every = [block for split in corpus.splits for block in blocks[split]]
-        job = PrepareJob(task, str(folder), str(folder), str(scratch), corpus.is_parallel)
+        job = PrepareJob(
+            task,
+            folder=str(folder),
+            out=str(folder),
+            scratch=str(scratch),
+            is_parallel=corpus.is_parallel,
+        )
         with block_runner(executor, sum(block.count for block in every), connect) as run:
             report = PreparationReport(task, corpus, _clean(every, job, run))
             report.refuse_empty()
