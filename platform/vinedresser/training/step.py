@@ -218,8 +218,7 @@ class GradientAccumulator:
         largest = max(pieces, key=lambda piece: piece.padded)
         shape = " x ".join(map(str, largest.source_BS.shape[:2])) + " source and "
         shape += " x ".join(map(str, largest.target_BT.shape)) + " target"
-        is_uncut = self._fits is not None and largest.padded > self._fits  # no memory even for that
-        if self._device.world_size > 1 or len(largest.rows_B) == 1 or is_uncut:
+        if self._device.world_size > 1 or len(largest.rows_B) == 1:
             raise MachineError(
                 f"step {index}: out of memory at {shape} tokens, peak {peak_memory()}; "
                 "lower batch.max_padded_tokens, or the task's max_source_length and "
