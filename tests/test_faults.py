@@ -1,7 +1,7 @@
 """Every fault of the list has a test that is marked with it: `@pytest.mark.fault("T01")`.
 
 D: of data (D24 concerns scoring). S: of storage, S05 to S09 while shards are written. T: of
-training.
+training. P: of schedules.
 """
 
 import ast
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 FAULTS = {
     *(f"D{i:02d}" for i in range(1, 26) if i != 24),
     *(f"S{i:02d}" for i in range(5, 10)),
+    *(f"P{i:02d}" for i in (1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 14)),
     *(f"T{i:02d}" for i in range(1, 23)),
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
+from vinedresser.cli.verbs import schedule
 from vinedresser.cli.verbs.attend import attend
 from vinedresser.cli.verbs.check import check
 from vinedresser.cli.verbs.describe import describe
@@ -45,6 +46,7 @@ for verb in (
     runs, ui, doctor,
 ):  # fmt: skip
     app.command()(verb)
+app.add_typer(schedule.app, name="schedule")
 
 
 class _ToStderr(logging.Handler):

@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     SerializeAsAny,
     Tag,
+    TypeAdapter,
     ValidationInfo,
 )
 
@@ -32,6 +33,8 @@ _MAX_PATH, _MAX_NAME = 4096, 255
 
 def _resolve(path: str, info: ValidationInfo) -> str:
     """Resolve a relative path against the folder of the file that names it."""
+    context = info.context or {}
+    context.get("paths", []).append(path)
     if "\0" in path:
         raise ValueError("a path cannot hold NUL")
     if len(path.encode(errors="surrogatepass")) > _MAX_PATH or any(
@@ -48,7 +51,7 @@ def _resolve(path: str, info: ValidationInfo) -> str:
                 "AWS_SECRET_ACCESS_KEY in the environment"
             )
         return path
-    base = (info.context or {}).get("base")
+    base = context.get("base")
     if base is None or path.startswith(PACKAGE_PREFIX):
         return path
     return str(Path(base) / path)
@@ -101,3 +104,14 @@ def _restore_corpus(value: Any, info: ValidationInfo) -> Any:
 
 
 AnyCorpus = Annotated[SerializeAsAny[CorpusConfig], BeforeValidator(_restore_corpus)]
+
+
+def paths_in(corpus: object) -> list[str]:
+    """Return the paths, globs and URIs that the plain value of a corpus names, in its order.
+
+    Raises:
+        ValueError: it is not a corpus.
+    """
+    paths: list[str] = []
+    TypeAdapter(AnyCorpus).validate_python(corpus, context={"paths": paths})
+    return list(dict.fromkeys(paths))

@@ -15,7 +15,9 @@ class _Entry:
         self._name = name
 
     def __get__(
-        self, folder: "BundleFolder | RunFolder | SweepFolder | Workspace", owner: type
+        self,
+        folder: "BundleFolder | RunFolder | ScheduleFolder | SweepFolder | Workspace",
+        owner: type,
     ) -> Path:
         return folder.path / self._name
 
@@ -97,8 +99,46 @@ class SweepFolder:
 
 
 @dataclass(frozen=True)
+class ScheduleFolder:
+    """Folder of one schedule."""
+
+    path: Path
+
+    # The slots that have not ended, and the time up to which all slots are accounted for.
+    state = _Entry("state.json")
+    # Held by the one process that runs slots.
+    lease = _Entry(".command.json")
+    # Held by the one process that sends notices.
+    notice_lease = _Entry(".notices.json")
+    # The corpus files of the pipeline, as long as its code is unchanged.
+    plan = _Entry("plan.json")
+    # One file per ended slot, written once.
+    slots = _Entry("slots")
+    # One file per event and receiver, until it is sent; then in the folder below.
+    notices = _Entry("notices")
+    sent = _Entry("notices/sent")
+    logs = _Entry("logs")
+
+    def slot(self, name: str) -> Path:
+        """Return the record of an ended slot."""
+        return self.slots / f"{name}.json"
+
+    def log(self, name: str) -> Path:
+        """Return the log of the processes of a slot."""
+        return self.logs / f"{name}.log"
+
+    def result(self, name: str) -> Path:
+        """Return the standard output of the last process of a slot."""
+        return self.logs / f"{name}.out"
+
+    def notice(self, name: str, receiver: str) -> Path:
+        """Return the file of an event that one receiver has not got yet."""
+        return self.notices / f"{name}.{receiver}.json"
+
+
+@dataclass(frozen=True)
 class Workspace:
-    """Folder of shard sets, runs, sweeps, models and the tracking database."""
+    """Folder of shard sets, runs, sweeps, models, schedules and the tracking database."""
 
     path: Path
 
@@ -109,6 +149,7 @@ class Workspace:
     models = _Entry("models")
     # Bundles of the registry, by digest.
     cache = _Entry("cache")
+    schedules = _Entry("schedules")
     leases = _Entry(".leases")
     database = _Entry("mlflow.db")
     artifacts = _Entry("mlartifacts")
@@ -124,6 +165,10 @@ class Workspace:
     def model(self, name: str, digest: str) -> Path:
         """Return the folder of a model that is made of the bundle with the digest."""
         return content_folder(self.models, name, digest)
+
+    def schedule(self, name: str) -> ScheduleFolder:
+        """Return the folder of a schedule."""
+        return ScheduleFolder(self.schedules / name)
 
     def pipeline_table(self, name: str) -> Path:
         """Return the file with the closing table of a pipeline."""

@@ -1,0 +1,339 @@
+"""`schedule`: run pipelines at their times, one at a time; records, pauses and checks."""
+
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vinedresser.cli.arguments import HERE, AsJson, Overrides, WorkspaceFolder
+from vinedresser.cli.render import print_json, print_lines, print_table
+from vinedresser.config import parse_overrides, resolve
+from vinedresser.errors import BusyError, ConfigError, MachineError
+from vinedresser.workspace.layout import Workspace
+
+if TYPE_CHECKING:
+    from vinedresser.schedule.definition import Schedule
+    from vinedresser.schedule.record import Ledger, Record, State
+    from vinedresser.schedule.work import PipelineWork
+
+app = typer.Typer(help="Run pipelines at their times, one at a time, with a record per slot.")
+
+ScheduleName = Annotated[
+    str,
+    typer.Argument(
+        metavar="SCHEDULE", help="import path or file of a schedule, or its name in the workspace"
+    ),
+]
+Moment = Annotated[str, typer.Option(help="time in UTC, as 2026-11-21T03:00")]
+
+
+def _find(
+    name: str, overrides: list[str] | None, workspace: Path
+) -> tuple["Schedule", "Ledger", str]:
+    """Return a schedule, its ledger, and its name on the command line."""
+    try:
+        from vinedresser.schedule.definition import Schedule
+        from vinedresser.schedule.record import Ledger
+
+        source = name
+        place = Workspace(workspace.absolute())
+        if place.schedule(name).state.is_file():
+            state = Ledger(place.schedule(name)).state()
+            source = state.source if state and state.source else name
+        schedule = resolve(source, [Schedule]).override(parse_overrides(overrides or []))
+    except ModuleNotFoundError as error:
+        raise MachineError(
+            f"schedules need {error.name}; install it with: pip install 'vinedresser[schedule]'"
+        ) from None
+    return schedule, Ledger(place.schedule(schedule.name)), source
+
+
+def _tick(
+    schedule: "Schedule", source: str, workspace: Path
+) -> tuple[list["Record"], "PipelineWork"]:
+    from vinedresser.schedule.tick import Ticker
+    from vinedresser.schedule.work import PipelineWork
+
+    work = PipelineWork(schedule, workspace)
+    try:
+        return Ticker(schedule, workspace, work, source=source).tick(), work
+    finally:
+        work.after_tick()
+
+
+def _print_records(records: list["Record"], *, as_json: bool) -> None:
+    if as_json:
+        return print_json([record.to_json() for record in records])
+    return _print_table(records)
+
+
+@app.command()
+def tick(
+    schedule: ScheduleName,
+    overrides: Overrides = None,
+    workspace: WorkspaceFolder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Do once what is due for a schedule: run, retry, continue, record, notify.
+
+    May be called at any time and by any number of processes; to be called every minute or so.
+    """
+    value, _, source = _find(schedule, overrides, workspace)
+    _print_records(_tick(value, source, workspace)[0], as_json=as_json)
+
+
+@app.command()
+def serve(
+    schedules: Annotated[list[str], typer.Argument(metavar="SCHEDULE...", help="see `tick`")],
+    workspace: WorkspaceFolder = HERE,
+    host: Annotated[str, typer.Option(help="address of metrics and health")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port of /metrics and /health; -1 for none")] = 9464,
+) -> None:
+    """Tick schedules at their times until SIGTERM or Ctrl-C."""
+    found = [_find(name, None, workspace) for name in schedules]
+    names = [value.name for value, _, _ in found]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{', '.join(sorted(names))}: a name occurs twice; rename a schedule")
+    from vinedresser.schedule import serve as serving
+    from vinedresser.schedule.triggers import PROGRAM
+
+    each = serving.served([(value, source) for value, _, source in found], workspace)
+    folder = str(workspace.absolute())
+    server = serving.Server(each, lambda one: [*PROGRAM, "schedule", "tick", one.source,
+                                               "-w", folder])  # fmt: skip
+    http = serving.metrics_server(server, each, host, port) if port >= 0 else None
+    if http is not None:
+        print_lines(f"metrics and health on http://{host}:{http.server_port}")
+        sys.stdout.flush()
+    server.run()
+
+
+@app.command("ls")
+def list_(workspace: WorkspaceFolder = HERE, as_json: AsJson = False) -> None:
+    """List the schedules of the workspace, with their last and next slots."""
+    rows: list[dict[str, Any]] = []
+    folder = Workspace(workspace.absolute()).schedules
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        value, ledger, source = _find(path.name, None, workspace)
+        state = ledger.state()
+        if state is not None:
+            rows.append({"schedule": value.name, "source": source, **_summary(value, state)})
+    if as_json:
+        return print_json(rows)
+    columns = ("schedule", "source", "state", "last_good", "next", "failures")
+    return print_table(
+        [column.replace("_", " ") for column in columns],
+        [tuple(str(row[column] or "") for column in columns) for row in rows],
+    )
+
+
+def _summary(schedule: "Schedule", state: "State") -> dict[str, Any]:
+    """Return the present state of a schedule as plain JSON."""
+    from vinedresser.schedule.when import is_overdue, next_slot, written
+
+    now = datetime.now(UTC)
+    first = next(iter(state.pending), None)
+    is_late = is_overdue(schedule, state.since, state.good, now)
+    word = "paused" if state.paused else first.state if first else "overdue" if is_late else "idle"
+    return {
+        "state": word,
+        "reason": state.paused.reason if state.paused else first.reason if first else "",
+        "slot": written(first.slot) if first else None,
+        "last_good": written(state.good) if state.good else None,
+        "next": written(next_slot(schedule, now)),
+        "failures": state.failures,
+        "overdue": is_late,
+        "ends": dict(state.ends),
+    }
+
+
+@app.command()
+def show(
+    schedule: ScheduleName,
+    overrides: Overrides = None,
+    workspace: WorkspaceFolder = HERE,
+    last: Annotated[int, typer.Option(min=1, help="number of records")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Show the last slots of a schedule: verdict, scores, duration, cost and reason."""
+    value, ledger, _ = _find(schedule, overrides, workspace)
+    state = ledger.state()
+    records = [ledger.record(name) for name in ledger.names()[-last:]]
+    summary = _summary(value, state) if state else {"state": "new"}
+    if as_json:
+        shown = [*records, *(state.open if state else ())]
+        return print_json({**summary, "records": [record.to_json() for record in shown]})
+    reason = f": {summary['reason']}" if summary.get("reason") else ""
+    print_lines(f"{value.name}: {summary['state']}{reason}; next slot {summary.get('next', '')}")
+    return _print_table([*records, *(state.open if state else ())])
+
+
+def _print_table(records: list["Record"]) -> None:
+    from vinedresser.cli.progress import duration
+    from vinedresser.schedule.when import written
+
+    rows = []
+    for record in records:
+        seconds = sum(attempt.seconds for attempt in record.attempts)
+        cpu = sum(attempt.cpu_seconds for attempt in record.attempts)
+        count = f" ({record.count} slots)" if record.count > 1 else ""
+        rows.append((
+            f"{written(record.slot)}{count}", record.state, _scores(record),
+            duration(seconds) if record.attempts else "",
+            duration(cpu) if record.attempts else "",
+            str(len(record.attempts) or ""), record.reason,
+        ))  # fmt: skip
+    columns = ["slot", "end", "score (champion)", ">time", ">CPU", ">tries", "reason"]
+    print_table(columns, rows)
+
+
+def _scores(record: "Record") -> str:
+    """Return the challenger's score with the champion's, as `per 12.34 (12.50)`."""
+    table = record.result
+    scores = table.get("scores")
+    if not isinstance(scores, dict) or scores.get("challenger") is None:
+        return ""
+    champion = scores.get("champion")
+    behind = f" ({champion:.2f})" if isinstance(champion, int | float) else ""
+    return f"{table.get('metric', '')} {scores['challenger']:.2f}{behind}"
+
+
+@app.command()
+def pause(
+    schedule: ScheduleName,
+    workspace: WorkspaceFolder = HERE,
+    reason: Annotated[str, typer.Option(help="for the records")] = "by command",
+) -> None:
+    """Skip the slots of a schedule until `resume`; a running one goes on."""
+    from vinedresser.schedule.record import Pause
+
+    value, ledger, _ = _find(schedule, None, workspace)
+    since = datetime.now(UTC)
+    ledger.change(lambda old: _known(old, value).change(paused=Pause(since=since, reason=reason)))
+    print_lines(f"{value.name}: paused")
+
+
+@app.command()
+def resume(schedule: ScheduleName, workspace: WorkspaceFolder = HERE) -> None:
+    """End a pause; slots that passed meanwhile stay skipped."""
+    value, ledger, _ = _find(schedule, None, workspace)
+    ledger.change(lambda old: _known(old, value).change(paused=None, failures=0))
+    print_lines(f"{value.name}: resumed")
+
+
+def _known(state: "State | None", schedule: "Schedule") -> "State":
+    if state is None:
+        raise ConfigError(
+            f"{schedule.name}: has no state in this workspace; run `vinedresser schedule tick`"
+        )
+    return state
+
+
+@app.command("run-now")
+def run_now(
+    schedule: ScheduleName,
+    overrides: Overrides = None,
+    workspace: WorkspaceFolder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Run a schedule's pipeline now, whatever its times and conditions."""
+    now = datetime.now(UTC).replace(microsecond=0)
+    _run_slots(schedule, overrides, workspace, lambda _: [now], cause="manual", as_json=as_json)
+
+
+@app.command()
+def backfill(
+    schedule: ScheduleName,
+    start: Annotated[str, typer.Option("--from", help="time in UTC, as 2026-11-21T03:00")],
+    end: Annotated[str, typer.Option("--to", help="time in UTC; included")],
+    overrides: Overrides = None,
+    workspace: WorkspaceFolder = HERE,
+) -> None:
+    """Run the slots of a span of time that have no run, whatever their conditions."""
+    first, last = (_moment(text) for text in (start, end))
+
+    def slots(value: "Schedule") -> list[datetime]:
+        from vinedresser.schedule.when import due_slots
+
+        if last > datetime.now(UTC) or first > last:
+            raise ConfigError(f"--from {start} --to {end}: expected a span of the past")
+        return due_slots(value, first - timedelta(microseconds=1), last)
+
+    _run_slots(schedule, overrides, workspace, slots, cause="backfill", as_json=False)
+
+
+def _moment(text: str) -> datetime:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"{text}: expected a time, as 2026-11-21T03:00") from None
+    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+
+
+def _run_slots(
+    name: str,
+    overrides: list[str] | None,
+    workspace: Path,
+    slots: Any,
+    *,
+    cause: Any,
+    as_json: bool,
+) -> None:
+    """Add slots to the open ones and tick."""
+    from vinedresser.schedule.record import Record
+    from vinedresser.schedule.when import written
+
+    value, ledger, source = _find(name, overrides, workspace)
+    now = datetime.now(UTC)
+    wanted = [
+        Record(schedule=value.name, slot=slot, first=slot, cause=cause, decided=now)
+        for slot in slots(value)
+    ]
+    new = [record for record in wanted if not ledger.has(record) and not _has_run(ledger, record)]
+
+    def with_slots(old: "State | None") -> "State":
+        from vinedresser.schedule.tick import planned
+
+        state = planned(value, old, now, has=ledger.has)
+        if cause == "manual" and state.pending:
+            busy = state.pending[0]
+            raise BusyError(f"{value.name}: slot {written(busy.slot)} is {busy.state}; wait for it")
+        keys = {record.key for record in state.open}
+        return state.change(
+            source=source, open=(*state.open, *(r for r in new if r.key not in keys))
+        )
+
+    if new:
+        ledger.change(with_slots)
+    _print_records(_tick(value, source, workspace)[0], as_json=as_json)
+
+
+def _has_run(ledger: "Ledger", record: "Record") -> bool:
+    """Return whether the slot of a record ran at its own time."""
+    own = record.change(cause="schedule")
+    return ledger.has(own) and bool(ledger.record(own.name).attempts)
+
+
+@app.command()
+def check(
+    schedules: Annotated[list[str], typer.Argument(metavar="SCHEDULE...", help="see `tick`")],
+    workspace: WorkspaceFolder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """End with code 4 if a schedule is overdue or was paused by failures; for a monitor."""
+    rows = []
+    for name in schedules:
+        value, ledger, _ = _find(name, None, workspace)
+        state = ledger.state()
+        summary = _summary(value, state) if state else {"state": "new", "overdue": True}
+        rows.append({"schedule": value.name, **summary})
+    if as_json:
+        print_json(rows)
+    else:
+        for row in rows:
+            good = f"last good slot {row['last_good']}" if row.get("last_good") else "no good slot"
+            print_lines(f"{row['schedule']}: {row['state']}, {good}")
+    if any(row["overdue"] for row in rows):
+        raise typer.Exit(4)

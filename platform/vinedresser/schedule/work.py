@@ -1,0 +1,86 @@
+"""Effects of a tick for real: files of the corpus, `retrain` as a child process, notices."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vinedresser.schedule import child
+from vinedresser.schedule.definition import Event, Schedule
+from vinedresser.schedule.notify import deliver, enqueue
+from vinedresser.schedule.record import Ledger, Record, State
+from vinedresser.schedule.tick import Done
+from vinedresser.schedule.triggers import Conditions, conditions, retrain_words
+from vinedresser.schedule.when import written
+from vinedresser.workspace.layout import Workspace
+from vinedresser.workspace.storage import POSIX, parsed_object
+
+_TAIL_BYTES = 4096
+
+
+class PipelineWork:
+    """Conditions, runs and notices of one schedule."""
+
+    def __init__(
+        self, schedule: Schedule, workspace: Path, *, words: Sequence[str] | None = None
+    ) -> None:
+        """Args: the schedule, the workspace, and a command other than `retrain` (benchmarks)."""
+        self._schedule, self._workspace = schedule, workspace.absolute()
+        self._folder = Workspace(self._workspace).schedule(schedule.name)
+        self._words = words
+
+    def conditions(self, state: State, now: datetime) -> Conditions:
+        """See `Work.conditions`."""
+        return conditions(self._schedule, state, self._folder, self._workspace, now)
+
+    def run(self, record: Record, *, began: Callable[[str], None], stop: Callable[[], str]) -> Done:
+        """See `Work.run`."""
+        child.adopt_orphans()
+        environment = child.allowed_environment(self._schedule.env)
+        environment |= {
+            "VINEDRESSER_SLOT": written(record.slot),
+            "VINEDRESSER_SCHEDULE": self._schedule.name,
+        }
+        command = child.Command(
+            words=self._words or retrain_words(self._schedule, self._workspace),
+            environment=environment,
+            output=self._folder.result(record.name),
+            log=self._folder.log(record.name),
+            deadline=self._schedule.deadline.total_seconds(),
+            grace=self._schedule.grace.total_seconds(),
+        )
+        ended = child.run(command, began=began, stop=stop)
+        return Done(ended, _table(command.output), "" if ended.code == 0 else _last(command.log))
+
+    def event(self, event: Event, name: str, content: Mapping[str, Any]) -> None:
+        """See `Work.event`."""
+        enqueue(self._schedule, self._folder, event, name, content)
+
+    def after_tick(self) -> None:
+        """Send the notices, and remove records that are older than those to keep."""
+        now = datetime.now(UTC)
+        deliver(self._schedule, self._folder, now)
+        ledger, oldest = Ledger(self._folder), written(now - self._schedule.keep.runs)
+        limit = oldest.replace("-", "").replace(":", "")
+        for name in ledger.names():
+            if name >= limit:
+                break
+            for folder in (self._folder.slots, self._folder.logs, self._folder.sent):
+                for path in (*folder.glob(f"*{name}.*"), folder / f".{name}.json.guard"):
+                    path.unlink(missing_ok=True)
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a command's output: all of it, or its last line."""
+    content = POSIX.read(path) or b""
+    whole = parsed_object(content)
+    return whole or parsed_object(content.strip().rpartition(b"\n")[2])
+
+
+def _last(path: Path) -> str:
+    """Return the last line of a log, of 300 characters at most."""
+    with path.open("rb") as stream:
+        stream.seek(0, 2)
+        stream.seek(max(stream.tell() - _TAIL_BYTES, 0))
+        lines = stream.read().decode(errors="replace").strip().splitlines()
+    return " ".join(lines[-1].split())[:300] if lines else ""
