@@ -145,8 +145,15 @@ def files(tmp_path: Path) -> dict[str, Any]:
 def test_help(shown: Shown, compared: Any) -> None:
     from vinedresser.cli.app import app
 
-    assert sorted(VERBS) == sorted(c.name or c.callback.__name__ for c in app.registered_commands)
-    compared("help", "".join([shown("--help"), *(shown(verb, "--help") for verb in VERBS)]))
+    def names(group: Any) -> list[str]:
+        return [c.name or c.callback.__name__ for c in group.registered_commands]
+
+    assert sorted(VERBS) == sorted(names(app))
+    texts = [shown("--help"), *(shown(verb, "--help") for verb in VERBS)]
+    for group in app.registered_groups:
+        texts.append(shown(group.name, "--help"))
+        texts += [shown(group.name, name, "--help") for name in names(group.typer_instance)]
+    compared("help", "".join(texts))
 
 
 PLANS = {

@@ -1,13 +1,16 @@
 """Times of slots and decisions about them, as pure functions."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vinedresser.config import resolve
 from vinedresser.errors import ConfigError
 from vinedresser.schedule.definition import Schedule
 from vinedresser.schedule.when import (
@@ -184,6 +187,16 @@ def test_a_schedule_is_equal_after_a_round_trip() -> None:
     )  # fmt: skip
     assert Schedule.from_json(value.to_json()) == value
     assert value.to_json()["deadline"] == "90m"
+
+
+def test_files_are_named_from_the_folder_of_the_schedule(tmp_path: Path) -> None:
+    plain = {"pipeline": "p.yaml", "overrides": {"task": "t.json", "seed": 3, "x": "y"}}
+    text = json.dumps({"name": "s", "every": "@daily", **plain})
+    (tmp_path / "s.json").write_text(text)
+    found = resolve(str(tmp_path / "s.json"), [Schedule])
+    assert found.pipeline == str(tmp_path / "p.yaml")
+    assert found.overrides == {"task": str(tmp_path / "t.json"), "seed": 3, "x": "y"}
+    assert found.override({}) == Schedule.from_json(found.to_json())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Run of a command in a process session of its own, which ends as a whole."""
+"""Run of a command in a new process session, which ends as a whole."""
 
 import contextlib
 import ctypes

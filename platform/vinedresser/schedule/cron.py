@@ -16,7 +16,7 @@ _NICKNAMES = {
     "@annually": "0 0 1 1 *",
 }
 _NAMES = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|sun|mon|tue|wed|thu|fri|sat"
-# croniter also reads random (R), hashed (H) and last (L) values, of which cron knows nothing.
+# croniter also reads random (R), hashed (H) and last (L) values, which cron has not.
 _FIELD = re.compile(rf"(?:[0-9*,/-]|{_NAMES})+", re.ASCII | re.IGNORECASE)
 _MAX_LENGTH = 200
 
@@ -38,7 +38,7 @@ def checked_cron(text: str) -> str:
         alone = ["*"] * len(_FIELDS)
         alone[number] = field
         if not (_FIELD.fullmatch(field) and _has_time(" ".join(alone))):
-            raise ValueError(f"the field {name} is {field!r}, which cron does not know")
+            raise ValueError(f"the field {name} is {field!r}, which is not of cron")
     if not _has_time(" ".join(fields)):
         raise ValueError("no day fits the expression, as 30 February; change day or month")
     return text

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
@@ -14,12 +15,14 @@ from pydantic import (
     NonNegativeInt,
     PlainSerializer,
     PositiveInt,
+    ValidationInfo,
     model_validator,
 )
 
 from vinedresser.config import SafeName, Section
 from vinedresser.schedule.cron import checked_cron
 
+CONFIGURATION_FILES = (".yaml", ".yml", ".json")
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 # Good ends of a slot, other ends, and the two events that belong to no end.
@@ -64,6 +67,17 @@ def _known_zone(name: str) -> str:
     return name
 
 
+def _from_its_folder(value: Any, info: ValidationInfo) -> Any:
+    """Resolve the name of a configuration file against the folder of the schedule's file."""
+    base = (info.context or {}).get("base")
+    if base and isinstance(value, str) and value.endswith(CONFIGURATION_FILES):
+        return str(Path(base) / value)
+    return value
+
+
+FileOrValue = Annotated[Any, AfterValidator(_from_its_folder)]
+
+
 class CatchUp(Section):
     """Treatment of slots that passed while no scheduler was running."""
 
@@ -74,7 +88,7 @@ class CatchUp(Section):
 
 
 class Drift(Section):
-    """Loss of quality of the champion on fresh data that makes a run due."""
+    """Loss of quality of the champion on fresh data that is the condition of a run."""
 
     metric: str
     # Points of the metric, towards the worse.
@@ -91,7 +105,7 @@ class When(Section):
     min_new_rows: NonNegativeInt = 0
     # The newest file must be unchanged for this long.
     settle: Duration = timedelta(0)
-    # A file of this name beside each file of the corpus, not older than it.
+    # A file of this name in each folder of the corpus, not older than the others in it.
     success_file: Annotated[str, Field(pattern=r"^[^/\x00]{0,255}$")] = ""
     drift: Drift | None = None
 
@@ -147,8 +161,12 @@ class Schedule(Section):
 
     name: SafeName
     # Import path or file of a pipeline, and dotted keys that replace values in it.
-    pipeline: Annotated[str, Field(min_length=1, pattern=r"^[^-\x00][^\x00]*$")]
-    overrides: Mapping[str, Any] = {}
+    pipeline: Annotated[
+        str,
+        Field(min_length=1, pattern=r"^[^-\x00][^\x00]*$"),
+        AfterValidator(_from_its_folder),
+    ]
+    overrides: Mapping[str, FileOrValue] = {}
     # Either a cron expression of five fields or @daily and the like, in the time zone, ...
     every: Annotated[str, AfterValidator(checked_cron)] | None = None
     # ... or a time between slots, which are multiples of it since 1970 in UTC.

@@ -223,7 +223,7 @@ def metrics_server(
             self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
-            pass
+            """Log no request."""
 
     http = ThreadingHTTPServer((host, port), Handler)
     http.daemon_threads = True

@@ -21,7 +21,7 @@ from vinedresser.config.corpus import paths_in
 from vinedresser.config.kinds import allowed_packages
 from vinedresser.errors import ConfigError, DataError, MachineError
 from vinedresser.schedule.child import allowed_environment
-from vinedresser.schedule.definition import Schedule, When
+from vinedresser.schedule.definition import CONFIGURATION_FILES, Schedule, When
 from vinedresser.schedule.record import State
 from vinedresser.workspace.commit import digest_of
 from vinedresser.workspace.layout import ScheduleFolder
@@ -154,7 +154,7 @@ def _code(schedule: Schedule) -> list[Stamp]:
             files += Path(place).rglob("*.py")
     named = [schedule.pipeline, *(v for v in schedule.overrides.values() if isinstance(v, str))]
     for name in named:
-        if name.endswith((".yaml", ".yml", ".json")):
+        if name.endswith(CONFIGURATION_FILES):
             folder = Path(name).parent
             files += [p for end in ("yaml", "yml", "json") for p in folder.glob(f"*.{end}")]
     return sorted(_stamp(str(path)) for path in set(files))

@@ -47,6 +47,8 @@ def _find(
         raise MachineError(
             f"schedules need {error.name}; install it with: pip install 'vinedresser[schedule]'"
         ) from None
+    if Path(source).is_file():
+        source = str(Path(source).resolve())
     return schedule, Ledger(place.schedule(schedule.name)), source
 
 
@@ -206,7 +208,7 @@ def pause(
     workspace: WorkspaceFolder = HERE,
     reason: Annotated[str, typer.Option(help="for the records")] = "by command",
 ) -> None:
-    """Skip the slots of a schedule until `resume`; a running one goes on."""
+    """Skip the slots of a schedule until `resume`; a running slot continues."""
     from vinedresser.schedule.record import Pause
 
     value, ledger, _ = _find(schedule, None, workspace)
