@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from vinedresser.cli.verbs import schedule
+from vinedresser.cli.verbs import jobs, schedule
 from vinedresser.cli.verbs.attend import attend
 from vinedresser.cli.verbs.check import check
 from vinedresser.cli.verbs.describe import describe
@@ -20,6 +20,7 @@ from vinedresser.cli.verbs.prepare import prepare
 from vinedresser.cli.verbs.prune import prune
 from vinedresser.cli.verbs.retrain import retrain
 from vinedresser.cli.verbs.runs import runs
+from vinedresser.cli.verbs.submit import submit
 from vinedresser.cli.verbs.sweep import sweep
 from vinedresser.cli.verbs.train import train
 from vinedresser.cli.verbs.translate import translate
@@ -43,10 +44,11 @@ app = typer.Typer(
 )
 for verb in (
     prepare, train, check, sweep, prune, export, retrain, evaluate, translate, describe, attend,
-    runs, ui, doctor,
+    runs, ui, doctor, submit,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(schedule.app, name="schedule")
+app.add_typer(jobs.app, name="jobs")
 
 
 class _ToStderr(logging.Handler):

@@ -26,10 +26,30 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="dotted key=value options", metavar="[KEY=VALUE]...")
 ]
 ModelName = Annotated[str, typer.Argument(help="bundle folder, run id or models:/name@alias")]
+
+
+def _outlives_the_job(workspace: Path) -> Path:
+    """Refuse a workspace inside the unpacked code of a job, which Ray deletes.
+
+    Raises:
+        ConfigError: the folder is in Ray's `runtime_resources`.
+    """
+    if "runtime_resources" in workspace.absolute().parts:
+        raise ConfigError(
+            f"{workspace.absolute()}: inside the unpacked code of a Ray job, which Ray deletes; "
+            "pass --workspace with an absolute path on storage that all nodes see"
+        )
+    return workspace
+
+
 WorkspaceFolder = Annotated[
     Path,
     typer.Option(
-        "--workspace", "-w", envvar="VINEDRESSER_WORKSPACE", help="folder for all results"
+        "--workspace",
+        "-w",
+        envvar="VINEDRESSER_WORKSPACE",
+        help="folder for all results",
+        callback=_outlives_the_job,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]

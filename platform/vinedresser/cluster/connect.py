@@ -110,7 +110,7 @@ def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address != "local":
-        _require_answer(address)
+        require_listener(address, "RAY_ADDRESS")
         try:
             ray.init(address=address, **quiet)
         except Exception as error:  # Ray raises many kinds here
@@ -135,9 +135,13 @@ def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
     return folder
 
 
-def _require_answer(address: str) -> None:
-    """Refuse a host:port without a listener: `ray.init` ends the process there."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+def require_listener(address: str, name: str) -> None:
+    """Refuse a host:port, in a URL or not, without a listener: Ray waits long or ends the process.
+
+    Raises:
+        MachineError: no process listens there; the message begins with the name of the setting.
+    """
+    host, _, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
     if not (host and port.isdigit()):
         return
     try:
@@ -145,7 +149,7 @@ def _require_answer(address: str) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise MachineError(
-            f"RAY_ADDRESS={address}: {reason}; start the cluster or unset RAY_ADDRESS"
+            f"{name}={address}: {reason}; start the cluster or change {name}"
         ) from None
 
 

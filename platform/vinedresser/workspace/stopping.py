@@ -161,4 +161,4 @@ class InterruptOnSigterm:
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.is_received = True
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(signal.SIGTERM)

@@ -3,7 +3,7 @@
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -77,13 +77,25 @@ def tick(
     overrides: Overrides = None,
     workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
+    exit_code: Annotated[
+        bool,
+        typer.Option(
+            "--exit-code", help="end with the code of a slot that failed now; 75 while one waits"
+        ),
+    ] = False,
 ) -> None:
     """Do once what is due for a schedule: run, retry, continue, record, notify.
 
     May be called at any time and by any number of processes; to be called every minute or so.
     """
-    value, _, source = _find(schedule, overrides, workspace)
-    _print_records(_tick(value, source, workspace)[0], as_json=as_json)
+    value, ledger, source = _find(schedule, overrides, workspace)
+    records = _tick(value, source, workspace)[0]
+    _print_records(records, as_json=as_json)
+    if exit_code:
+        failed = [each.attempts[-1].code for each in records if each.state == "failed"]
+        state = ledger.state()
+        is_open = state is not None and bool(state.pending)
+        raise typer.Exit((failed[-1] or 4) if failed else BusyError.exit_code if is_open else 0)
 
 
 @app.command()
@@ -339,3 +351,46 @@ def check(
             print_lines(f"{row['schedule']}: {row['state']}, {good}")
     if any(row["overdue"] for row in rows):
         raise typer.Exit(4)
+
+
+@app.command()
+def emit(
+    schedule: ScheduleName,
+    pods: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value options of pods, as image=", metavar="[KEY=VALUE]..."),
+    ] = None,
+    target: Annotated[
+        Literal["cron", "systemd", "airflow", "k8s", "rayjob", "raycronjob"],
+        typer.Option(help="scheduler that calls `schedule tick`"),
+    ] = "cron",
+    workspace: WorkspaceFolder = HERE,
+    into: Annotated[
+        Path | None, typer.Option(help="folder for the files; printed by default")
+    ] = None,
+) -> None:
+    """Print what another scheduler needs to tick a schedule: a line, units, manifests, a DAG file.
+
+    Overlap, catch-up, triggers and retries stay those of the schedule.
+    """
+    from vinedresser.cluster.emit import TARGETS, Host, tick_of
+    from vinedresser.cluster.manifests import Pods
+
+    value, _, source = _find(schedule, None, workspace)
+    program = Path(sys.executable).parent / "vinedresser"
+    options = {
+        **({"image": value.run.image} if value.run.image else {}),
+        **parse_overrides(pods or []),
+    }
+    files = TARGETS[target](
+        tick_of(value, source, workspace.absolute()),
+        Host(program, Path.cwd()),
+        Pods.from_json(options) if options else None,
+    )
+    for name, text in files.items():
+        if into is None:
+            print_lines(*([f"# {name}"] if len(files) > 1 else []), text.rstrip())
+        else:
+            into.mkdir(parents=True, exist_ok=True)
+            (into / name).write_text(text)
+            print_lines(str(into / name))
