@@ -1,10 +1,11 @@
 """Fixtures of all rooms, and how tests are shared out among the workers of pytest-xdist."""
 
+import ast
 import contextlib
 import functools
+import math
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -22,15 +23,21 @@ from filelock import FileLock
 from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
+
+from tests.processes import MAIN, Forked
 
 if TYPE_CHECKING:
     from vinedresser.data.shards import ShardSet
 
 ROOT = Path(__file__).parents[1]
+RAY = "ray"
 
 # One thread per process, also in processes that tests start: matrices here are tiny, and another
 # worker uses the other core. Set before anything imports torch.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Ray gives its workers the lowest priority but four: they would wait for the other worker's tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # The same examples in every run and on every worker; Hypothesis' own limit of 200 ms per example
 # would fail tests on a busy machine.
@@ -46,25 +53,55 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @functools.cache
-def group_of(file: str) -> str:
-    """Return the name of what a worker runs in one go: the file, or all files that use Ray."""
-    return "ray" if re.search(r"local_ray|mark\.ray", (ROOT / file).read_text()) else file
+def marked(file: str, mark: str) -> frozenset[str]:
+    """Return the names of a file's tests that have a mark, by themselves or all of them."""
+    tree = ast.parse((ROOT / file).read_text())
+    tests = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    of_file = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
+    if any(line.startswith("pytestmark") and f"mark.{mark}" in line for line in of_file):
+        return frozenset(test.name for test in tests)
+    wanted = f"pytest.mark.{mark}"
+    return frozenset(t.name for t in tests if wanted in map(ast.unparse, t.decorator_list))
+
+
+def has_mark(nodeid: str, mark: str) -> bool:
+    """Return True if the test of a node has a mark."""
+    file, *_, test = nodeid.partition("[")[0].split("::")
+    return test in marked(file, mark)
 
 
 class FileScheduling(LoadScopeScheduling):
-    """A file is one piece of work, and all files that use Ray are one together.
+    """A file is one piece of work, and all tests that use Ray are one together.
 
     One worker then starts the one local Ray, and fixtures of a module are made once. The groups of
     `--dist loadgroup` do not do it: xdist 3.8 writes them where pytest 9.2 no longer reads them.
+    What takes long comes first, so that all workers end together.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return group_of(nodeid.partition("::")[0])
+        return RAY if has_mark(nodeid, RAY) else nodeid.partition("::")[0]
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        longest = max(self.workqueue, key=self._length)
+        self.workqueue.move_to_end(longest, last=False)
+        super()._assign_work_unit(node)
+
+    def _length(self, scope: str) -> float:
+        if scope == RAY:
+            return math.inf
+        return sum(60 if has_mark(test, "slow") else 1 for test in self.workqueue[scope])
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FileScheduling:
     """Share out files among the workers of `-n`."""
     return FileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a test that starts Ray without the mark by which it is shared out."""
+    for item in items:
+        if "local_ray" in getattr(item, "fixturenames", ()) and not item.get_closest_marker(RAY):
+            raise pytest.UsageError(f"{item.nodeid}: uses local_ray; mark it with pytest.mark.ray")
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +245,23 @@ def local_ray() -> Iterator[None]:
         environment.delenv("RAY_ADDRESS", raising=False)
         with connect(cpus=2):
             yield
+
+
+@pytest.fixture
+def forked(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> Iterator[Callable[..., Forked]]:
+    """Start a process that costs no import: of code, or without code of the command line."""
+    started: list[Forked] = []
+
+    def start(*words: object, code: str = MAIN, **more: Any) -> Forked:
+        settings = {"cwd": tmp_path, "env": os.environ, **more}
+        started.append(Forked(tmp_path_factory.mktemp("forked"), code, words, **settings))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The whole chain from text files to a champion, through the command line."""
 
+import io
 import json
-import os
 import random
 import subprocess
 import sys
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from vinedresser import tracking
+from vinedresser.cli import main
 from vinedresser.errors import ConfigError
 from vinedresser.pipeline import Pipeline
 from vinedresser.sweep import TrialRow
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
-MAIN = [sys.executable, "-c", "import sys; from vinedresser.cli import main; sys.exit(main())"]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # What the closing JSON promises; everything else in it may change.
@@ -34,17 +34,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("chain")
 
 
-@pytest.fixture(scope="module")
-def cli(place: Path) -> Cli:
-    unwanted = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VINEDRESSER_DEBUG", "VINEDRESSER_WORKSPACE")
-    environment = {key: value for key, value in os.environ.items() if key not in unwanted}
+@pytest.fixture
+def cli(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    local_ray: None,
+) -> Cli:
+    """Run a command in this process: imports and a start of Ray cost it 10 s each time."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "120")
+    for key in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VINEDRESSER_DEBUG", "VINEDRESSER_WORKSPACE"):
+        monkeypatch.delenv(key, raising=False)
 
     def run(*words: object, stdin: str = "") -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [*MAIN, *map(str, words)],
-            input=stdin, capture_output=True, text=True, cwd=place, timeout=240, check=False,
-            env={**environment, "COLUMNS": "120"},
-        )  # fmt: skip
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
 
     return run
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.processes import MAIN, Forked
 from vinedresser import decode, tracking
 from vinedresser.bundle import load_bundle, save_bundle
 from vinedresser.data.shards import ShardSet
@@ -26,7 +28,6 @@ from vinedresser.workspace.commit import read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-MAIN = [sys.executable, "-c", "import sys; from vinedresser.cli import main; sys.exit(main())"]
 VERBS = (
     "prepare", "train", "sweep", "prune", "export", "retrain", "evaluate", "translate", "runs",
     "ui", "doctor", "describe", "attend", "check",
@@ -44,18 +45,13 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def cli(tmp_path: Path, environment: Mapping[str, str]) -> Cli:
+def cli(forked: Callable[..., Forked], environment: Mapping[str, str]) -> Cli:
     """Runs one command in an empty folder."""
 
-    def run(
-        *words: object, stdin: str = "", env: Mapping[str, str] = {}, prefix: Any = (),
-        cwd: Path = tmp_path,
-    ) -> Done:  # fmt: skip
-        return subprocess.run(
-            [*prefix, *MAIN, *map(str, words)],
-            input=stdin, capture_output=True, text=True, cwd=cwd, timeout=300, check=False,
-            env={**environment, **env},
-        )  # fmt: skip
+    def run(*words: object, stdin: str = "", env: Mapping[str, str] = {}) -> Done:
+        process = forked(*words, stdin=stdin, env={**environment, **env})
+        out, err = process.communicate(timeout=300)
+        return Done(words, process.returncode or 0, out, err)
 
     return run
 
@@ -246,7 +242,7 @@ def corpus(folder: Path, task: dict[str, Any], **contents: bytes) -> dict[str, A
 )
 def test_bad_corpora_are_told_with_their_place(
     in_process: Any, files: Any, tmp_path: Path, tiny_study: dict[str, Any], verb: str,
-    contents: dict[str, bytes], parts: tuple[str, ...], local_ray: None,
+    contents: dict[str, bytes], parts: tuple[str, ...],
 ) -> None:  # fmt: skip
     task = corpus(tmp_path, tiny_study["base"]["task"], **contents)
     value = task if verb == "prepare" else {**tiny_study["base"], "task": task}
@@ -258,6 +254,7 @@ def test_bad_corpora_are_told_with_their_place(
     assert not shards.exists() or not list(shards.iterdir())
 
 
+@pytest.mark.ray
 def test_prepare_by_either_executor_gives_the_same_shards(
     in_process: Any, files: Any, tmp_path: Path, tiny_study: dict[str, Any], local_ray: None
 ) -> None:
@@ -310,9 +307,11 @@ def test_a_workspace_that_cannot_be_written(in_process: Any, files: Any, tmp_pat
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody else")
-def test_a_workspace_of_somebody_else(cli: Cli, tiny_study: dict[str, Any]) -> None:
-    prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
-    if subprocess.run([*prefix, sys.executable, "-c", "1"], check=False).returncode:
+def test_a_workspace_of_somebody_else(
+    environment: Mapping[str, str], tiny_study: dict[str, Any]
+) -> None:
+    somebody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable]
+    if subprocess.run([*somebody, "-c", "1"], check=False).returncode:
         pytest.skip("others cannot run this Python")
     with tempfile.TemporaryDirectory(dir="/tmp") as place:
         folder = Path(place)
@@ -330,8 +329,11 @@ def test_a_workspace_of_somebody_else(cli: Cli, tiny_study: dict[str, Any]) -> N
         }
         task = {**tiny_study["base"]["task"], "corpus": splits}
         (folder / "experiment.json").write_text(json.dumps({**tiny_study["base"], "task": task}))
-        words = ("train", folder / "experiment.json", "-w", folder / "space")
-        done = cli(*words, prefix=prefix, env={"HOME": place}, cwd=folder)
+        done = subprocess.run(
+            [*somebody, "-c", MAIN, "train", folder / "experiment.json", "-w", folder / "space"],
+            capture_output=True, text=True, cwd=folder, timeout=300, check=False,
+            env={**environment, "HOME": place},
+        )  # fmt: skip
         left = list((folder / "space").iterdir())
     assert done.returncode == 3, done.stderr
     assert is_clear(done.stderr), done.stderr
@@ -596,22 +598,22 @@ def test_train_tells_how_far_it_is_and_keeps_stdout_for_the_result(
 
 @pytest.mark.slow
 def test_train_on_a_terminal_has_a_bar_and_gives_the_cursor_back(
-    files: Any, environment: Mapping[str, str], tmp_path: Path, with_database: Any
+    files: Any, environment: Mapping[str, str], tmp_path: Path, with_database: Any, forked: Any
 ) -> None:
     with_database(tmp_path / "space")
     main, side = pty.openpty()
-    words = [*MAIN, "train", str(files("experiment.json"))]
-    process = subprocess.Popen(
-        words, env={**environment, "TERM": "xterm", "COLUMNS": "80"}, cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=side, text=True,
+    process = forked(
+        "train", files("experiment.json"),
+        env={**environment, "TERM": "xterm", "COLUMNS": "80"}, stderr=Path(os.ttyname(side)),
     )  # fmt: skip
-    os.close(side)
+    # Once it is closed here and there, the other end ends; the process opens it first.
+    threading.Thread(target=lambda: (process.wait(timeout=200), os.close(side))).start()
     seen = bytearray()
     with contextlib.suppress(OSError):  # EIO: the other side is closed
         while part := os.read(main, 1 << 16):
             seen += part
     os.close(main)
-    out, _ = process.communicate(timeout=200)
+    out = process.communicate(timeout=200)[0]
     assert process.returncode == 0, seen.decode()
     assert Path(out.strip()).is_dir()
     text = seen.decode()
@@ -630,19 +632,16 @@ def test_train_on_a_terminal_has_a_bar_and_gives_the_cursor_back(
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_stopped_training_goes_on_with_the_same_command(
-    in_process: Any, files: Any, environment: Mapping[str, str], tmp_path: Path,
+    in_process: Any, files: Any, environment: Mapping[str, str], tmp_path: Path, forked: Any,
     tiny_study: dict[str, Any], with_database: Any, number: signal.Signals, code: int,
 ) -> None:  # fmt: skip
     with_database(tmp_path / "space")
-    slow = {"steps": 500, "checkpoint_every": 20, "evaluation": {"num_evaluations": 1}}
+    slow = {"steps": 250, "checkpoint_every": 20, "evaluation": {"num_evaluations": 1}}
     words = ("train", files("experiment.json", {**tiny_study["base"], **slow}))
-    process = subprocess.Popen(
-        [*MAIN, *map(str, words)], env=environment, cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = forked(*words, env=environment)
     end = time.monotonic() + 200
     while not list(tmp_path.glob("space/runs/*/checkpoints/step-*")) and time.monotonic() < end:
-        time.sleep(0.02)
+        time.sleep(0.005)
     process.send_signal(number)
     out, err = process.communicate(timeout=200)
     assert process.returncode == code, err
