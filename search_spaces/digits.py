@@ -12,14 +12,12 @@ from vinedresser.config import (
     Batching,
     Compute,
     Decoding,
-    Evaluation,
     Experiment,
     Frames,
-    Optim,
     Task,
     Tokenizer,
 )
-from vinedresser.config.study import Stopping, Study
+from vinedresser.config.study import Study
 from vinedresser.data.corpora.kinds.digits import DigitsCorpus
 from vinedresser.nn.subsampling import SubsamplingConfig
 
@@ -43,15 +41,12 @@ EXPERIMENT = Experiment(
         width=128,
         encoder_units=128,
         encoder_layers=4,
-        decoder_layers=1,
         score="additive",
         order="bahdanau",
         subsampling=SubsamplingConfig(kind="concat", factor=2, layers=3),
     ),
-    optim=Optim(lr=2e-3, warmup_steps=100),
     # Frames: about 36 strings.
     batch=Batching(max_padded_tokens=8192),
-    evaluation=Evaluation(num_evaluations=4, sentences=0),
     decoding=Decoding(max_padded_tokens=8192),
     # Five passes over 6,000 strings: PER 2.0 on dev, 1.3 on test; 300 updates reach 2.5 on dev in
     # 100 s of one core.
@@ -68,5 +63,4 @@ STUDY = Study(
         "model.dropout": FloatDistribution(0.0, 0.4),
     },
     num_trials=6,
-    stopping=Stopping(grace=1, factor=3),
 )

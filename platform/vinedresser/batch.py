@@ -54,29 +54,11 @@ class Batch:
 
     def rows(self, first: int, end: int | None) -> "Batch":
         """Return some of the sentences, with their padding."""
-        at = slice(first, end)
-        return Batch(
-            self.source_BS[at],
-            self.source_lengths_B[at],
-            self.target_BT[at],
-            self.target_lengths_B[at],
-            self.rows_B[at],
-        )
+        return Batch(*(tensor[first:end] for tensor in vars(self).values()))
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device; the copy does not wait where memory is pinned."""
-        return Batch(
-            *(
-                tensor.to(device, non_blocking=True)
-                for tensor in (
-                    self.source_BS,
-                    self.source_lengths_B,
-                    self.target_BT,
-                    self.target_lengths_B,
-                    self.rows_B,
-                )
-            )
-        )
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
 def is_real(lengths_B: Tensor, size: int) -> Tensor:

@@ -24,7 +24,7 @@ from vinedresser.data.tokenizers.tokenizer import (
     load_tokenizer,
 )
 from vinedresser.decode import decode
-from vinedresser.errors import ConfigError, DataError
+from vinedresser.errors import ConfigError, DataError, reworded
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.workspace.commit import Manifest, commit, verify
 from vinedresser.workspace.layout import BundleFolder
@@ -106,10 +106,8 @@ class Bundle:
         elif sentences:
             frames = []
             for number, paths in enumerate(sentences, 1):
-                try:
+                with reworded(DataError, DataError, f"line {number}: "):
                     frames.append(Side.of([paths.split("\t")], tokenizer))
-                except DataError as error:
-                    raise DataError(f"line {number}: {error.args[0]}") from None
             source = join(frames)
         for number, length in enumerate(source.lengths.tolist(), 1):
             if length > limit or (length == 1 and not is_frames):

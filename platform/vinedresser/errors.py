@@ -5,6 +5,8 @@ exit code of the command line: 2 wrong input or configuration, 3 environment (di
 server), 4 training or search failed, 75 try again later (sysexits' EX_TEMPFAIL).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -20,6 +22,18 @@ class VinedresserError(Exception):
     def __str__(self) -> str:
         """Return one line per problem, each with its topic."""
         return "\n".join(f"error[E-{self.topic}] {line}" for line in self.args[0].splitlines())
+
+
+@contextmanager
+def reworded(
+    caught: type[Exception], raised: type[Exception], before: str = "", after: str = ""
+) -> Iterator[None]:
+    """Raise the errors of one class as another one, with text before and after their message."""
+    try:
+        yield
+    except caught as error:
+        text = error.args[0] if isinstance(error, VinedresserError) else error
+        raise raised(f"{before}{text}{after}") from None
 
 
 class ConfigError(VinedresserError):

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -248,13 +248,8 @@ def conditioning_gap(model: Seq2Seq, batches: Iterable[Batch]) -> Conditioning:
 def with_other_sources(batch: Batch) -> Batch:
     """Return the batch with its sources rolled by half a batch: a derangement for B >= 2."""
     shift = len(batch.rows_B) // 2
-    return Batch(
-        batch.source_BS.roll(shift, 0),
-        batch.source_lengths_B.roll(shift),
-        batch.target_BT,
-        batch.target_lengths_B,
-        batch.rows_B,
-    )
+    lengths_B = batch.source_lengths_B.roll(shift)
+    return replace(batch, source_BS=batch.source_BS.roll(shift, 0), source_lengths_B=lengths_B)
 
 
 def sentence_nll(model: Seq2Seq, batch: Batch) -> Tensor:

@@ -142,7 +142,12 @@ class Term(nn.Module):
     """Base of the terms. Parameters and buffers are stored in checkpoints.
 
     A parameter without an optimizer of the term's own joins the main optimizer.
+
+    Attributes:
+        is_nll: true if the value is the targets' negative log-likelihood: the training curve.
     """
+
+    is_nll = False
 
     @abstractmethod
     def forward(self, found: Pass) -> Part:
@@ -220,7 +225,7 @@ class Objective(nn.Module):
                 loss = loss + share * weight * total
             else:
                 loss = loss + weight * (total / tokens)
-            if name == "likelihood":
+            if term.is_nll:
                 nll = total.detach()
         if nll is None:
             # The training curve shows it whatever is minimised.

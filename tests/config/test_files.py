@@ -69,7 +69,11 @@ def test_every_key_with_one_edit_is_refused_with_its_line(experiment, lexicon, t
                 Experiment.from_json(renamed(tree, path, typo))
             dotted = ".".join((*path[:-1], typo))
             # A term of the objective is a module.
-            what = "there is no module" if path[:-1] == ("objective",) else "unknown key"
+            what = (
+                "there is no term of the objective"
+                if path[:-1] == ("objective",)
+                else "unknown key"
+            )
             told = [t for t in str(caught.value).split("\n") if f" {dotted}: {what}" in t]
             assert len(told) == 1, caught.value
             assert f"did you mean {path[-1]}?" in told[0] or "known here: " in told[0]

@@ -113,7 +113,7 @@ def test_no_such_corpus(task, corpus):
 
 def test_a_misspelt_kind_of_corpus(task):
     text = refusal({**task, "corpus": {"kind": "texx"}}, Task)
-    assert "there is no module vinedresser.data.corpora.kinds.texx; did you mean text?" in text
+    assert "there is no kind of corpus texx; did you mean text?" in text
 
 
 def test_a_typo_is_compared_with_the_keys_of_the_chosen_kind(task, lexicon):

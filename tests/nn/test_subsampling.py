@@ -77,7 +77,7 @@ def wanted_length(config: SubsamplingConfig, T: int) -> int:
 
 def test_lengths_in_closed_form(config):
     lengths = torch.arange(1, 200)
-    found = reduction(config).reduced_lengths(lengths)
+    found = config.reduced(lengths)
     assert found.tolist() == [wanted_length(config, T) for T in range(1, 200)]
     assert found.tolist() == [config.reduced(T) for T in range(1, 200)]
     assert found.dtype == torch.int64

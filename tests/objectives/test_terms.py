@@ -70,7 +70,10 @@ def test_terms_are_modules():
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
-        ({"likelyhood": {}}, "likelyhood: there is no module .*; did you mean likelihood?"),
+        (
+            {"likelyhood": {}},
+            "likelyhood: there is no term of the objective likelyhood; did you mean likelihood?",
+        ),
         ({"likelihood": {"smoothing": 0.1}}, "likelihood.smoothing: unknown key; did you mean lab"),
         ({"likelihood": {"weight": -1}}, "likelihood.weight: .* greater than or equal to 0"),
         ({"likelihood": {"weight": True}}, "likelihood.weight: expected a number"),

@@ -100,7 +100,8 @@ def _restore_corpus(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(kind, str):
         known = ", ".join(f"`{name}`" for name in kinds(CORPORA))
         raise ValueError(f"expected a mapping with `kind` one of {known}")  # noqa: TRY004
-    return kind_class(CORPORA, kind, CorpusConfig).model_validate(value, context=info.context)
+    found = kind_class(CORPORA, kind, CorpusConfig, "kind of corpus")
+    return found.model_validate(value, context=info.context)
 
 
 AnyCorpus = Annotated[SerializeAsAny[CorpusConfig], BeforeValidator(_restore_corpus)]

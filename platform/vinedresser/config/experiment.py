@@ -20,7 +20,7 @@ from vinedresser.config.kinds import AnyModel
 from vinedresser.config.section import Section
 from vinedresser.config.task import SafeName, Task
 from vinedresser.config.terms import Terms
-from vinedresser.errors import ConfigError
+from vinedresser.errors import ConfigError, reworded
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 BatchOrder = Literal["alternating_max", "bucket_by_source", "random"]
@@ -213,10 +213,8 @@ class Experiment(Section):
         if self.evaluation.num_evaluations > self.steps:
             raise ValueError(f"evaluation.num_evaluations is more than steps {self.steps}")
         for name, term in self.objective.active.items():
-            try:
+            with reworded(ValueError, ValueError, f"objective.{name}: "):
                 term.check(self.model)
-            except ValueError as error:
-                raise ValueError(f"objective.{name}: {error}") from None
         return self
 
     @property

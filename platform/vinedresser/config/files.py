@@ -17,7 +17,7 @@ import yaml
 
 from vinedresser.config.kinds import allowed_packages, load_module
 from vinedresser.config.section import Section, shortened
-from vinedresser.errors import ConfigError
+from vinedresser.errors import ConfigError, reworded
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
@@ -143,11 +143,12 @@ def read_file(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file as UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        at, text = str(path), " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError):
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            at, text = f"{path}:{line}", str(error.problem)
+        raise ConfigError(f"{at}: not YAML: {text}") from None
     if node is None:
         raise ConfigError(f"{path}: empty; expected a mapping of keys")
     reader = _Reader(str(path))
@@ -193,13 +194,11 @@ def resolve(name: str, kinds: Sequence[type[_S]]) -> _S:
             f"{', '.join(allowed_packages())}; name {_listed(kinds)}, or set VINEDRESSER_PACKAGES"
         )
     module_name, attribute = name, ""
-    try:
+    with reworded(ValueError, ConfigError):
         module = load_module(name)
         if module is None and "." in name:
             module_name, _, attribute = name.rpartition(".")
             module = load_module(module_name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     if module is None:
         raise ConfigError(f"{name}: there is no such module; expected {_listed(kinds)}")
     held = {key: value for key, value in vars(module).items() if not attribute or key == attribute}

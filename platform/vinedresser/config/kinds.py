@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 from pydantic import BeforeValidator, SerializeAsAny, model_serializer, model_validator
 
 from vinedresser.config.section import Section, did_you_mean
-from vinedresser.errors import ConfigError
+from vinedresser.errors import ConfigError, reworded
 
 if TYPE_CHECKING:
     from vinedresser.model import Seq2Seq, Vocabulary
@@ -56,9 +56,7 @@ def load_module(name: str) -> ModuleType | None:
         if f"{name}.".startswith(f"{error.name or name}."):
             return None
         raise ValueError(f"{name} needs {error.name}, which is not installed") from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001 - a user's module may raise or exit
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise or exit
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = error if isinstance(error, SyntaxError) else last
         reason = " ".join(str(error).split())[:_MAX_REASON]
@@ -75,35 +73,35 @@ def kinds(package: str) -> list[str]:
     return sorted(name for name in found if not name.startswith("_"))
 
 
-def kind_class(package: str, kind: str, base: type[_S]) -> type[_S]:
+def kind_class(package: str, kind: str, base: type[_S], what: str = "module") -> type[_S]:
     """Return the one subclass of `base` that the module of a kind defines.
 
     Args:
         package: package of the kinds, such as `trainables`.
         kind: a module of `package`, or the dotted name of a module of any allowed package.
         base: superclass of the class that the module must define exactly once.
+        what: word for a kind of the package, for the message.
 
     Raises:
         ValueError: there is no such module (with the nearest name), it cannot be imported, or it
             does not define exactly one subclass.
     """
     name = kind if "." in kind else f"{package}.{kind}"
-    try:
+    with reworded(ValueError, ValueError, f"{kind}: "):
         module = load_module(name)
-    except ValueError as error:
-        raise ValueError(f"{kind}: {error}") from None
     if module is None:
-        raise ValueError(f"there is no module {name}{did_you_mean(kind, kinds(package))}")
-    found = [
+        found = f"module {name}" if "." in kind else f"{what} {kind}"
+        raise ValueError(f"there is no {found}{did_you_mean(kind, kinds(package))}")
+    classes = [
         value
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, base) and value.__module__ == name
     ]
-    if len(found) != 1:
+    if len(classes) != 1:
         raise ValueError(
-            f"{name} defines {len(found)} subclasses of {base.__name__}; exactly one is expected"
+            f"{name} defines {len(classes)} subclasses of {base.__name__}; exactly one is expected"
         )
-    return found[0]
+    return classes[0]
 
 
 class ModelConfig(Section):
@@ -122,10 +120,8 @@ class ModelConfig(Section):
         Raises:
             ConfigError: the model refuses them, such as one table for two vocabularies.
         """
-        try:
+        with reworded(ValueError, ConfigError, "model: "):
             return self.build(vocabulary)
-        except ValueError as error:
-            raise ConfigError(f"model: {error}") from error
 
     @model_validator(mode="after")
     def _has_few_layers(self) -> Self:

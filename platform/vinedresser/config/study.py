@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from vinedresser.config import Experiment, SafeName, Section
-from vinedresser.errors import ConfigError
+from vinedresser.errors import ConfigError, reworded
 
 _KINDS = {
     "float": FloatDistribution,
@@ -38,10 +38,8 @@ def _read_distribution(value: Any) -> Any:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"type is {kind!r}; expected one of {', '.join(_KINDS)}")
     arguments = {key: item for key, item in value.items() if key != "type"}
-    try:
+    with reworded(TypeError, ValueError, f"not a {kind} distribution: "):
         return _KINDS[kind](**arguments)
-    except TypeError as error:
-        raise ValueError(f"not a {kind} distribution: {error}") from None
 
 
 def _write_distribution(value: BaseDistribution) -> dict[str, Any]:
@@ -131,11 +129,9 @@ class Study(Section):
             names = [key, *(name for name in self.space if key.startswith(f"{name}."))]
             for corner in itertools.product(*(ends(self.space[name]) for name in names)):
                 values = dict(zip(names, corner, strict=True))
-                try:
+                at = ", ".join(f"space.{name} at {value}" for name, value in values.items())
+                with reworded(ConfigError, ValueError, f"{at}: "):
                     self.base.override(values)
-                except ConfigError as error:
-                    at = ", ".join(f"space.{name} at {value}" for name, value in values.items())
-                    raise ValueError(f"{at}: {error.args[0]}") from None
         return self
 
     @model_validator(mode="after")

@@ -46,7 +46,8 @@ def _restore_term(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, TermConfig):
         return value
     name, settings = value
-    return kind_class(TERMS, name, TermConfig).model_validate(settings, context=info.context)
+    found = kind_class(TERMS, name, TermConfig, "term of the objective")
+    return found.model_validate(settings, context=info.context)
 
 
 class Terms(Section):

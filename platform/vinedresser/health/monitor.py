@@ -5,11 +5,9 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
-from vinedresser.batch import Batch
 from vinedresser.figures.monitoring import gradients_by_layer, readings_over_steps
 from vinedresser.health.readings import Readings
 from vinedresser.health.rules import USUAL_UPDATE_RATIO, Finding, apply_rules
@@ -46,18 +44,9 @@ class RunMonitor:
         self.series = Log(facts)
         self.findings: dict[str, Finding] = {}
         self._tracker = tracker
-
-    def watching(self, step: int, batch: Batch) -> AbstractContextManager[None]:
-        """Observe the forward pass of a step (1-based) over a batch while the block runs."""
-        return self.readings.watching(step, batch)
-
-    def gradients(self, step: int) -> None:
-        """Read the gradients after the backward pass, before clipping."""
-        self.readings.gradients(step)
-
-    def updated(self, step: int) -> None:
-        """Read the weights after the optimizer's update."""
-        self.readings.updated(step)
+        # The hooks of a `StepMonitor` are those of the readings.
+        self.watching, self.gradients = self.readings.watching, self.readings.gradients
+        self.updated = self.readings.updated
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics of a step with the readings since the last call, and apply the rules."""

@@ -93,10 +93,6 @@ class Subsample(nn.Module):
         is_projected = config.kind == "conv" or self.width != gathered
         self.project = linear(gathered, self.width) if is_projected else None
 
-    def reduced_lengths(self, lengths_B: Tensor) -> Tensor:
-        """Map (B,) int64 >= 1 -> (B,) int64 >= 1."""
-        return self.config.reduced(lengths_B)
-
     def forward(self, x_BSD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Map (B, S, D), (B,) -> (B, U, width), (B,).
 
@@ -112,7 +108,7 @@ class Subsample(nn.Module):
             x_BUD = self.project(x_BUD)
         if self.config.kind == "conv":
             x_BUD = F.relu(x_BUD)
-        return x_BUD, self.reduced_lengths(lengths_B)
+        return x_BUD, self.config.reduced(lengths_B)
 
     def _gather(self, x_BSD: Tensor) -> Tensor:
         """Concatenate the inputs of each output, the first position's features first."""

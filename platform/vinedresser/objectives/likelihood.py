@@ -89,6 +89,8 @@ class LikelihoodConfig(TermConfig):
 class Likelihood(Term):
     """Negative log-likelihood of the targets, on mixed inputs under scheduled sampling."""
 
+    is_nll = True
+
     def __init__(self, config: LikelihoodConfig) -> None:
         """Args: smoothing and scheduled sampling."""
         super().__init__()

@@ -214,8 +214,6 @@ class Run:
             self.lease.take(force=True)
         try:
             yield
-        except (BusyError, InterruptedRunError, MachineError):
-            raise
         except DivergedError as error:
             reason, allowed = error.args[0], self.experiment.optim.rollbacks
             if self.monitor is not None:
@@ -229,7 +227,7 @@ class Run:
                 self.history.add_failure(self.step, error)
             raise
         except Exception as error:
-            if is_first:
+            if is_first and not isinstance(error, BusyError | InterruptedRunError | MachineError):
                 self.history.add_failure(self.step, error)
             raise
 

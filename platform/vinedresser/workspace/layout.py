@@ -14,33 +14,32 @@ class _Entry:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __get__(
-        self,
-        folder: "BundleFolder | RunFolder | ScheduleFolder | SweepFolder | Workspace",
-        owner: type,
-    ) -> Path:
+    def __get__(self, folder: "_Folder", owner: type) -> Path:
         return folder.path / self._name
 
 
 @dataclass(frozen=True)
-class BundleFolder:
-    """Folder of one bundle; its tokenizers name their own files."""
+class _Folder:
+    """A folder with named entries."""
 
     path: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the folder; of a run or sweep, its own name and the beginning of its key."""
+        return self.path.name
+
+
+class BundleFolder(_Folder):
+    """Folder of one bundle; its tokenizers name their own files."""
 
     weights = _Entry("weights.safetensors")
     experiment = _Entry("experiment.json")
     scores = _Entry("scores.json")
 
 
-@dataclass(frozen=True)
-class RunFolder:
-    """Folder of one run.
-
-    Names that begin with a dot outlive `--from-scratch`.
-    """
-
-    path: Path
+class RunFolder(_Folder):
+    """Folder of one run. Names that begin with a dot outlive `--from-scratch`."""
 
     experiment = _Entry("experiment.json")
     outcome = _Entry("outcome.json")
@@ -61,11 +60,6 @@ class RunFolder:
     ray_scratch = _Entry("group")
 
     @property
-    def name(self) -> str:
-        """Name of the folder: the experiment's name and the beginning of the run's key."""
-        return self.path.name
-
-    @property
     def key(self) -> str:
         """Beginning of the run's key."""
         return self.path.name.rpartition("-")[2]
@@ -79,11 +73,8 @@ class RunFolder:
         return self.path / f"not-finite-{step:08d}-{rank}.json"
 
 
-@dataclass(frozen=True)
-class SweepFolder:
+class SweepFolder(_Folder):
     """Folder of one sweep."""
-
-    path: Path
 
     outcome = _Entry("outcome.json")
     # Optuna's record of trials.
@@ -92,17 +83,10 @@ class SweepFolder:
     # Ray Tune's own files.
     ray_scratch = _Entry("tune")
 
-    @property
-    def name(self) -> str:
-        """Name of the folder: the study's name and the beginning of the sweep's key."""
-        return self.path.name
 
 
-@dataclass(frozen=True)
-class ScheduleFolder:
+class ScheduleFolder(_Folder):
     """Folder of one schedule."""
-
-    path: Path
 
     # The slots that have not ended, and the time up to which all slots are accounted for.
     state = _Entry("state.json")
@@ -136,11 +120,8 @@ class ScheduleFolder:
         return self.notices / f"{name}.{receiver}.json"
 
 
-@dataclass(frozen=True)
-class Workspace:
+class Workspace(_Folder):
     """Folder of shard sets, runs, sweeps, models, schedules and the tracking database."""
-
-    path: Path
 
     shards = _Entry("shards")
     runs = _Entry("runs")

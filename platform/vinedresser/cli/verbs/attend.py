@@ -39,9 +39,9 @@ def attend(
     arrays: dict[str, Any] = {}
     figures, modules, rows = [], {}, []
     for each in found.maps:
-        arrays[each.name] = each.weights
-        arrays[f"{each.name}.rows"] = np.array(each.rows.labels)
-        arrays[f"{each.name}.columns"] = np.array(each.columns.labels)
+        sides = {"rows": each.rows.labels, "columns": each.columns.labels}
+        arrays |= {each.name: each.weights}
+        arrays |= {f"{each.name}.{side}": np.array(labels) for side, labels in sides.items()}
         if len(each.weights):  # all heads of a layer may have been pruned
             figures.append(str(out / f"{each.name}.png"))
             attention_figure(each).savefig(figures[-1], dpi=100)
@@ -51,8 +51,7 @@ def attend(
             "diagonality": each.diagonality,
             "entropy": each.entropy,
             "most_entropy": most,
-            "rows": each.rows.labels,
-            "columns": each.columns.labels,
+            **sides,
         }
         values = zip(each.diagonality, each.entropy, strict=True)
         for head, (diagonal, entropy) in enumerate(values):

@@ -19,7 +19,7 @@ from vinedresser.cli.arguments import (
     split_options,
 )
 from vinedresser.cli.render import print_json, print_lines, print_table
-from vinedresser.errors import ConfigError
+from vinedresser.errors import ConfigError, reworded
 
 if TYPE_CHECKING:
     from vinedresser.config import Experiment, ModelConfig, Task
@@ -59,13 +59,10 @@ def describe(
             (None, value) if isinstance(value, ModelConfig) else (value.task, value.model)
         )
         vocabulary, note = _vocabulary(sizes, task, workspace)
-        try:
+        hint = "; sizes are keys: joint=true, source=8000"
+        with reworded(ConfigError, ConfigError, f"{what}: ", hint):
             refuse_too_large(config, vocabulary)
             model = config.instantiate(vocabulary)
-        except ConfigError as error:
-            raise ConfigError(
-                f"{what}: {error.args[0]}; sizes are keys: joint=true, source=8000"
-            ) from None
         return _print_model(what, config, model, vocabulary, note=note, as_json=as_json)
     if not is_committed(folder):
         raise ConfigError(f"{folder}: neither a shard set nor a model; it has no manifest.json")
@@ -93,12 +90,10 @@ def _named_value(what: str) -> "ModelConfig | Experiment":
     from vinedresser.config.study import Study
     from vinedresser.pipeline import Pipeline
 
-    try:
+    with reworded(ValueError, ConfigError):
         names = [*kinds(ZOO), *presets()]
         if what in names or what.startswith(f"{ZOO}."):
             return named_model(what)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     if "/" not in what and "." not in what:
         raise ConfigError(f"{what}: there is no model of that name{did_you_mean(what, names)}")
     accepted: list[Any] = [Experiment, Study, Pipeline]

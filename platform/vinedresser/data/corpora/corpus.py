@@ -1,14 +1,16 @@
 """A task's corpus: every file is inspected first, then described as blocks to read."""
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import row
+from vinedresser.data.corpora.inputs import Stamp
 from vinedresser.data.corpora.row import Block, Pairs, Row, RowCounts
 from vinedresser.data.corpora.textfile import Facts, refuse_changed
 from vinedresser.errors import DataError
@@ -16,8 +18,8 @@ from vinedresser.errors import DataError
 SplitName = Literal["train", "dev", "test"]
 
 
-class Corpus(Protocol):
-    """A corpus whose files have been inspected.
+class Corpus(ABC):
+    """Base of corpora whose files have been inspected.
 
     Attributes:
         digests: path or URI -> SHA-256 in hex.
@@ -27,49 +29,32 @@ class Corpus(Protocol):
             then alignment, repeats and leakage are checked.
     """
 
-    digests: dict[str, str]
-    notes: list[str]
     splits: tuple[str, ...]
-    is_parallel: bool
-
-    def content(self) -> Any:
-        """Return everything that decides the rows, as plain JSON: settings, digests of files."""
-        ...
-
-    def blocks(self, split: str) -> Iterator[Block]:
-        """Return a split in parts, in file order."""
-        ...
-
-    def unpack(self, folder: Path) -> None:
-        """Write into a folder copies of files that cannot be read from the middle (archives)."""
-        ...
-
-    def refuse_changed(self) -> None:
-        """Refuse files that changed since they were inspected."""
-        ...
-
-    def place(self, split: str, line: int) -> str:
-        """Return a row's line, with its file where the split has several."""
-        ...
-
-
-class InspectedFiles:
-    """Base of corpora of text files: facts of the files, and defaults for files read whole."""
+    is_parallel: ClassVar[bool] = False
 
     def __init__(self, facts: dict[str, Facts]) -> None:
-        self._facts = facts
+        self._facts, self._recordings = facts, dict[str, Stamp]()
         self.digests = {name: found.digest for name, found in facts.items()}
         self.notes = [note for found in facts.values() for note in found.notes]
 
-    def unpack(self, folder: Path) -> None:
-        """Do nothing: the files are read whole."""
+    @abstractmethod
+    def content(self) -> Any:
+        """Return everything that decides the rows, as plain JSON: settings, digests of files."""
+
+    @abstractmethod
+    def blocks(self, split: str) -> Iterator[Block]:
+        """Return a split in parts, in file order."""
+
+    def unpack(self, folder: Path) -> None:  # noqa: B027 - most files are read whole
+        """Write into a folder copies of files that cannot be read from the middle (archives)."""
 
     def refuse_changed(self) -> None:
         """Refuse files that changed since they were inspected."""
-        refuse_changed(self._facts.values())
+        refuse_changed({name: found.stamp for name, found in self._facts.items()})
+        refuse_changed(self._recordings)
 
     def place(self, split: str, line: int) -> str:  # noqa: ARG002 - one file holds all splits
-        """Return the line."""
+        """Return a row's line, with its file where the split has several."""
         return str(line)
 
 

@@ -1,10 +1,12 @@
 """Files of a corpus by name: on disk or in S3-like storage, plain, gzip or zstd."""
 
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
 import importlib.util
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -24,6 +26,8 @@ _CODECS: tuple[tuple[bytes, Codec], ...] = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
 )
 _PIECE = 1 << 20
+# Size in bytes and modification time in ns of a file; differs once the file has changed.
+Stamp = tuple[int, int]
 
 
 def locate(path: str) -> Path:
@@ -69,20 +73,19 @@ def _reading(name: str) -> Iterator[None]:
     """Turn errors of opening and reading into one line."""
     try:
         yield
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such file or directory") from None
-    except PermissionError:
-        raise DataError(f"{name}: permission denied") from None
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{name}: {words(error)}") from None
-    except OSError as error:
-        if is_remote(name):
+    except (OSError, pa.ArrowInvalid) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            reason = os.strerror(error.errno or errno.ENOENT)
+        elif not isinstance(error, OSError):
+            reason = words(error)
+        elif is_remote(name):
             raise MachineError(
                 f"{name}: the object storage does not answer ({words(error)}). Fix: see the "
                 "endpoint, the region and the AWS_* variables of the environment"
             ) from None
-        reason = (error.strerror or "cannot be read").lower()
-        raise DataError(f"{name}: {reason}") from None
+        else:
+            reason = error.strerror or "cannot be read"
+        raise DataError(f"{name}: {reason[0].lower()}{reason[1:]}") from None
 
 
 def words(error: Exception) -> str:
@@ -129,8 +132,8 @@ def _remote_glob(name: str) -> list[str]:
     )  # fmt: skip
 
 
-def stamp(name: str) -> tuple[int, int]:
-    """Return size in bytes and modification time in ns: both differ after a change.
+def stamp(name: str) -> Stamp:
+    """Return the stamp of a file.
 
     Raises:
         DataError: absent, unreadable, not a plain file, or empty.

@@ -52,7 +52,7 @@ def inspect_parquet(name: str, columns: Sequence[int | str]) -> Facts:
     if not count:
         raise DataError(f"{name}: 0 rows; expected one pair per row")
     facts = Facts(name, count, raw.digest.hexdigest(), before)
-    refuse_changed([facts])
+    refuse_changed({name: before})
     return facts
 
 
@@ -114,14 +114,12 @@ def _refuse_no_text(name: str, column: str, cells: pa.Array, before: int) -> Non
 def _reading(name: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{name}: not a whole Parquet file ({words(error)})") from None
-    except OSError as error:
-        if error.errno is not None:  # a disk's own, also that of the copy
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # a disk's, also of the copy
             raise
-        if is_remote(name):
+        if isinstance(error, OSError) and is_remote(name):
             raise MachineError(
                 f"{name}: the object storage does not answer ({words(error)})"
             ) from None
-        # pyarrow's word for a page that cannot be unpacked.
+        # OSError is pyarrow's word for a page that cannot be unpacked.
         raise DataError(f"{name}: not a whole Parquet file ({words(error)})") from None

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from pydantic import AfterValidator
 
 from vinedresser.config.corpus import REMOTE_PREFIX, DataPath
 from vinedresser.config.task import Frames
 from vinedresser.data.corpora import row
-from vinedresser.data.corpora.textfile import changed, refuse
+from vinedresser.data.corpora.inputs import Stamp, stamp
+from vinedresser.data.corpora.textfile import refuse
 from vinedresser.data.tokenizers.frames import Filterbank
 from vinedresser.errors import DataError
 from vinedresser.workspace.commit import file_digest
@@ -27,22 +28,19 @@ def _on_disk(path: str) -> str:
 DiskPath = Annotated[DataPath, AfterValidator(_on_disk)]
 
 
-class _Recording(NamedTuple):
-    """Findings of the inspection of a recording; they differ once the file has changed."""
-
-    digest: str
-    size: int
-    changed: int
-    samples: int
-
-
 class Recordings:
-    """Recordings that exist and agree with the settings, by path."""
+    """Recordings that exist and agree with the settings, by path.
+
+    Attributes:
+        digests: SHA-256 in hex of the bytes of each.
+        stamps: of their files when they were inspected.
+    """
 
     def __init__(self, frames: Frames) -> None:
         self._bank = Filterbank(frames)
         self._window = frames.sample_rate * frames.window_ms / 1000
-        self._found: dict[str, _Recording] = {}
+        self.digests, self.stamps = dict[str, str](), dict[str, Stamp]()
+        self._samples: dict[str, int] = {}
 
     def add(self, utterances: Iterable[tuple[str, Sequence[str]]]) -> None:
         """Read the recordings of some utterances.
@@ -57,40 +55,20 @@ class Recordings:
         for where, paths in utterances:
             try:
                 for path in paths:
-                    if path not in self._found:
-                        samples = self._bank.inspect_recording(Path(path))
-                        stat, digest = Path(path).stat(), file_digest(Path(path))
-                        self._found[path] = _Recording(
-                            digest, stat.st_size, stat.st_mtime_ns, samples
-                        )
+                    if path not in self.stamps:
+                        self._samples[path] = self._bank.inspect_recording(Path(path))
+                        self.digests[path] = file_digest(Path(path))
+                        self.stamps[path] = stamp(path)
             except DataError as error:
                 problems.append(f"{where}{error.args[0]}")
                 continue
-            samples = sum(self._found[path].samples for path in paths)
+            samples = sum(self._samples[path] for path in paths)
             if samples < self._window:
                 problems.append(
                     f"{where}{paths[0]}: {samples} samples; expected one window or more, "
                     f"{self._window:g} samples"
                 )
         refuse(problems)
-
-    def digest(self, path: str) -> str:
-        """Return the SHA-256 in hex of a recording's bytes."""
-        return self._found[path].digest
-
-    def refuse_changed(self) -> None:
-        """Refuse recordings that changed since they were inspected.
-
-        Raises:
-            DataError: with the first such file.
-        """
-        for path, found in self._found.items():
-            try:
-                stat = Path(path).stat()
-            except OSError:
-                stat = None
-            if stat is None or (stat.st_size, stat.st_mtime_ns) != (found.size, found.changed):
-                raise changed(path)
 
 
 def block_size() -> int:

@@ -6,7 +6,7 @@ shifts one side of a parallel corpus against the other without an error.
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from vinedresser.data.corpora import row
 from vinedresser.data.corpora.inputs import (
     Codec,
+    Stamp,
     codec_of,
     lines_in,
     open_raw,
@@ -50,7 +51,7 @@ class Facts:
         name: the file.
         lines: number of lines, the last one with or without a line feed.
         digest: SHA-256 in hex of its bytes as stored.
-        stamp: size in bytes and modification time in ns; differs once the file has changed.
+        stamp: of the file when it was read.
         notes: harmless oddities, one line each.
         marks: byte offsets into the text: of line 0 (behind a byte order mark), of each
             `BLOCK_ROWS`-th line after it, and of the end.
@@ -61,7 +62,7 @@ class Facts:
     name: str
     lines: int
     digest: str
-    stamp: tuple[int, int]
+    stamp: Stamp
     notes: tuple[str, ...] = ()
     marks: tuple[int, ...] = ()
     codec: Codec | None = None
@@ -178,9 +179,8 @@ def inspect_text(name: str, check: Check | None = None) -> Facts:
     # A full last part has put a mark at the end already.
     ends_of_parts = (*marks[: -(-lines // step)], size)
     digest = raw.digest.hexdigest()
-    facts = Facts(name, lines, digest, before, tuple(notes), ends_of_parts, codec)
-    refuse_changed([facts])
-    return facts
+    refuse_changed({name: before})
+    return Facts(name, lines, digest, before, tuple(notes), ends_of_parts, codec)
 
 
 def _whole_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -264,15 +264,19 @@ def unpacked(facts: Facts, folder: Path) -> Facts:
     return replace(facts, copy=str(path))
 
 
-def refuse_changed(facts: Iterable[Facts]) -> None:
-    """Refuse files that changed since they were inspected.
+def refuse_changed(stamps: Mapping[str, Stamp]) -> None:
+    """Refuse files that changed since they were inspected, or are gone.
 
     Raises:
         DataError: naming the first such file.
     """
-    for fact in facts:
-        if stamp(fact.name) != fact.stamp:
-            raise changed(fact.name)
+    for name, before in stamps.items():
+        try:
+            is_same = stamp(name) == before
+        except DataError:
+            is_same = False
+        if not is_same:
+            raise changed(name)
 
 
 def changed(name: str) -> DataError:

@@ -1,12 +1,15 @@
 """Lists of utterances: the audio files of each, and its transcript."""
 
+import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from vinedresser.data.corpora.row import Row
 from vinedresser.data.corpora.textfile import lines_of, listed, refuse
 from vinedresser.errors import DataError
+
+_Read = Callable[[str], tuple[list[str], str]]
 
 
 def read_utterances(path: str, audio: str, transcript: str) -> list[Row]:
@@ -22,16 +25,17 @@ def read_utterances(path: str, audio: str, transcript: str) -> list[Row]:
     """
     endings = [ending for ending in Path(path).suffixes if ending not in (".gz", ".zst")]
     ending = endings[-1].lower() if endings else ""
+    lines = enumerate(lines_of(path), 1)
     if ending in (".jsonl", ".ndjson", ".json"):
-        rows = _json_rows(path, audio, transcript)
+        read: _Read = functools.partial(_read_json, audio, transcript)
     elif ending == ".tsv":
-        rows = _table_rows(path, audio, transcript)
+        read = _reader_of_table(path, audio, transcript, next(lines)[1].split("\t"))
     else:
         raise DataError(f"{path}: a manifest of unknown form; expected a name in .jsonl or .tsv")
     found, problems = list[Row](), list[str]()
-    for line, read in rows:
+    for line, content in lines:
         try:
-            paths, text = read()
+            paths, text = read(content)
             found.append(_checked(Path(path).parent, paths, text, line))
         except ValueError as error:
             problems.append(f"{path}:{line}: {error}")
@@ -39,9 +43,6 @@ def read_utterances(path: str, audio: str, transcript: str) -> list[Row]:
     if not found:
         raise DataError(f"{path}: no row; expected one utterance per line")
     return found
-
-
-_Read = Callable[[], tuple[list[str], str]]
 
 
 def _checked(folder: Path, paths: list[str], text: str, line: int) -> Row:
@@ -61,34 +62,28 @@ def _checked(folder: Path, paths: list[str], text: str, line: int) -> Row:
     return Row(tuple(str(folder / each) for each in paths), text, line)
 
 
-def _json_rows(path: str, audio: str, transcript: str) -> Iterator[tuple[int, _Read]]:
-    def read(line: str) -> tuple[list[str], str]:
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"column {error.colno}: not JSON ({error.msg})") from None
-        except RecursionError:
-            raise ValueError("nested too deep; expected an object of strings") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object with {audio!r} and {transcript!r}")  # noqa: TRY004
-        for key in (audio, transcript):
-            if key not in value:
-                raise ValueError(f"no key {key!r}; it has {listed(value)}")
-        paths, text = value[audio], value[transcript]
-        paths = [paths] if isinstance(paths, str) else paths
-        if not isinstance(paths, list) or not all(isinstance(each, str) for each in paths):
-            raise ValueError(f"{audio!r} is not a path or a list of paths")
-        if not isinstance(text, str):
-            raise ValueError(f"{transcript!r} is not text")  # noqa: TRY004
-        return paths, text
-
-    for number, line in enumerate(lines_of(path), 1):
-        yield number, lambda line=line: read(line)  # type: ignore[misc]
+def _read_json(audio: str, transcript: str, line: str) -> tuple[list[str], str]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"column {error.colno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError("nested too deep; expected an object of strings") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object with {audio!r} and {transcript!r}")  # noqa: TRY004
+    for key in (audio, transcript):
+        if key not in value:
+            raise ValueError(f"no key {key!r}; it has {listed(value)}")
+    paths, text = value[audio], value[transcript]
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(each, str) for each in paths):
+        raise ValueError(f"{audio!r} is not a path or a list of paths")
+    if not isinstance(text, str):
+        raise ValueError(f"{transcript!r} is not text")  # noqa: TRY004
+    return paths, text
 
 
-def _table_rows(path: str, audio: str, transcript: str) -> Iterator[tuple[int, _Read]]:
-    lines = enumerate(lines_of(path), 1)
-    header = next(lines)[1].split("\t")
+def _reader_of_table(path: str, audio: str, transcript: str, header: list[str]) -> _Read:
     for key, name in (("audio", audio), ("transcript", transcript)):
         if name not in header:
             raise DataError(
@@ -103,5 +98,4 @@ def _table_rows(path: str, audio: str, transcript: str) -> Iterator[tuple[int, _
             raise ValueError(f"{len(cells)} cells; expected {len(header)}, as in the header")
         return [cells[places[0]]], cells[places[1]]
 
-    for number, line in lines:
-        yield number, lambda line=line: read(line)  # type: ignore[misc]
+    return read

@@ -61,36 +61,24 @@ def check_content(
         for split in ("dev", "test")
     )
     correlation = shards.meta["lengths"]["train"]["correlation"]
-    pointers = []
-    if unknown > MAX_UNKNOWN:
-        pointers.append(
-            f"{unknown:.1%} of {side} tokens are unknown to their tokenizer: text in another "
-            "encoding or script, or a larger vocab_size, or byte_fallback=true is needed"
-        )
-    if copies > limit:
-        pointers.append(
-            f"{copies:.0%} of train targets are their own source: untranslated lines, or one file "
-            "given for both sides"
-        )
-    if repeats > MAX_REPEATS:
-        pointers.append(
-            f"{repeats:.0%} of train rows are repeats; task.cleaning.dedup=true drops them"
-        )
-    if leaked > MAX_LEAKED:
-        pointers.append(
-            f"{leaked:.1%} of dev or test also occur in train, which inflates scores; "
-            "task.cleaning.leakage=drop leaves them out"
-        )
-    if rows >= MIN_ROWS and correlation < MIN_CORRELATION:
-        pointers.append(
-            f"lengths of the two sides correlate at {correlation:.2f}: rows may be shifted or "
-            "shuffled on one side"
-        )
+    pointers = {
+        f"{unknown:.1%} of {side} tokens are unknown to their tokenizer: text in another "
+        "encoding or script, or a larger vocab_size, or byte_fallback=true is needed":
+            unknown > MAX_UNKNOWN,
+        f"{copies:.0%} of train targets are their own source: untranslated lines, or one file "
+        "given for both sides": copies > limit,
+        f"{repeats:.0%} of train rows are repeats; task.cleaning.dedup=true drops them":
+            repeats > MAX_REPEATS,
+        f"{leaked:.1%} of dev or test also occur in train, which inflates scores; "
+        "task.cleaning.leakage=drop leaves them out": leaked > MAX_LEAKED,
+        f"lengths of the two sides correlate at {correlation:.2f}: rows may be shifted or "
+        "shuffled on one side": rows >= MIN_ROWS and correlation < MIN_CORRELATION,
+    }  # fmt: skip
     return CheckResult(
-        "data", not pointers,
+        "data", not any(pointers.values()),
         f"{unknown:.2%} unknown, {copies:.1%} copies, {repeats:.1%} repeats, {leaked:.1%} leaked",
         f"≤ {MAX_UNKNOWN:.0%}, ≤ {limit:.0%}, ≤ {MAX_REPEATS:.0%}, ≤ {MAX_LEAKED:.0%}",
-        "; ".join(pointers),
+        "; ".join(text for text, is_true in pointers.items() if is_true),
         {"unknown_share": unknown, "identical_share": copies, "repeated_share": repeats,
          "leaked_share": leaked, "length_correlation": float(correlation)},
     )  # fmt: skip
@@ -111,32 +99,23 @@ def check_lengths(shards: ShardSet, experiment: Experiment, dev: Split) -> Check
     cap = experiment.task.max_target_length
     limits = length_limits(torch.from_numpy(dev.source_lengths), cap).numpy()
     beyond = float(np.mean(dev.target_lengths > limits))
-    pointers = []
-    if share > MAX_DROPPED:
-        pointers.append(
-            f"{dropped:,} train rows are too long and were dropped; raise task.max_source_length, "
-            "task.max_target_length"
-        )
-    if longest * MIN_LONGEST_ROWS > tokens:
-        pointers.append(
-            f"the longest row has {longest} tokens and fills a batch of {tokens} alone; raise "
-            "batch.max_padded_tokens or lower task.max_source_length, task.max_target_length"
-        )
-    if beyond > MAX_OUT_OF_REACH:
-        pointers.append(
-            f"{beyond:.1%} of dev's references are longer than any output may be, "
-            "min(task.max_target_length, 2 x source + 10); raise it or take shorter targets"
-        )
-    if real < MIN_REAL:
-        pointers.append(
-            "more than half of a batch is padding; set batch.order=alternating_max, or a larger "
-            "batch.max_padded_tokens"
-        )
+    pointers = {
+        f"{dropped:,} train rows are too long and were dropped; raise task.max_source_length, "
+        "task.max_target_length": share > MAX_DROPPED,
+        f"the longest row has {longest} tokens and fills a batch of {tokens} alone; raise "
+        "batch.max_padded_tokens or lower task.max_source_length, task.max_target_length":
+            longest * MIN_LONGEST_ROWS > tokens,
+        f"{beyond:.1%} of dev's references are longer than any output may be, "
+        "min(task.max_target_length, 2 x source + 10); raise it or take shorter targets":
+            beyond > MAX_OUT_OF_REACH,
+        "more than half of a batch is padding; set batch.order=alternating_max, or a larger "
+        "batch.max_padded_tokens": real < MIN_REAL,
+    }  # fmt: skip
     return CheckResult(
-        "lengths", not pointers,
+        "lengths", not any(pointers.values()),
         f"{share:.1%} dropped, longest {longest} of {tokens}, {real:.0%} real tokens",
         f"≤ {MAX_DROPPED:.0%}, ≤ {tokens // MIN_LONGEST_ROWS}, ≥ {MIN_REAL:.0%}",
-        "; ".join(pointers),
+        "; ".join(text for text, is_true in pointers.items() if is_true),
         {"dropped_share": share, "longest": float(longest), "real_share": real,
          "out_of_reach_share": beyond},
     )  # fmt: skip

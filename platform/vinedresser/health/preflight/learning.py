@@ -289,20 +289,20 @@ def conditioning_result(result: Conditioning, updates: int) -> CheckResult:
 
 def short(experiment: Experiment, *, tokens: int) -> Experiment:
     """Return the experiment for a short training: one worker, smaller batches, short warm-up."""
-    optim = experiment.optim.model_copy(
-        update={
-            "warmup_steps": min(experiment.optim.warmup_steps, 20),
-            "anneal": 0.0,
-            "decay": "constant",
-        }
-    )
-    return experiment.model_copy(
-        update={
-            "steps": LOOKS[-1],
-            "optim": optim,
-            "batch": experiment.batch.model_copy(
-                update={"max_padded_tokens": tokens, "per_update": 0}
-            ),
-            "compute": experiment.compute.model_copy(update={"workers": 1}),
-        }
-    )
+    update = {
+        "warmup_steps": min(experiment.optim.warmup_steps, 20),
+        "anneal": 0.0,
+        "decay": "constant",
+    }
+    short = alone(experiment, steps=LOOKS[-1], max_padded_tokens=tokens)
+    return short.model_copy(update={"optim": experiment.optim.model_copy(update=update)})
+
+
+def alone(experiment: Experiment, *, steps: int, **batch: int) -> Experiment:
+    """Return the experiment for one worker and some updates of one batch each, unless given."""
+    update = {
+        "steps": steps,
+        "batch": experiment.batch.model_copy(update={"per_update": 0, **batch}),
+        "compute": experiment.compute.model_copy(update={"workers": 1}),
+    }
+    return experiment.model_copy(update=update)

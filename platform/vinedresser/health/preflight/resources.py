@@ -20,6 +20,7 @@ from vinedresser.data.shards import ShardSet
 from vinedresser.data.tokenizers.tokenizer import TextTokenizer
 from vinedresser.evaluate import Scoring, evaluate
 from vinedresser.health.preflight.check import CheckResult
+from vinedresser.health.preflight.learning import alone
 from vinedresser.health.rules import MAX_LEAK
 from vinedresser.model import Seq2Seq
 from vinedresser.objective import Objective
@@ -49,13 +50,7 @@ def check_memory(
         device: device and precision.
     """
     updates = UPDATES_PER_BLOCK * (BLOCKS + 1)
-    once = experiment.model_copy(
-        update={
-            "steps": updates,
-            "batch": experiment.batch.model_copy(update={"per_update": 0}),
-            "compute": experiment.compute.model_copy(update={"workers": 1}),
-        }
-    )
+    once = alone(experiment, steps=updates)
     optimizer = build_optimizer(objective, once.optim)
     process, trim = psutil.Process(), getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
     read: dict[str, Callable[[], int]] = {"RSS": lambda: int(process.memory_info().rss)}
@@ -113,18 +108,12 @@ def speed(
 ) -> Speed:
     """Time updates on real batches, in the experiment's precision, threads and objective."""
     count = experiment.batches_per_rank
-    alone = experiment.model_copy(
-        update={
-            "steps": _WARM_UP + _TIMED,
-            "batch": experiment.batch.model_copy(update={"per_update": count}),
-            "compute": experiment.compute.model_copy(update={"workers": 1}),
-        }
-    )
-    optimizer = build_optimizer(objective, alone.optim)
+    timed = alone(experiment, steps=_WARM_UP + _TIMED, per_update=count)
+    optimizer = build_optimizer(objective, timed.optim)
     seconds: list[float] = []
     tokens: list[int] = []
     since = begun = time.perf_counter()
-    for step in training_steps(objective, batches, optimizer, alone, device=device):
+    for step in training_steps(objective, batches, optimizer, timed, device=device):
         tokens.append(int(step.tokens + 0 * step.nll))  # waits for the device
         now = time.perf_counter()
         seconds.append(now - since)

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from vinedresser.config.corpus import CorpusConfig
 from vinedresser.config.task import Frames, Task
-from vinedresser.data.corpora.corpus import InspectedFiles
+from vinedresser.data.corpora.corpus import Corpus
 from vinedresser.data.corpora.inputs import locate
 from vinedresser.data.corpora.recordings import DiskPath, Recordings, block_size
 from vinedresser.data.corpora.row import EntryBlock, Row
@@ -153,10 +153,8 @@ def _phones_of_digits(lexicon: str, *, keep_stress: bool) -> list[str]:
     return [found[word] for word in _DIGITS]
 
 
-class Digits(InspectedFiles):
+class Digits(Corpus):
     """A `DigitsCorpus` whose recordings and dictionary exist. No recording is in two splits."""
-
-    is_parallel = False
 
     def __init__(self, corpus: DigitsCorpus, task: Task) -> None:
         frames = task.source_tokenizer
@@ -169,10 +167,11 @@ class Digits(InspectedFiles):
         by_split = _recordings_of(corpus)
         names = [n for split in self.splits for of in by_split[split].values() for n in of]
         paths = [str(Path(corpus.path) / name) for name in sorted(names)]
-        self._recordings = Recordings(frames)
-        self._recordings.add(("", [path]) for path in paths)
-        recordings = digest_of([[Path(p).name, self._recordings.digest(p)] for p in paths])
-        self.digests = {corpus.path: recordings, corpus.lexicon: self.digests[self._lexicon]}
+        recordings = Recordings(frames)
+        recordings.add(("", [path]) for path in paths)
+        self._recordings = recordings.stamps
+        digest = digest_of([[Path(p).name, recordings.digests[p]] for p in paths])
+        self.digests = {corpus.path: digest, corpus.lexicon: self.digests[self._lexicon]}
 
     def content(self) -> Any:
         """Return the settings, with recordings and dictionary by their digests."""
@@ -185,11 +184,6 @@ class Digits(InspectedFiles):
         corpus = self._corpus.override({"path": str(Path(self._corpus.path).absolute())})
         arguments = (split, corpus, self._lexicon, digest_of(self.digests))
         return EntryBlock.cut(split, deal_strings, arguments, block_size())
-
-    def refuse_changed(self) -> None:
-        """Refuse files that changed since they were inspected."""
-        super().refuse_changed()
-        self._recordings.refuse_changed()
 
     def place(self, split: str, line: int) -> str:  # noqa: ARG002 - strings are in no file
         """Return the string's number."""

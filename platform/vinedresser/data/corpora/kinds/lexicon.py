@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from vinedresser.config.corpus import CorpusConfig, DataPath
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import row
-from vinedresser.data.corpora.corpus import InspectedFiles
+from vinedresser.data.corpora.corpus import Corpus
 from vinedresser.data.corpora.inputs import is_remote, locate
 from vinedresser.data.corpora.row import EntryBlock, Row
 from vinedresser.data.corpora.textfile import inspect_all, lines_of, refuse
@@ -135,10 +135,8 @@ def parse_entries(
     return _entries_of_splits(corpus, path, lists, digest)[split]
 
 
-class Lexicon(InspectedFiles):
+class Lexicon(Corpus):
     """A `LexiconCorpus` whose files exist and are text. Its splits share no word."""
-
-    is_parallel = False
 
     def __init__(self, corpus: LexiconCorpus, task: Task) -> None:
         del task

@@ -1,7 +1,7 @@
 """Recordings with transcripts: one manifest per split."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from vinedresser.config.corpus import CorpusConfig
 from vinedresser.config.task import Frames, Task
-from vinedresser.data.corpora.corpus import InspectedFiles
+from vinedresser.data.corpora.corpus import Corpus
 from vinedresser.data.corpora.recordings import DiskPath, Recordings, block_size
 from vinedresser.data.corpora.row import EntryBlock, Row
 from vinedresser.data.corpora.textfile import inspect_all
@@ -57,10 +57,8 @@ def parse_utterances(
     return [(row, "leaked" if row.line in leaked else "") for row in rows]
 
 
-class Speech(InspectedFiles):
+class Speech(Corpus):
     """A `SpeechCorpus` whose recordings exist and have transcripts."""
-
-    is_parallel = False
 
     def __init__(self, corpus: SpeechCorpus, task: Task) -> None:
         frames = task.source_tokenizer
@@ -70,39 +68,36 @@ class Speech(InspectedFiles):
         self._corpus, self._keys = corpus, (corpus.audio, corpus.transcript)
         super().__init__(inspect_all(list(self._manifests.values())))
         self.splits = tuple(self._manifests)
-        self._recordings = Recordings(frames)
-        self._recordings.add(
+        recordings = Recordings(frames)
+        recordings.add(
             (f"{path}:{utterance.line}: ", utterance.source)
             for split, path in self._manifests.items()
             for utterance in self._utterances(split)
         )
         for split, path in self._manifests.items():
             self.digests[f"{path}: recordings"] = digest_of(
-                [
-                    self._recordings.digest(each)
-                    for u in self._utterances(split)
-                    for each in u.source
-                ]
+                [recordings.digests[each] for u in self._utterances(split) for each in u.source]
             )
-        self._leaked = self._find_leaks(task.cleaning.leakage)
+        self._recordings = recordings.stamps
+        self._leaked = self._find_leaks(task.cleaning.leakage, recordings.digests)
 
     def _utterances(self, split: str) -> list[Row]:
         path = self._manifests[split]
         return _parsed(path, self._keys, self.digests[path])
 
-    def _find_leaks(self, leakage: str) -> frozenset[int]:
+    def _find_leaks(self, leakage: str, digests: Mapping[str, str]) -> frozenset[int]:
         """Return train lines to drop: those with a recording that dev or test also has."""
         train, leaked = self._manifests["train"], set[int]()
         for split in self.splits[1:]:
             held = {
-                self._recordings.digest(path): utterance.line
+                digests[path]: utterance.line
                 for utterance in self._utterances(split)
                 for path in utterance.source
             }
             shared = [
                 (utterance.line, held[digest])
                 for utterance in self._utterances("train")
-                for digest in map(self._recordings.digest, utterance.source)
+                for digest in map(digests.__getitem__, utterance.source)
                 if digest in held
             ]
             if not shared:
@@ -133,11 +128,6 @@ class Speech(InspectedFiles):
         # Absolute: the working directory of a worker is another one.
         arguments = (str(Path(path).absolute()), self._keys, self.digests[path], leaked)
         return EntryBlock.cut(split, parse_utterances, arguments, block_size())
-
-    def refuse_changed(self) -> None:
-        """Refuse files that changed since they were inspected."""
-        super().refuse_changed()
-        self._recordings.refuse_changed()
 
     def place(self, split: str, line: int) -> str:
         """Return the manifest's line."""

@@ -13,7 +13,7 @@ from pydantic import Field
 from vinedresser.config.corpus import CorpusConfig, Files, names_of
 from vinedresser.config.task import Task
 from vinedresser.data.corpora import parquet
-from vinedresser.data.corpora.corpus import InspectedFiles, line_of_file, together
+from vinedresser.data.corpora.corpus import Corpus, line_of_file, together
 from vinedresser.data.corpora.inputs import expand, is_remote, read_range, stamp
 from vinedresser.data.corpora.row import Block, Row, RowCounts
 from vinedresser.data.corpora.textfile import (
@@ -125,7 +125,7 @@ class TableBlock(Block):
             yield Row(source or "", target or "", line)
 
 
-class Table(InspectedFiles):
+class Table(Corpus):
     """A `TableCorpus` whose files exist and whose every row has both columns."""
 
     is_parallel = True
@@ -261,10 +261,10 @@ def _problem_of_json(raw: bytes, form: Form) -> str:
         found = json.loads(raw)
     except json.JSONDecodeError as error:
         return f"{error.colno}: not JSON ({error.msg}); {wanted}"
-    except RecursionError:
-        return f"1: nested too deeply; {wanted}"
-    except ValueError:  # Python turns no number of more than 4,300 digits into an integer
-        return f"1: a number of too many digits; {wanted}"
+    except (RecursionError, ValueError) as error:
+        # Python turns no number of more than 4,300 digits into an integer.
+        is_deep = isinstance(error, RecursionError)
+        return f"1: {'nested too deeply' if is_deep else 'a number of too many digits'}; {wanted}"
     if not isinstance(found, dict):
         return f"1: {type(found).__name__}; {wanted}"
     for key in form.columns:

@@ -10,7 +10,7 @@ import numpy as np
 from vinedresser.config.corpus import CorpusConfig, Files, names_of
 from vinedresser.config.section import Section
 from vinedresser.config.task import Task
-from vinedresser.data.corpora.corpus import InspectedFiles, line_of_file, together
+from vinedresser.data.corpora.corpus import Corpus, line_of_file, together
 from vinedresser.data.corpora.inputs import expand
 from vinedresser.data.corpora.row import Block, Pairs, Row, RowCounts
 from vinedresser.data.corpora.textfile import Span, inspect_all, parting, unpacked
@@ -71,7 +71,7 @@ class TextBlock(Block):
         return map(Row, pairs.source, pairs.target, pairs.lines.tolist())
 
 
-class ParallelText(InspectedFiles):
+class ParallelText(Corpus):
     """A `TextCorpus` whose files exist, are UTF-8 and have equally many lines on both sides."""
 
     is_parallel = True
