@@ -124,7 +124,10 @@ class Source:
 
 
 class Attention(nn.Module):
-    """One step of multi-step attention: softmax(q z) (z + e), for q = W h + b + g."""
+    """One step of multi-step attention: softmax(q z) (z + e), for q = W h + b + g.
+
+    h are the layer's GLU outputs, g the embeddings of the decoder's inputs.
+    """
 
     def __init__(self, config: ConvConfig) -> None:
         super().__init__()
@@ -134,13 +137,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, h_BTD: Tensor, embedded_BTD: Tensor, source: Source) -> Tensor:
-        """(B, T, D) -> (B, T, D).
-
-        Args:
-            h_BTD: the layer's GLU outputs.
-            embedded_BTD: g, the embeddings of the decoder's inputs.
-            source: what is attended to.
-        """
+        """(B, T, D) -> (B, T, D)."""
         queries = (self.query(h_BTD) + embedded_BTD) * _HALF
         scores_BTS = queries @ source.keys_BSD.transpose(1, 2)
         scores_BTS = scores_BTS.masked_fill(source.hidden_B1S, -math.inf)

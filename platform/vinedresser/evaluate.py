@@ -134,12 +134,7 @@ def evaluate(
 ) -> Evaluated:
     """Decode a split in fp32 and score it.
 
-    Args:
-        model: on any device, in any mode.
-        split: with reference texts.
-        tokenizer: of the target side.
-        scoring: metric, search and number of sentences.
-        should_stop: called before each batch.
+    The model may be on any device and in any mode. `should_stop` is called before each batch.
 
     Raises:
         InterruptedRunError: `should_stop` returned true.
@@ -216,11 +211,8 @@ def conditioning_gap(model: Seq2Seq, batches: Iterable[Batch]) -> Conditioning:
 
     Each sentence of a batch gets the source at a distance of half a batch, so no sentence keeps its
     own. In batches of `in_order`, which are sorted by length, that is one of about the same length:
-    the gap measures the content of sources, not their length.
-
-    Args:
-        model: on any device, in any mode.
-        batches: on the CPU; those of one sentence are left out.
+    the gap measures the content of sources, not their length. The model may be on any device and in
+    any mode; batches on the CPU of one sentence are left out.
 
     Raises:
         ValueError: no batch has 2 sentences.

@@ -45,14 +45,8 @@ def target_nll(
 ) -> Part:
     """Return the negative log-likelihood of the targets in nats, over real tokens only.
 
-    States are picked before the output layer, so that padding costs no projection. Uniform
-    logits give exactly ln |V| per token.
-
-    Args:
-        model: supplies the output layer.
-        states_BTD: decoder states, position t predicting target t.
-        batch: supplies targets and padding.
-        label_smoothing: share of the target mass spread evenly over the vocabulary, in [0, 1].
+    States are picked before the output layer, so that padding costs no projection. Uniform logits
+    give exactly ln |V| per token. Position t of the states predicts target t.
     """
     is_real_BT = batch.is_real_BT
     states_ND, targets_N = states_BTD[is_real_BT], batch.target_BT[is_real_BT]

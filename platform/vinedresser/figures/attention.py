@@ -60,9 +60,7 @@ class _Side:
 def attention_figure(found: "AttentionMap", *, note: str = "") -> "Figure":
     """Draw a map: rows attend to columns; the shade grows with the square root of the weight.
 
-    Args:
-        found: a map with at least one head.
-        note: appended to the title.
+    The map has at least one head; the note is appended to the title.
     """
     from matplotlib.figure import Figure
 

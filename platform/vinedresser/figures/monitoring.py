@@ -45,10 +45,8 @@ def gradients_by_layer(history: Sequence[Reading]) -> "Figure":
     """Draw the gradient norm of each layer, early against late in the run (methods.md 106).
 
     The source's side is on top, the output at the bottom. A bar that is decades shorter than its
-    neighbours learns nothing; all early bars far above the late ones are an explosion survived.
-
-    Args:
-        history: at least one reading with gradients.
+    neighbours learns nothing; all early bars far above the late ones are an explosion survived. The
+    history has at least one reading with gradients.
     """
     from matplotlib.figure import Figure
 
@@ -91,9 +89,7 @@ def readings_over_steps(
 ) -> "Figure":
     """Draw six panels over the steps: gradients, updates, weights, activations, ReLUs, memory.
 
-    Args:
-        history: at least one reading.
-        usual_ratio: the range of update ratios that is shaded as usual.
+    The range of usual update ratios is shaded.
     """
     from matplotlib.figure import Figure
 

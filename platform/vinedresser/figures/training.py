@@ -13,11 +13,6 @@ def curves(history: Sequence[Mapping[str, float]], *, metric: str, chosen: int) 
     """Draw teacher-forced loss and inferred metric over the steps, with the exported step marked.
 
     The steps where the two diverge show exposure bias (methods.md 15).
-
-    Args:
-        history: entries with step, value and teacher_forced_loss.
-        metric: name of the value.
-        chosen: step of the exported model.
     """
     from matplotlib.figure import Figure
 
@@ -39,11 +34,8 @@ def heads_against_quality(
 ) -> "Figure":
     """Draw open heads against the inferred metric of each pruning trial.
 
-    Args:
-        points: (heads, value) per trial.
-        metric: name of the value.
-        whole: the same of the model before pruning.
-        taken: heads of the chosen trial.
+    `points` and `whole`, the model before pruning, are (heads, value); `taken` are the heads of the
+    chosen trial.
     """
     from matplotlib.figure import Figure
 

@@ -97,11 +97,6 @@ def observed(model: nn.Module, layers: frozenset[str], found: Activations) -> It
     gradients do not count, nor other fused kernels. Head gates are left out: 0 and 1 are their
     purpose. A position is real where the call, or a module around it, got a mask (B, T) that is
     true there; without a mask all are.
-
-    Args:
-        model: its modules give the functions their names.
-        layers: names of modules whose outputs' extremes are counted.
-        found: counts are added to it.
     """
     observer = _Observer({id(m): name for name, m in model.named_modules()}, layers, found)
     hooks = (
@@ -202,14 +197,9 @@ def lstm_saturated(gates: Tensor) -> Tensor:
 def fused_saturated(rnn: nn.RNNBase, args: Any, out: Any) -> tuple[Tensor, Tensor | None] | None:
     """Return which gates of a fused LSTM or GRU saturate, in the first sentences of a batch.
 
-    The inputs of the gates at t are x_t, h_{t-1} and weights, so all positions are computed at
-    once from the layer's inputs and outputs (Hochreiter and Schmidhuber 1997; Cho et al. 2014, in
-    the order of torch).
-
-    Args:
-        rnn: the layer.
-        args: arguments of its call.
-        out: result of its call.
+    The inputs of the gates at t are x_t, h_{t-1} and weights, so all positions are computed at once
+    from the layer's inputs and outputs (Hochreiter and Schmidhuber 1997; Cho et al. 2014, in the
+    order of torch). `args` and `out` are arguments and result of the layer's call.
 
     Returns:
         (b, T, G) booleans and the mask of real positions (None: unknown); or None for a layer

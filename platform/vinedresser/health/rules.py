@@ -68,12 +68,9 @@ def is_uniform_guess(losses: Iterable[float], uniform: float) -> bool:
     """Return true if one of several measures of a first loss is that of a uniform guess.
 
     With tied embeddings a fresh model repeats the token that it was fed, whose logit is up to
-    sqrt(d): 6.9 nats instead of 3.8 for 43 ids and d = 128. That is harmless and soon unlearned,
-    so the loss over all other tokens is a second measure.
-
-    Args:
-        losses: nats per token.
-        uniform: ln |V|.
+    sqrt(d): 6.9 nats instead of 3.8 for 43 ids and d = 128. That is harmless and soon unlearned, so
+    the loss over all other tokens is a second measure. Losses are nats per token, `uniform` is ln
+    |V|.
     """
     return any(MIN_FIRST_EXCESS <= loss - uniform <= MAX_FIRST_EXCESS for loss in losses)
 

@@ -85,12 +85,8 @@ def summarise(
 ) -> ModelSummary:
     """Count parameters by part and, on one pair of sentences, the arithmetic of a forward pass.
 
-    Args:
-        model: on the CPU.
-        vocabulary: that it was built for.
-        source: tokens or frames of the pair's source, >= 1.
-        target: its target tokens, >= 1.
-        flops: true to run the pass.
+    The model is on the CPU. `source` and `target` are the sizes of the pair, >= 1: tokens or
+    frames, and target tokens.
     """
     unique = list(model.parameters())
     return ModelSummary(

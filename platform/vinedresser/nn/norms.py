@@ -84,11 +84,7 @@ class BatchNorm(_Running):
         self.register_buffer("mean", torch.zeros(features))
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """Map (B, T, D) -> (B, T, D) float32.
-
-        Args:
-            x_BTD: states.
-            real_BT: bool, positions that count; None counts all.
+        """Map (B, T, D) -> (B, T, D) float32; without `real_BT` all positions count.
 
         Raises:
             TrainingError: one sentence, in training.
@@ -121,12 +117,7 @@ class PowerNorm(_Running):
         self.register_buffer("nu", torch.zeros(features))
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        """Map (B, T, D) -> (B, T, D) float32.
-
-        Args:
-            x_BTD: states.
-            real_BT: bool, positions that count; None counts all.
-        """
+        """Map (B, T, D) -> (B, T, D) float32; without `real_BT` all positions count."""
         x_BTD, scale_D = x_BTD.float(), (self.mean_square + self.eps).rsqrt()
         if not self._learns:
             return x_BTD * scale_D * self.weight + self.bias

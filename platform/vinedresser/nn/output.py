@@ -37,10 +37,7 @@ class Output(nn.Module):
     def nll(self, states_ND: Tensor, targets_N: Tensor, *, smoothing: float = 0.0) -> Tensor:
         """Negative log-likelihood in nats, summed over positions; a differentiable scalar.
 
-        Args:
-            states_ND: decoder states of real target positions.
-            targets_N: their target ids.
-            smoothing: share of the target mass spread evenly over the vocabulary, in [0, 1].
+        `smoothing` is the share of the target mass spread evenly over the vocabulary, in [0, 1].
         """
         # Log-probabilities are their own log-softmax.
         return F.cross_entropy(

@@ -61,9 +61,7 @@ class Positions(nn.Module):
     def forward(self, x_BTD: Tensor, first: int = 0) -> Tensor:
         """Map (B, T, D) -> (B, T, D).
 
-        Args:
-            x_BTD: embeddings of positions first, first + 1, ...
-            first: 0-based.
+        `first` is the 0-based number of the first position.
         """
         if self.table is None:
             return x_BTD

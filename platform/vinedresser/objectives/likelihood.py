@@ -124,12 +124,9 @@ def teacher_forcing_ratio(config: ScheduledSampling, step: int) -> float:
     """Return the share of target tokens among the decoder's inputs, in [1 - probability, 1].
 
     linear: 1 - probability * i / decay_steps (methods.md 8); exponential: exp(-i / decay_steps),
-    which is k**i with k = exp(-1 / decay_steps) (9); inverse_sigmoid: k / (k + exp(i / k)) with
-    k = decay_steps (10); none of them below 1 - probability.
-
-    Args:
-        config: probability, decay and decay_steps.
-        step: optimizer updates done so far, 0-based.
+    which is k**i with k = exp(-1 / decay_steps) (9); inverse_sigmoid: k / (k + exp(i / k)) with k =
+    decay_steps (10); none of them below 1 - probability. `step` counts the optimizer updates done
+    so far, 0-based.
     """
     k, floor = config.decay_steps, 1 - config.probability
     if config.probability == 0:
@@ -173,15 +170,9 @@ def mixed_inputs(
         conv-small           1.18 / 1.16    1.24 / 1.23     1.23 / 1.27
 
     With `exact`, transformer-small took 1.37 at p = 1, argmax, fp32, where two passes took 1.26
-    (3,840 tokens, 15 per sentence); the cost of steps grows with the length of the targets.
-
-    Args:
-        model: in the mode that it trains in: dropout applies here too, with separate masks.
-        memory: the batch's encoded source.
-        batch: supplies targets and padding.
-        teacher_forcing_ratio: in [0, 1].
-        feedback: the model's most probable token, or one drawn from its probabilities.
-        exact: step by step on any model, so that predictions follow the mixed prefix.
+    (3,840 tokens, 15 per sentence); the cost of steps grows with the length of the targets. Dropout
+    applies in the mode of the model, with masks of its own. Feedback is the model's most probable
+    token, or one drawn from its probabilities.
     """
 
     def predicted(states_ND: Tensor) -> Tensor:

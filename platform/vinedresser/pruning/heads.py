@@ -67,10 +67,7 @@ def compact(
 ) -> tuple[ModelConfig, Seq2Seq]:
     """Return the same function with closed heads removed and gates folded in.
 
-    Args:
-        model: with gates; not changed.
-        config: its configuration, with `concrete_heads`, `alive_heads` and `num_heads`.
-        vocabulary: its vocabulary sizes.
+    The model has gates and is not changed.
 
     Returns:
         The smaller model's configuration (`alive_heads` instead of `concrete_heads`) and the

@@ -50,11 +50,7 @@ class Parity:
 def certify(model: Seq2Seq, smaller: Seq2Seq, batches: Iterator[Batch], *, cap: int) -> Parity:
     """Compare two models on real sentences.
 
-    Args:
-        model: the original.
-        smaller: the model that is to replace it.
-        batches: of any sentences.
-        cap: longest greedy output in tokens.
+    `cap` is the longest greedy output in tokens.
 
     Raises:
         TrainingError: they are not the same function.

@@ -19,12 +19,6 @@ def learning_rate(config: Optim, *, step: int, steps: int, d_model: int | None =
     Linear warm-up to `lr` over `warmup_steps`, then constant or lr * sqrt(warmup / step); or
     noam, lr * d_model^-.5 * min(step^-.5, step * warmup^-1.5) (methods.md 73). Over the last
     `anneal` share of the run a linear fall that would reach 0 one step after the last.
-
-    Args:
-        config: checked by its experiment.
-        step: 1-based.
-        steps: of the whole run.
-        d_model: width of the model, for noam.
     """
     warm = max(config.warmup_steps, 1)
     rate = config.lr * min(1.0, step / warm)

@@ -151,11 +151,7 @@ def _write_stacks(stacks: str, folder: Path, rank: int, step: int) -> None:
 
 
 def hangs(folder: Path) -> list[Hang]:
-    """Return the hangs of a run that were not reported yet, by step.
-
-    Args:
-        folder: of the stacks.
-    """
+    """Return the hangs of a run that were not reported yet, by step."""
     events: dict[tuple[int, int], dict[int, bool]] = {}
     for path in sorted(folder.glob("step-*.txt")):
         lines = [line for line in path.read_text().splitlines() if line.startswith(_HEAD)]

@@ -73,12 +73,9 @@ class Histogram:
         """Return a part of the rows of all lengths: floor(fraction x count + u) of each cell.
 
         u in [0, 1) is a fixed hash of (chunk, source, target), so that the parts of growing
-        fractions contain each other, and the expected number of rows is fraction x rows
-        (methods.md 79: a smaller data set as the fidelity of a search).
-
-        Args:
-            fraction: in (0, 1]; 1 is the histogram itself.
-            chunk: part of the hash.
+        fractions contain each other, and the expected number of rows is fraction x rows (methods.md
+        79: a smaller data set as the fidelity of a search). A fraction of 1 is the histogram
+        itself.
 
         Raises:
             ValueError: a fraction outside (0, 1].
@@ -116,10 +113,8 @@ class Cells:
 def group(source_lengths: Ints, target_lengths: Ints, *, bucket_width: int = 0) -> Cells:
     """Find the cells of some rows. O(n log n).
 
-    Args:
-        source_lengths: (n,) tokens, each >= 1.
-        target_lengths: (n,) tokens, each >= 1.
-        bucket_width: cells ascend by `bucket_of` first; 0 for no buckets.
+    Lengths are >= 1; with `bucket_width` 0 there are no buckets, else cells ascend by `bucket_of`
+    first.
     """
     source = np.asarray(source_lengths, dtype=np.int64)
     target = np.asarray(target_lengths, dtype=np.int64)
@@ -195,17 +190,12 @@ def plan_cells(
 ) -> Plan:
     """Cut a histogram into batches: sentences x longest side is at most `tokens`.
 
-    Each batch takes as many rows of the order as the budget holds. In `alternating_max` the
-    longest side never falls, so that no way to form batches needs fewer of them; neighbours are
-    near in both lengths, also across a change of the maximum: 0.969 real tokens on Multi30k at
-    4096, against 0.935 of a full sort (benchmarks/padding.py). A row longer than the budget is a
-    batch alone. O(C log C) for C cells; `random` takes O(n) for n rows.
-
-    Args:
-        histogram: the rows.
-        tokens: budget of sentences x longest side, >= 1.
-        order: which strategy.
-        salt: of `random`'s permutation.
+    Each batch takes as many rows of the order as the budget holds. In `alternating_max` the longest
+    side never falls, so that no way to form batches needs fewer of them; neighbours are near in
+    both lengths, also across a change of the maximum: 0.969 real tokens on Multi30k at 4096,
+    against 0.935 of a full sort (benchmarks/padding.py). A row longer than the budget is a batch
+    alone. O(C log C) for C cells; `random` takes O(n) for n rows. `salt` is that of `random`'s
+    permutation.
     """
     if order == "random":
         rows = np.random.default_rng(salt).permutation(histogram.rows)

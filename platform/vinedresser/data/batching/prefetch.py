@@ -16,12 +16,8 @@ def prefetched(source: Iterator[_T], *, depth: int = DEPTH) -> Generator[_T, Non
     """Yield the items of an iterator, drawn in a thread that runs up to `depth` items ahead.
 
     The thread starts when the first item is requested. It ends with the source, with an error, or
-    when this generator is closed or collected; the source is closed then. An error of the source
-    is raised here, in its place among the items.
-
-    Args:
-        source: used by the thread alone from now on.
-        depth: largest number of waiting items, >= 1.
+    when this generator is closed or collected; the source is closed then. An error of the source is
+    raised here, in its place among the items. The source is used by the thread alone from now on.
     """
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="vinedresser-prefetch") as thread:

@@ -97,10 +97,7 @@ def open_corpus(task: Task) -> Corpus:
 def read(task: Task, split: SplitName, *, counts: RowCounts | None = None) -> Iterator[Row]:
     """Return the rows of a split whose sides are not empty, in file order, a block at a time.
 
-    Args:
-        task: what to read.
-        split: which part; see `splits`.
-        counts: receives the numbers of rows read and dropped.
+    `counts` receives the numbers of rows read and dropped.
 
     Raises:
         DataError: as `open_corpus`, at the call; or the task has no such split.

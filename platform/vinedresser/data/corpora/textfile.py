@@ -127,9 +127,7 @@ Check = Callable[[int, bytes], Iterable[str]]
 def inspect_text(name: str, check: Check | None = None) -> Facts:
     """Read a file once, strictly.
 
-    Args:
-        name: path or URI.
-        check: a further check of some lines.
+    `check` is a further check of some lines.
 
     Raises:
         DataError: missing, unreadable, not a plain file, empty, another encoding, a truncated

@@ -15,10 +15,8 @@ _Read = Callable[[str], tuple[list[str], str]]
 def read_utterances(path: str, audio: str, transcript: str) -> list[Row]:
     """Return all rows of an inspected manifest: paths under its folder, transcript, line.
 
-    Args:
-        path: `.jsonl` (also .ndjson, .json) or `.tsv` with a header line; both may be compressed.
-        audio: name of the column of audio paths: one, or in JSON a list.
-        transcript: name of the column of transcripts.
+    A path ends in `.jsonl` (also .ndjson, .json) or in `.tsv`, with a header line; both may be
+    compressed. `audio` and `transcript` name the columns; in JSON `audio` may hold a list of paths.
 
     Raises:
         DataError: the first 20 bad rows, each with file and line; or a name with another ending.

@@ -108,15 +108,9 @@ def rebuild_shards(
 ) -> dict[str, str]:
     """Write some shards of a complete set again.
 
-    Reads the rows that these shards depend on: their own, for train the held-out splits, and all
-    of train where repeats are dropped.
-
-    Args:
-        task: of the set.
-        corpus: the same files as when it was made.
-        folder: the set, whose tokenizers are whole.
-        out: receives the shards.
-        names: which shards.
+    Reads the rows that these shards depend on: their own, for train the held-out splits, and all of
+    train where repeats are dropped. The corpus has the files of the time when the set was made; the
+    tokenizers in `folder`, the set, are whole; `out` receives the shards.
 
     Returns:
         Name -> SHA-256 in hex of the shard.

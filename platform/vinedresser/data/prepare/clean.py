@@ -144,10 +144,7 @@ def clean_block(block: Block, job: PrepareJob) -> CleanedBlock:
 def read_cleaned(block: Block, job: PrepareJob, counts: RowCounts | None = None) -> Pairs:
     """Return the rows of a cleaned block that do not repeat earlier ones, where these are dropped.
 
-    Args:
-        block: one that `clean_block` was called with.
-        job: the same as then.
-        counts: counts the repeats.
+    `counts` counts the repeats.
     """
     with pa.memory_map(str(_cleaned_file(block, job))) as file:
         table = pa.ipc.open_file(file).read_all()
@@ -180,11 +177,7 @@ def hashes_file(number: int) -> str:
 def clean(pairs: Pairs, split: str, task: Task, counts: RowCounts) -> tuple[Pairs, Findings]:
     """Drop the rows of a block that no tokenizer should see, leakage and repeats aside.
 
-    Args:
-        pairs: all rows of a block.
-        split: the block's split; rows that are not empty are dropped from train alone.
-        task: limits and rules.
-        counts: counts dropped rows.
+    Rows that are not empty are dropped from train alone.
     """
     findings = Findings()
     pairs = without_empty(pairs, counts)

@@ -104,14 +104,11 @@ def shard_name(split: str, number: int) -> str:
 def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
     """Tokenize the rows of a cleaned block, sort them by (bucket, row) and write the shard.
 
-    The shard is written under another name and renamed, so that a task that Ray runs twice, or
-    that dies in the middle, is harmless. Its bytes depend on the rows and the job alone. Ids carry
-    EOS on both sides; bucket = (longer side - 1) // bucket_width, one row group each. Rows are
-    dropped from train only: dev and test scores must be comparable between models.
-
-    Args:
-        block: one that was cleaned; `row` of the shard is the row's line less one.
-        job: with the folder of saved tokenizers.
+    The shard is written under another name and renamed, so that a task that Ray runs twice, or that
+    dies in the middle, is harmless. Its bytes depend on the rows and the job alone. Ids carry EOS
+    on both sides; bucket = (longer side - 1) // bucket_width, one row group each. Rows are dropped
+    from train only: dev and test scores must be comparable between models. `row` of the shard is
+    the row's line less one.
 
     Raises:
         DataError: a tokenizer, or a recording, cannot be read.

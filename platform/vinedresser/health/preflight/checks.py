@@ -65,11 +65,8 @@ def checks(
 ) -> Iterator[CheckResult]:
     """Run all checks, one after another; write nothing.
 
-    Args:
-        experiment: to be trained.
-        shards: of its task.
-        price: of an hour of one worker, for the cost; 0 if unknown.
-        begin: called with the name of each part before it starts.
+    `price` is that of an hour of one worker, for the cost, 0 if unknown; `begin` is called with the
+    name of each part before it starts.
 
     Raises:
         ConfigError: the model cannot be built for these vocabularies, or a pattern of optim.freeze

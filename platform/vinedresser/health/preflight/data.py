@@ -37,12 +37,8 @@ def check_content(
 ) -> CheckResult:
     """Check unknown tokens, copies, repeats, rows of dev in train, and the alignment of both sides.
 
-    All but the copies are counts of the whole corpus, made by `prepare` (methods.md 109).
-
-    Args:
-        shards: with their account.
-        sentences: a sample of train, for the copies.
-        encoders: source's and target's tokenizers.
+    All but the copies are counts of the whole corpus, made by `prepare` (methods.md 109). The
+    sentences are a sample of train, for the copies.
     """
     known = coverage(shards)["train"]
     unknown, side = max((1 - share / 100, side) for side, share in known.items())

@@ -32,12 +32,9 @@ def check_batch_invariance(
 ) -> CheckResult:
     """Check sentences in a batch against each alone, with PAD and with other ids on padding.
 
-    Args:
-        model: as it is trained; in evaluation, losses and greedy outputs are compared.
-        dry: without dropout; in training, losses are compared unless its gates draw noise.
-        sentences: of different lengths.
-        vocabulary: ids of the source; 0 for frames.
-        cap: no output is longer.
+    The model is compared in evaluation, as it is trained: losses and greedy outputs. `dry`, without
+    dropout, is compared in training by its losses, unless its gates draw noise. `vocabulary` counts
+    the ids of the source, 0 for frames.
     """
     was_training = model.training
     model.eval()
@@ -79,11 +76,8 @@ def check_batch_invariance(
 def check_stepwise_equality(model: Seq2Seq, sentences: Sequence[Sentence]) -> CheckResult:
     """Check that decoding step by step gives the teacher-forced log-probabilities (methods.md 3).
 
-    In float64 and in evaluation mode, where both ways differ by rounding alone.
-
-    Args:
-        model: on its device; converted to float64.
-        sentences: a few, of different lengths.
+    In float64 and in evaluation mode, where both ways differ by rounding alone. The model is
+    converted to float64.
     """
     exact = model.double().eval()
     batch = collated(sentences).to(exact.device)

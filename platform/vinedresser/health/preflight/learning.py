@@ -50,11 +50,8 @@ def check_first_loss(
 ) -> CheckResult:
     """Check the loss before the first update against that of a uniform guess (methods.md 105).
 
-    Args:
-        model: on its device, in training mode, without dropout.
-        batch: real sentences, on the CPU.
-        vocabulary: ids of the target side.
-        is_fresh: false for a warm start, which must be better than guessing.
+    The model is in training mode, without dropout. A warm start, which is not fresh, must be better
+    than guessing.
     """
     batch = batch.to(model.device)
     loss, other = first_losses(model, batch)
@@ -98,12 +95,7 @@ def check_first_loss(
 
 
 def check_gradients(model: Seq2Seq, batch: Batch) -> CheckResult:
-    """Check that every trained tensor gets a gradient.
-
-    Args:
-        model: on its device, in training mode.
-        batch: real sentences, on the CPU.
-    """
+    """Check that every trained tensor gets a gradient."""
     batch = batch.to(model.device)
     model.zero_grad(set_to_none=True)
     torch.autograd.backward(target_nll(model, model(batch), batch).mean)
@@ -135,13 +127,8 @@ def check_overfitting(
     """Overfit a few sentences and decode them (methods.md 99).
 
     Adam at 0.3 / width, at most 3e-3, 10 updates of warm-up, gradients clipped at 1, no dropout:
-    every form of the zoo needs 30 to 260 updates.
-
-    Args:
-        model: fresh, on its device, in training mode, without dropout; trained further.
-        sentences: of distinct sources.
-        device: device and precision.
-        cap: no output is longer.
+    every form of the zoo needs 30 to 260 updates. The model is fresh, in training mode, without
+    dropout, and trained further; the sentences have distinct sources.
     """
     batch = collated(sentences).to(device.primary)
     loss, right, updates = math.inf, 0, 0
@@ -211,15 +198,8 @@ def check_conditioning(
     """Train briefly on real data, then measure the conditioning gap (methods.md 2).
 
     Held-out sentences get each other's sources of about the same length. Training ends as soon as
-    the gap is significant.
-
-    Args:
-        objective: with its model on its device, in training mode; trained further.
-        batches: of train.
-        dev: held-out batches.
-        experiment: steps and warm-up as `short` makes them.
-        device: device and precision.
-        vocabulary: ids of the target side.
+    the gap is significant. The objective is trained further; steps and warm-up are as `short` makes
+    them.
     """
     if not any(len(batch.rows_B) > 1 for batch in dev):
         return CheckResult(

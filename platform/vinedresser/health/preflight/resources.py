@@ -43,11 +43,8 @@ def check_memory(
 ) -> CheckResult:
     """Check the growth of resident and GPU memory over updates of one shape (methods.md 37).
 
-    Args:
-        objective: with its model on its device, in training mode; trained further.
-        batch: on the CPU; the same for each update.
-        experiment: as it is trained; growth is projected to its `steps`.
-        device: device and precision.
+    The objective is trained further, with the same batch for each update; growth is projected to
+    the experiment's `steps`.
     """
     updates = UPDATES_PER_BLOCK * (BLOCKS + 1)
     once = alone(experiment, steps=updates)
@@ -160,12 +157,8 @@ def check_cost(
 ) -> CheckResult:
     """Return time and money of the full run; other workers are assumed as fast, without overhead.
 
-    Args:
-        experiment: the full one.
-        shards: its data.
-        speed: of one worker.
-        evaluation: seconds of one.
-        price: of an hour of one worker, in any currency; 0 if unknown.
+    `evaluation` is the seconds of one, `price` that of an hour of one worker, in any currency, 0 if
+    unknown.
     """
     training = experiment.steps * speed.seconds_per_update
     judging = experiment.evaluation.num_evaluations * evaluation

@@ -61,9 +61,7 @@ def collated(sentences: Sequence[Sentence]) -> Batch:
 def with_filled_padding(batch: Batch, vocabulary: int) -> Batch:
     """Return the batch with real ids, or frames of 9, instead of source padding.
 
-    Args:
-        batch: padded with PAD or 0.
-        vocabulary: ids of the source; 0 for frames.
+    `vocabulary` counts the ids of the source; 0 for frames.
     """
     source_BS = batch.source_BS.clone()
     hidden_BS = torch.arange(source_BS.shape[1]) >= batch.source_lengths_B[:, None]
