@@ -16,26 +16,24 @@ V vocabulary, G features of a cell's gates.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from vinedresser.config import ModelConfig
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.attention import linear
 from vinedresser.nn.dropout import Dropout
-from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
+from vinedresser.nn.embedding import SourceEmbedding, token_table
 from vinedresser.nn.output import FullOutput
 from vinedresser.nn.recurrent import (
     Cell,
-    CellKind,
     Known,
     Recurrent,
+    RecurrentConfig,
     RecurrentEncoder,
     RecurrentState,
-    Stack,
     check_pyramid,
 )
 from vinedresser.nn.scores import Attention, EncodedSource, ScoreKind, check_widths
@@ -43,28 +41,13 @@ from vinedresser.nn.steps import Product
 from vinedresser.nn.subsampling import SubsamplingConfig
 
 
-class AttentionRnnConfig(ModelConfig):
+class AttentionRnnConfig(RecurrentConfig):
     """The defaults are Luong's model without input feeding: the fastest to train."""
 
-    cell: CellKind = "lstm"
-    # Features of embeddings, decoder states and attentional states.
-    width: PositiveInt = 256
-    # Of each encoder layer in each direction.
-    encoder_units: PositiveInt = 256
-    bidirectional: bool = True
-    encoder_layers: PositiveInt = 1
-    decoder_layers: PositiveInt = 1
-    # LayerNorm on the outputs of every layer (methods.md 46).
-    layer_norm: bool = False
     score: ScoreKind = "general"
     order: Literal["luong", "bahdanau"] = "luong"
     # luong only: the cell reads the previous attentional state too.
     input_feeding: bool = False
-    # Of embeddings, between layers, and of what the output layer reads.
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    # output: target embedding and output layer share weights.
-    tie: Literal["none", "output"] = "output"
-    embedding: SourceEmbeddingConfig = SourceEmbeddingConfig()
     # Reductions between the encoder's layers.
     subsampling: SubsamplingConfig = SubsamplingConfig()
 
@@ -166,12 +149,12 @@ class AttentionRnn(Seq2Seq):
         self.target_embedding = token_table(vocabulary.target, D)
         self.dropout = Dropout(config.dropout)
         self.encoder = RecurrentEncoder(
-            _stack(config, config.encoder_units, config.encoder_layers),
+            config.stack(config.encoder_units, config.encoder_layers),
             D,
             bidirectional=config.bidirectional,
             subsampling=config.subsampling,
         )
-        M, stack = self.encoder.width, _stack(config, D, config.decoder_layers)
+        M, stack = self.encoder.width, config.stack(D, config.decoder_layers)
         # Input of the first cell in addition to the token: context, attentional state, nothing.
         self.is_bahdanau = config.order == "bahdanau"
         self.num_fed = M if self.is_bahdanau else D * config.input_feeding
@@ -196,12 +179,7 @@ class AttentionRnn(Seq2Seq):
         x_BSD = self.dropout(self.source_embedding(source_BS, source_lengths_B))
         return Memory(*self.encoder(x_BSD, source_lengths_B))
 
-    def decode(
-        self,
-        memory: Memory,
-        inputs_BT: Tensor,
-        is_real_BT: Tensor | None = None,  # noqa: ARG002 no statistics
-    ) -> Tensor:
+    def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
         """See Seq2Seq."""
         if self.num_fed == 0:
             return self._whole(memory, self._embed(inputs_BT))
@@ -214,7 +192,7 @@ class AttentionRnn(Seq2Seq):
         states_BTD: Tensor = self.dropout(torch.stack(found, 1))
         return states_BTD
 
-    def start(self, memory: Memory, max_length: int) -> AttentionRnnState:  # noqa: ARG002 nothing grows
+    def start(self, memory: Memory, max_length: int) -> AttentionRnnState:
         """See Seq2Seq."""
         source, layers = self._remember(memory), self._first(memory)
         cells = [
@@ -303,7 +281,3 @@ class AttentionRnn(Seq2Seq):
         else:
             sum_BD = self.attend.step(h_BD, weights.source, step.scores_BS, sum_BD)
         return AttentionRnnState(weights, layers, torch.tanh(sum_BD))
-
-
-def _stack(config: AttentionRnnConfig, units: int, layers: int) -> Stack:
-    return Stack(config.cell, units, layers, config.layer_norm, config.dropout)

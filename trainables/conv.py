@@ -225,12 +225,7 @@ class ConvSeq2Seq(Seq2Seq):
         keys_BSD = scale_gradient(x_BSD, 1 / len(self.decoder))
         return Memory(torch.cat([keys_BSD, (keys_BSD + embedded_BSD) * _HALF], -1), mask_BS)
 
-    def decode(
-        self,
-        memory: Memory,
-        inputs_BT: Tensor,
-        is_real_BT: Tensor | None = None,  # noqa: ARG002 no statistics
-    ) -> Tensor:
+    def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
         """See Seq2Seq."""
         source = Source.of(memory)
         embedded_BTD = self._embed(inputs_BT)
@@ -245,7 +240,7 @@ class ConvSeq2Seq(Seq2Seq):
         embedded_BTD: Tensor = self.dropout(placed_BTD)
         return embedded_BTD
 
-    def start(self, memory: Memory, max_length: int) -> ConvState:  # noqa: ARG002 - any length
+    def start(self, memory: Memory, max_length: int) -> ConvState:
         """See Seq2Seq."""
         B, kept = len(memory.states_BSD), self.config.kernel - 1
         blank = memory.states_BSD.new_zeros(B, kept, self.config.d_model)

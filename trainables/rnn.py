@@ -8,42 +8,25 @@ B sentences, S source positions, T target positions, D features, U features of u
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from vinedresser.config import ModelConfig
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.attention import linear
 from vinedresser.nn.dropout import Dropout
-from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
+from vinedresser.nn.embedding import SourceEmbedding, token_table
 from vinedresser.nn.output import FullOutput
-from vinedresser.nn.recurrent import Cell, CellKind, Layer, Recurrent, RecurrentState, Stack, turned
+from vinedresser.nn.recurrent import Cell, Layer, Recurrent, RecurrentConfig, RecurrentState, turned
 
 
-class RnnConfig(ModelConfig):
+class RnnConfig(RecurrentConfig):
     """The defaults are one LSTM layer of width 256 on each side."""
 
-    cell: CellKind = "lstm"
-    # Features of embeddings and decoder states.
-    width: PositiveInt = 256
-    # Of each encoder layer in each direction.
-    encoder_units: PositiveInt = 256
     bidirectional: bool = False
-    encoder_layers: PositiveInt = 1
-    decoder_layers: PositiveInt = 1
-    # LayerNorm on the outputs of every layer (methods.md 46).
-    layer_norm: bool = False
     # The source is read from its end: its first words are then near the target's, which gained 4.7
     # BLEU on English to French (Sutskever et al. 2014, section 3.3).
     reverse_source: bool = False
-    # Of embeddings, between layers, and of what the output layer reads.
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    # output: target embedding and output layer share weights.
-    tie: Literal["none", "output"] = "output"
-    embedding: SourceEmbeddingConfig = SourceEmbeddingConfig()
 
     @property
     def has_bridge(self) -> bool:
@@ -81,13 +64,7 @@ class Rnn(Seq2Seq):
         self.source_embedding = SourceEmbedding(vocabulary, D, config.embedding, scale=self.scale)
         self.target_embedding = token_table(vocabulary.target, D)
         self.dropout = Dropout(config.dropout)
-        stack = Stack(
-            config.cell,
-            config.encoder_units,
-            config.encoder_layers,
-            config.layer_norm,
-            config.dropout,
-        )
+        stack = config.stack(config.encoder_units, config.encoder_layers)
         self.encoder, width = nn.ModuleList(), D
         for _ in range(config.encoder_layers):
             layer = Layer(stack, width, bidirectional=config.bidirectional)
@@ -119,12 +96,7 @@ class Rnn(Seq2Seq):
         u_BU = torch.cat(parts, -1)
         return Memory(u_BU[:, None], torch.ones_like(u_BU[:, :1], dtype=torch.bool))
 
-    def decode(
-        self,
-        memory: Memory,
-        inputs_BT: Tensor,
-        is_real_BT: Tensor | None = None,  # noqa: ARG002 no statistics
-    ) -> Tensor:
+    def decode(self, memory: Memory, inputs_BT: Tensor, is_real_BT: Tensor | None = None) -> Tensor:
         """See Seq2Seq. Whole sequences in the fused kernel."""
         x_BTD = self._embed(inputs_BT)
         for i, (layer, state) in enumerate(zip(self.decoder, self._first(memory), strict=True)):
@@ -132,7 +104,7 @@ class Rnn(Seq2Seq):
         states_BTD: Tensor = self.dropout(x_BTD)
         return states_BTD
 
-    def start(self, memory: Memory, max_length: int) -> RnnState:  # noqa: ARG002 nothing grows
+    def start(self, memory: Memory, max_length: int) -> RnnState:
         """See Seq2Seq."""
         cells = [layer.cell() for layer in self.decoder if isinstance(layer, Recurrent)]
         return RnnState(cells, self._first(memory))

@@ -107,7 +107,6 @@ class Evaluations(Listener):
     """A log line per evaluation."""
 
     def __init__(self, experiment: Experiment) -> None:
-        """Args: the run."""
         self._metric, self._steps = experiment.task.metric, experiment.steps
 
     def evaluated(self, report: Mapping[str, Any]) -> None:
@@ -126,7 +125,6 @@ class LogLines(Evaluations):
     """A log line per closed metrics window, at least five seconds apart."""
 
     def __init__(self, experiment: Experiment, *, now: Now = time.monotonic) -> None:
-        """Args: the run, and a clock."""
         super().__init__(experiment)
         self._now, self._left, self._logged = now, TimeLeft(now), now() - _LINE
 
@@ -157,7 +155,6 @@ class Bar(Evaluations):
         *,
         now: Now = time.monotonic,
     ) -> None:
-        """Args: the run, a function that draws a frame, and a clock."""
         super().__init__(experiment)
         self._show, self._now, self._left = show, now, TimeLeft(now)
         self._shown = -math.inf

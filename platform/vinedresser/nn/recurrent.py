@@ -5,15 +5,18 @@ G features of its gates: 4 D (LSTM) or 3 D (GRU).
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vinedresser.batch import is_real
+from vinedresser.config import ModelConfig
 from vinedresser.nn.dropout import Dropout
+from vinedresser.nn.embedding import SourceEmbeddingConfig
 from vinedresser.nn.steps import Product, step_dtype
 from vinedresser.nn.subsampling import Subsample, SubsamplingConfig
 
@@ -201,6 +204,30 @@ class Stack:
     def norm(self, width: int) -> nn.Module:
         """Return the norm after each layer."""
         return nn.LayerNorm(width) if self.layer_norm else nn.Identity()
+
+
+class RecurrentConfig(ModelConfig):
+    """Settings of the recurrent models."""
+
+    cell: CellKind = "lstm"
+    # Features of embeddings, and of the decoder's states.
+    width: PositiveInt = 256
+    # Of each encoder layer in each direction.
+    encoder_units: PositiveInt = 256
+    bidirectional: bool = True
+    encoder_layers: PositiveInt = 1
+    decoder_layers: PositiveInt = 1
+    # LayerNorm on the outputs of every layer (methods.md 46).
+    layer_norm: bool = False
+    # Of embeddings, between layers, and of what the output layer reads.
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    # output: target embedding and output layer share weights.
+    tie: Literal["none", "output"] = "output"
+    embedding: SourceEmbeddingConfig = SourceEmbeddingConfig()
+
+    def stack(self, units: int, layers: int) -> Stack:
+        """Return what the layers of the encoder, or of the decoder, share."""
+        return Stack(self.cell, units, layers, self.layer_norm, self.dropout)
 
 
 def turned(x_BSD: Tensor, lengths_B: Tensor) -> Tensor:

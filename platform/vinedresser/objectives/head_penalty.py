@@ -37,7 +37,6 @@ class HeadPenalty(Term):
     """Expected share of open gates, once per update."""
 
     def __init__(self, model: Seq2Seq, gate_lr_factor: float) -> None:
-        """Args: a model with gates, and the factor of their learning rate."""
         super().__init__()
         log_alphas = [gates.log_alpha for gates in head_gates(model)]
         # In a tuple: the gates stay parameters of the model alone.

@@ -92,7 +92,6 @@ class Likelihood(Term):
     is_nll = True
 
     def __init__(self, config: LikelihoodConfig) -> None:
-        """Args: smoothing and scheduled sampling."""
         super().__init__()
         self._config = config
 

@@ -96,7 +96,6 @@ class OptimizerState:
     """State of an optimizer as a part of a checkpoint; rates and factors stay those of the run."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Args: the optimizer."""
         self._optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,7 +31,6 @@ class StepSchedule:
     """
 
     def __init__(self, experiment: Experiment) -> None:
-        """Args: the run."""
         count, steps = experiment.evaluation.num_evaluations, experiment.steps
         self.evaluations = frozenset(round(steps * (i + 1) / count) for i in range(count))
         self.log_every = max(1, steps // _LOG_LINES)

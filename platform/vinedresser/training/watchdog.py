@@ -183,7 +183,6 @@ class StragglerDetector:
     UPDATES, AGREEING = 10, 3
 
     def __init__(self, device: Device) -> None:
-        """Args: this rank."""
         self._device = device
         self._own: list[float] = []
         self._since = time.perf_counter()

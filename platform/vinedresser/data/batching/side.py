@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from vinedresser.batch import Batch
 from vinedresser.data.batching.plan import Ints
 from vinedresser.data.tokenizers.flat import take_ragged
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder
 from vinedresser.special_ids import PAD
+
+if TYPE_CHECKING:  # workers that write shards do without torch
+    from torch import Tensor
+
+    from vinedresser.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Side:
     def of(cls, items: Sequence[Any], encoder: SourceEncoder) -> "Side":
         """Return the sequences that an encoder makes of texts, or of tuples of recordings."""
         values, lengths = encoder.flat(items)
+        # 65,536 ids fit in two bytes; that halves shards and the memory of a loaded split.
+        if not encoder.features and encoder.size <= 1 << 16:
+            values = values.astype(np.uint16)
         return cls(values, np.concatenate([[0], np.cumsum(lengths)]), encoder.features)
 
     @property
@@ -49,7 +54,7 @@ class Side:
         values = take_ragged(self.values, self.offsets[rows] * width, lengths * width)
         return Side(values, np.concatenate([[0], np.cumsum(lengths)]), self.features)
 
-    def padded(self, rows: Ints) -> tuple[Tensor, Tensor]:
+    def padded(self, rows: Ints) -> "tuple[Tensor, Tensor]":
         """Return rows as tensors, and their lengths (B,) int64.
 
         Ids become int64 (B, longest), padded with PAD; frames float32 (B, longest, features),
@@ -57,8 +62,10 @@ class Side:
         """
         return self.take(rows).tensors()
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self) -> "tuple[Tensor, Tensor]":
         """Return all its rows, as `padded` gives them; one row at least."""
+        import torch
+
         lengths_B = self.lengths
         shape = (len(lengths_B), int(lengths_B.max()))
         is_real_BS = np.arange(shape[1]) < lengths_B[:, None]
@@ -80,6 +87,10 @@ def join(sides: Sequence[Side]) -> Side:
     return Side(values, np.concatenate([[0], np.cumsum(lengths)]), sides[0].features)
 
 
-def batch_of(source: Side, target: Side, rows: Ints) -> Batch:
+def batch_of(source: Side, target: Side, rows: Ints) -> "Batch":
     """Return rows as a batch on the CPU; `rows` are their places in the split."""
+    import torch
+
+    from vinedresser.batch import Batch
+
     return Batch(*source.tensors(), *target.tensors(), torch.from_numpy(rows.copy()))

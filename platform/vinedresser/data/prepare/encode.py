@@ -3,20 +3,18 @@
 import functools
 import itertools
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vinedresser.data.batching.side import Side
 from vinedresser.data.corpora.row import FIRST_LINES, Block, Pairs, RowCounts
 from vinedresser.data.prepare.clean import PrepareJob, read_cleaned
-from vinedresser.data.tokenizers.flat import take_ragged
-from vinedresser.data.tokenizers.tokenizer import SourceEncoder, load_source
+from vinedresser.data.tokenizers.tokenizer import load_source
 from vinedresser.special_ids import UNK
 
 # `lengths.parquet`: kept rows of a block per pair of lengths, in tokens or frames. Sorted by split
@@ -59,41 +57,13 @@ class EncodedBlock:
 _encoder = functools.lru_cache(maxsize=2)(load_source)
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One side of some rows; `width` values per position: 1 for ids."""
-
-    values: NDArray[Any]
-    lengths: NDArray[np.int64]
-    width: int
-
-    @classmethod
-    def of(cls, items: Sequence[Any], encoder: SourceEncoder) -> "_Side":
-        values, lengths = encoder.flat(items)
-        if encoder.features:
-            return cls(values, lengths, encoder.features)
-        # 65,536 ids fit in two bytes; that halves shards and the memory of a loaded split.
-        dtype = np.uint16 if encoder.size <= 1 << 16 else np.int32
-        return cls(values.astype(dtype), lengths, 1)
-
-    def unknown(self, kept: NDArray[np.int64]) -> int:
-        """Count unknown ids in some rows."""
-        if self.values.dtype == np.float16:
-            return 0
-        values = self.values if len(kept) == len(self.lengths) else self._taken(kept)
-        return int((values == UNK).sum())
-
-    def array(self, rows: NDArray[np.int64]) -> pa.Array:
-        """Return some rows as lists, in their order."""
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows] * self.width)])
-        # ListArray counts in int32; 20,000 utterances of 1,000 frames of 80 would not fit.
-        kind = pa.ListArray if offsets[-1] < 2**31 else pa.LargeListArray
-        dtype = np.int32 if kind is pa.ListArray else np.int64
-        return kind.from_arrays(pa.array(offsets.astype(dtype)), pa.array(self._taken(rows)))
-
-    def _taken(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        starts = np.cumsum(self.lengths) - self.lengths
-        return take_ragged(self.values, starts[rows] * self.width, self.lengths[rows] * self.width)
+def _array(side: Side) -> pa.Array:
+    """Return the rows of a side as lists."""
+    offsets = side.offsets * (side.features or 1)
+    # ListArray counts in int32; 20,000 utterances of 1,000 frames of 80 would not fit.
+    kind = pa.ListArray if offsets[-1] < 2**31 else pa.LargeListArray
+    dtype = np.int32 if kind is pa.ListArray else np.int64
+    return kind.from_arrays(pa.array(offsets.astype(dtype)), pa.array(side.values))
 
 
 def shard_name(split: str, number: int) -> str:
@@ -116,7 +86,7 @@ def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
     counts, split, task = RowCounts(), block.split, job.task
     pairs = read_cleaned(block, job, counts)
     source, target = (
-        _Side.of(texts, _encoder(Path(job.folder), name))
+        Side.of(texts, _encoder(Path(job.folder), name))
         for texts, name in zip((pairs.source, pairs.target), job.names, strict=True)
     )
     is_kept = np.ones(len(pairs), dtype=np.bool_)
@@ -126,7 +96,7 @@ def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
         # A character without width is no white space, and normalisation leaves EOS alone of it.
         has_both = is_kept.copy()
         for side in (source, target):
-            if side.values.dtype != np.float16:
+            if not side.features:
                 has_both &= side.lengths > 1
         fits = (source.lengths <= task.max_source_length) & (
             target.lengths <= task.max_target_length
@@ -145,9 +115,11 @@ def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
     if name:
         # Metrics compare with the text itself.
         with_texts = split != "train"
-        path, sides = Path(job.out) / name, (source, target)
-        _write_shard(path, pairs, kept, sides, job, with_texts=with_texts)
-    keys = (source.lengths[kept] << 32) | target.lengths[kept]
+        path = Path(job.out) / name
+        _write_shard(path, pairs, kept, (source, target), job, with_texts=with_texts)
+    sides = source.take(kept), target.take(kept)
+    unknown = [0 if side.features else int((side.values == UNK).sum()) for side in sides]
+    keys = (sides[0].lengths << 32) | sides[1].lengths
     keys, rows = np.unique(keys, return_counts=True)
     cells = (keys >> 32, keys & 0xFFFFFFFF, rows)
     return EncodedBlock(
@@ -155,7 +127,7 @@ def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
         block.number,
         name,
         counts,
-        (source.unknown(kept), target.unknown(kept)),
+        (unknown[0], unknown[1]),
         (cells[0].astype(np.int32), cells[1].astype(np.int32), cells[2].astype(np.int32)),
     )
 
@@ -164,7 +136,7 @@ def _write_shard(
     path: Path,
     pairs: Pairs,
     kept: NDArray[np.int64],
-    sides: tuple[_Side, _Side],
+    sides: tuple[Side, Side],
     job: PrepareJob,
     *,
     with_texts: bool,
@@ -178,8 +150,8 @@ def _write_shard(
     columns = {
         "row": pa.array(pairs.lines[rows] - 1),
         "bucket": pa.array(buckets),
-        "source": source.array(rows),
-        "target": target.array(rows),
+        "source": _array(source.take(rows)),
+        "target": _array(target.take(rows)),
     }
     texts = {"source_text": pairs.source, "target_text": pairs.target} if with_texts else {}
     for name, side in texts.items():
