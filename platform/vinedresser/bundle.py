@@ -38,11 +38,8 @@ _NAMED = 8
 class Bundle:
     """A loaded model with everything it needs to be used.
 
-    Attributes:
-        manifest: of its folder, verified.
-        experiment: configuration of its training; its `model` section builds the weights' shapes.
-        model: on the CPU, in eval mode, fp32.
-        scores: plain JSON, see evaluate.py.
+    The manifest is verified; the experiment's `model` section builds the shapes of the weights; the
+    model is on the CPU, in eval mode and fp32; scores are plain JSON, see evaluate.py.
     """
 
     manifest: Manifest
@@ -203,13 +200,8 @@ def warm_start(
 ) -> str:
     """Copy a bundle's weights into a model (methods.md 76, 83).
 
-    Head gates that the bundle does not have stay open, as built.
-
-    Args:
-        model: with fresh weights; left as it is if the bundle is refused.
-        bundle: source of the weights.
-        config: configuration that built the model.
-        partial: take the tensors that fit; the others stay fresh.
+    Head gates that the bundle does not have stay open, as built. A model whose bundle is refused is
+    left as it is. With `partial` the tensors that do not fit stay fresh.
 
     Returns:
         An account: a line of counts, a line per kind of tensor that was not taken, and a line of

@@ -23,9 +23,7 @@ _DROP_SHARE = 0.25
 class Decoded:
     """Decoded ids of each sentence, EOS left out, and their negative log-likelihood.
 
-    Attributes:
-        ids: one list per sentence.
-        nll: -log p of the whole output in nats, EOS included, without length penalty.
+    `nll` is -log p of the whole output in nats, EOS included, without length penalty.
     """
 
     ids: list[list[int]]

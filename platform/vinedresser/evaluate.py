@@ -27,11 +27,8 @@ from vinedresser.special_ids import EOS
 class Scoring:
     """Settings of an evaluation.
 
-    Attributes:
-        metric: name of the score.
-        decoding: search and batch size.
-        cap: longest output, in tokens.
-        sentences: number of sentences to score, evenly spread over the split; 0 for all.
+    `cap` is the longest output in tokens; `sentences` are scored, evenly spread over the split, 0
+    for all.
     """
 
     metric: str

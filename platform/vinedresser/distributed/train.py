@@ -75,12 +75,7 @@ def train(
 
 
 def run_worker(
-    experiment: Experiment,
-    context: RunContext,
-    folder: RunFolder,
-    *,
-    rank: int,
-    listener: Listener,
+    experiment: Experiment, context: RunContext, folder: RunFolder, *, rank: int, listener: Listener
 ) -> Outcome | None:
     """Train as one worker of the experiment; rank 0 tracks and returns the outcome."""
     outcome = finished(folder)  # a group that is restarted after its end

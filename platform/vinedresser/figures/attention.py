@@ -28,12 +28,8 @@ _UPRIGHT = 2  # letters that fit over a cell without being turned
 class _Side:
     """Measures and labels of an axis.
 
-    Attributes:
-        name: with its unit.
-        labels: empty for a side that is time.
-        families: fonts of the labels.
-        length: positions, or seconds.
-        inches: size of a panel along it.
+    `name` holds the unit; `labels` are empty for a side that is time, `families` are their fonts;
+    `length` counts positions, or seconds; a panel is `inches` long along it.
     """
 
     name: str

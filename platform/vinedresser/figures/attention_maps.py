@@ -126,6 +126,11 @@ class AttentionMap:
         """Return the entropy of each head in nats."""
         return [float(value) for value in entropy(self.weights)]
 
+    @property
+    def most_entropy(self) -> float:
+        """Return ln S, the entropy of uniform weights."""
+        return math.log(self.weights.shape[-1])
+
 
 @dataclass(frozen=True)
 class Attended:
@@ -153,6 +158,23 @@ class Attended:
             if not math.isnan(value)
         ]
         return max(heads, key=lambda entry: entry[2], default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values without the weights."""
+        modules = {
+            each.name: {
+                "looks": each.kind,
+                "diagonality": each.diagonality,
+                "entropy": each.entropy,
+                "most_entropy": each.most_entropy,
+                "rows": each.rows.labels,
+                "columns": each.columns.labels,
+            }
+            for each in self.maps
+        }
+        best = dict(zip(("module", "head", "diagonality"), self.best() or (), strict=False))
+        own = {"source": self.source, "target": self.target, "is_forced": self.is_forced}
+        return {**own, "best": best, "modules": modules}
 
 
 def attention_of(bundle: Bundle, source: str, target: str | None = None) -> Attended:

@@ -30,12 +30,8 @@ _BARS = 40
 class LengthBucket:
     """Rows whose longer side lies between two edges.
 
-    Attributes:
-        first: shortest length, in tokens (frames), 1-based.
-        last: longest.
-        rows: of the train split.
-        padding_efficiency: share of real tokens in its batches, both sides, if batched alone; in
-            (0, 1].
+    Lengths are those of the longer side in tokens (frames), 1-based. Padding efficiency is the
+    share of real tokens in its batches, both sides, if it is batched alone; in (0, 1].
     """
 
     first: int

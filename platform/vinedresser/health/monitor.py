@@ -32,10 +32,7 @@ TAG, _DESCRIPTION = "vinedresser.health", "mlflow.note.content"
 class RunMonitor:
     """Log of metrics with health rules; each rule reports once per run.
 
-    Attributes:
-        readings: statistics of the model at every n-th step.
-        series: everything that was logged.
-        findings: rule -> its first finding.
+    `series` is everything that was logged, `findings` maps a rule to its first finding.
     """
 
     def __init__(self, model: Seq2Seq, facts: RunFacts, tracker: Tracker, *, every: int) -> None:

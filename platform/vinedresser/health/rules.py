@@ -43,11 +43,7 @@ _LEAK_MB, _CACHED = 16.0, 50  # MB over the second half of the run so far; updat
 class Finding:
     """One fault of a run.
 
-    Attributes:
-        rule: name of the rule, `dead_units`.
-        text: the observation, with numbers.
-        advice: what to do, in one line.
-        step: of the latest number.
+    `text` is the observation, with numbers; `step` is that of the latest number.
     """
 
     rule: str

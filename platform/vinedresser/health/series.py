@@ -47,12 +47,7 @@ class RunFacts:
 
 
 class Log:
-    """Series of a run: key -> (step, value) in order; values that are not finite are left out.
-
-    Attributes:
-        facts: constants of the run.
-        points: the series, plain JSON.
-    """
+    """Series of a run: key -> (step, value) in order; values that are not finite are left out."""
 
     def __init__(
         self, facts: RunFacts, points: Mapping[str, Iterable[Sequence[float]]] = {}

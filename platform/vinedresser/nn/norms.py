@@ -74,8 +74,7 @@ class _Running(nn.Module):
 class BatchNorm(_Running):
     """(x - mean) / sd of each feature over all real positions of a batch (Ioffe, Szegedy 2015).
 
-    Attributes:
-        mean: (D,) running mean; `mean_square` is the running variance, unbiased.
+    `mean` (D,) is the running mean, `mean_square` the running variance, unbiased.
     """
 
     def __init__(self, features: int) -> None:

@@ -58,9 +58,7 @@ class Output(nn.Module):
 class FullOutput(Output):
     """Softmax over a linear layer: one score for each token of the vocabulary.
 
-    Attributes:
-        weight: (V, D); may be shared with the target embedding.
-        bias: (V,).
+    `weight` (V, D) may be shared with the target embedding; `bias` is (V,).
     """
 
     def __init__(self, width: int, vocabulary: int) -> None:

@@ -241,12 +241,9 @@ class Layer(nn.Module):
     """One encoder layer: forward, or forward and backward side by side, then the norm.
 
     The backward direction runs forward over `turned` rows, so that both read each row's padding
-    last. On one core that took 148 ms and 56 ms (bf16) where a packed sequence took 241 ms and
-    127 ms: the fused kernel refuses packed ones (250 x 16 positions, 2 x 256 units, gradient
-    included).
-
-    Attributes:
-        width: features of the outputs.
+    last. On one core that took 148 ms and 56 ms (bf16) where a packed sequence took 241 ms and 127
+    ms: the fused kernel refuses packed ones (250 x 16 positions, 2 x 256 units, gradient included).
+    `width` is the number of features of its outputs.
     """
 
     def __init__(self, stack: Stack, inputs: int, *, bidirectional: bool) -> None:
@@ -281,11 +278,8 @@ class Layer(nn.Module):
 class RecurrentEncoder(nn.Module):
     """Layers with reductions between them: the pyramid of Chan et al. 2016 (methods.md 26, 29).
 
-    Reduction i precedes layer i + 1 (counted from 0), so that the first layer reads every
-    position, and there are fewer reductions than layers.
-
-    Attributes:
-        width: features of the outputs.
+    Reduction i precedes layer i + 1 (counted from 0), so that the first layer reads every position,
+    and there are fewer reductions than layers. `width` is the number of features of its outputs.
     """
 
     def __init__(

@@ -170,7 +170,7 @@ def mixed_inputs(
 
     With `exact`, transformer-small took 1.37 at p = 1, argmax, fp32, where two passes took 1.26
     (3,840 tokens, 15 per sentence); the cost of steps grows with the length of the targets. Dropout
-    applies in the mode of the model, with masks of its own. Feedback is the model's most probable
+    applies in the mode of the model, with separate masks. Feedback is the model's most probable
     token, or one drawn from its probabilities.
     """
 

@@ -61,9 +61,8 @@ def held_out(shards: ShardSet) -> str:
 class Pruner:
     """The steps of pruning one model; each recognises its result of an earlier call.
 
-    Attributes:
-        name: prefix of folders and runs.
-        whole: the model to prune, trained to convergence.
+    `name` is the prefix of folders and runs; `whole`, the model to prune, is trained to
+    convergence.
     """
 
     def __init__(self, name: str, pruning: Pruning, whole: Bundle, *, context: RunContext) -> None:

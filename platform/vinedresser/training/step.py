@@ -87,17 +87,9 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
 
     An update whose gradient is not finite is left out: weights and optimizers stay as they are
     (methods.md 101). Draws are a function of (seed, step, number of the batch in the update), so
-    that one rank with two batches draws what two ranks with one each do.
-
-    Args:
-        objective: with its model in training mode.
-        batches: this rank's, from the first that was not yet used.
-        optimizer: over the joint parameters of the objective.
-        experiment: steps, seed, rates, and the number of batches per update.
-        device: device, precision and rank.
-        start: updates done before.
-        monitor: observer of the model.
-        should_stop: called once per update; true on any rank ends all ranks after the same update.
+    that one rank with two batches draws what two ranks with one each do. Batches are this rank's,
+    from the first not yet used. `should_stop` is called once per update; true on any rank ends all
+    ranks after the same update.
 
     Raises:
         MachineError: out of memory with a single row, or with other ranks.

@@ -209,24 +209,8 @@ def _print_shards(shards: "ShardSet", view: ShardView, *, as_json: bool) -> None
     columns = ["split", ">rows in", ">rows out", "dropped", "first lines"]
     print_table(columns, _account(shards.meta["account"]), soft_wrap=True)
     print_lines("")
-    lengths = shards.meta["lengths"]
-    print_table(
-        ["lengths", ">total", ">mean", ">median", ">max", ">unknown", ">known"],
-        [
-            (
-                f"{split} {side}",
-                *(f"{own['tokens']:,}", f"{own['mean']:.1f}", f"{own['median']:g}"),
-                str(own["max"]),
-                f"{own['unknown']:,}" if side in known[split] else "frames",
-                f"{known[split][side]:.3f} %" if side in known[split] else "",
-            )
-            for split in _SPLITS
-            if split in known
-            for side in ("source", "target")
-            for own in (lengths[split][side],)
-        ],
-        soft_wrap=True,
-    )
+    columns = ["lengths", ">total", ">mean", ">median", ">max", ">unknown", ">known"]
+    print_table(columns, _lengths(shards.meta["lengths"], known), soft_wrap=True)
     print_lines("")
     most = max(bucket.rows for bucket in found)
     print_table(
@@ -255,6 +239,21 @@ def _print_shards(shards: "ShardSet", view: ShardView, *, as_json: bool) -> None
             )
     notes = (f"note: {note}" for note in shards.meta["notes"])
     return print_lines(*notes, *(f"figure: {name}" for name in saved))
+
+
+def _lengths(
+    lengths: Mapping[str, Any], known: Mapping[str, Mapping[str, float]]
+) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of a table of lengths: a line per split and side."""
+    for split in _SPLITS:
+        for side, own in lengths.get(split, {}).items():
+            if side not in ("source", "target"):
+                continue
+            numbers = (f"{own['tokens']:,}", f"{own['mean']:.1f}", f"{own['median']:g}")
+            has_ids = side in known[split]
+            unknown = f"{own['unknown']:,}" if has_ids else "frames"
+            share = f"{known[split][side]:.3f} %" if has_ids else ""
+            yield f"{split} {side}", *numbers, str(own["max"]), unknown, share
 
 
 def _account(account: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -27,11 +27,7 @@ SOURCE_BUCKET = 5
 class PaddingEfficiency:
     """Share of real tokens in padded tensors, each in (0, 1].
 
-    Attributes:
-        source: real / padded source tokens.
-        target: real / padded target tokens.
-        both: of the two sides together.
-        batches: number of batches.
+    `both` is that of the two sides together.
     """
 
     source: float

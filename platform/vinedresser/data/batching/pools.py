@@ -36,12 +36,9 @@ Change = Callable[[Side, Side], tuple[Side, Side]]
 class Bucket:
     """The rows of a bucket in memory.
 
-    Attributes:
-        source: source sequences.
-        target: target sequences.
-        rows: (n,) the number of each in its split.
-        members: (n,) their positions here, cell after cell; inside a cell by a fixed hash of the
-            row, so that the first k are the same k whatever the subset.
+    `rows` (n,) are the numbers of the rows in their split, `members` (n,) their positions here,
+    cell after cell; inside a cell by a fixed hash of the row, so that the first k are the same k
+    whatever the subset.
     """
 
     source: Side

@@ -160,9 +160,7 @@ def stamp(name: str) -> Stamp:
 class RawFile:
     """A file's bytes as stored, read once from the start; hashed on the way.
 
-    Attributes:
-        name: the file.
-        digest: SHA-256 of the bytes read so far.
+    `digest` is the SHA-256 of the bytes read so far.
     """
 
     closed = False  # pyarrow reads this attribute

@@ -33,10 +33,7 @@ class Row:
 class RowCounts:
     """Every row in is a row out or counted by the reason it was dropped for.
 
-    Attributes:
-        rows_in: rows read.
-        dropped: reason -> rows.
-        first_lines: reason -> the first 10 line numbers.
+    `dropped` maps a reason to rows, `first_lines` a reason to the first 10 line numbers.
     """
 
     rows_in: int = 0
@@ -81,10 +78,7 @@ class RowCounts:
 class Pairs:
     """Rows as columns of equal length.
 
-    Attributes:
-        source: text, or recordings.
-        target: text.
-        lines: 1-based, ascending, unique in the split.
+    Lines are 1-based, ascending and unique in the split.
     """
 
     source: Sequence[SourceItem]

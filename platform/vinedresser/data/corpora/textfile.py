@@ -29,6 +29,7 @@ MAX_LISTED = 20
 _BOM = b"\xef\xbb\xbf"
 # `surrogateescape` maps each undecodable byte to one of these; valid UTF-8 cannot contain them.
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
+_HALF = re.compile("[\ud800-\udfff]")
 # First bytes -> what the file is, and the command that makes text of it. UTF-32 before UTF-16,
 # whose mark it begins with.
 _FOREIGN = (
@@ -280,6 +281,15 @@ def refuse_changed(stamps: Mapping[str, Stamp]) -> None:
 def changed(name: str) -> DataError:
     """Return the error of a file that changed between inspection and reading."""
     return DataError(f"{name}: changed while it was being read; run again when it is complete")
+
+
+def half_character(text: str) -> tuple[int, str] | None:
+    """Return place (from 1) and code point of the first half of a surrogate pair; None without.
+
+    UTF-8 cannot hold it, but JSON can name it.
+    """
+    found = _HALF.search(text)
+    return (found.start() + 1, f"U+{ord(found[0]):04X}") if found else None
 
 
 def listed(names: Iterable[object]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vinedresser.data.corpora.row import Row
-from vinedresser.data.corpora.textfile import lines_of, listed, refuse
+from vinedresser.data.corpora.textfile import half_character, lines_of, listed, refuse
 from vinedresser.errors import DataError
 
 _Read = Callable[[str], tuple[list[str], str]]
@@ -49,14 +49,11 @@ def _checked(folder: Path, paths: list[str], text: str, line: int) -> Row:
     if not text.strip():
         raise ValueError(f"{paths[0]} has no transcript")
     for value in (*paths, text):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            code = ord(value[error.start])
+        if half := half_character(value):
             raise ValueError(
-                f"character {error.start + 1} is half a character (U+{code:04X}); expected text "
-                "that UTF-8 can hold"
-            ) from None
+                f"character {half[0]} is half a character ({half[1]}); expected text that UTF-8 "
+                "can hold"
+            )
     return Row(tuple(str(folder / each) for each in paths), text, line)
 
 

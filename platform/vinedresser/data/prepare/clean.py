@@ -80,10 +80,8 @@ class LineCount:
 class Findings:
     """Rows to report, kept or dropped.
 
-    Attributes:
-        control: rows with control characters.
-        sources: held-out split -> train rows whose source is in it.
-        pairs: held-out split -> train rows whose source and target are in it as a pair.
+    `control` are rows with control characters; `sources` and `pairs` map a held-out split to the
+    train rows whose source, or source and target as a pair, are in it.
     """
 
     control: LineCount = field(default_factory=LineCount)
@@ -218,8 +216,7 @@ def _may_have_control(texts: Sequence[str]) -> bool:
 class HeldOut:
     """Folded rows of the held-out splits, which train is compared with.
 
-    Attributes:
-        targets: split -> source -> its targets.
+    `targets` maps a split to its sources, and each of these to its targets.
     """
 
     def __init__(self, targets: dict[str, dict[str, list[str]]]) -> None:

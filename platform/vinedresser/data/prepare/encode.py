@@ -114,10 +114,11 @@ def encode_block(block: Block, job: PrepareJob) -> EncodedBlock:
     name = shard_name(split, block.number) if len(kept) else ""
     if name:
         # Metrics compare with the text itself.
-        with_texts = split != "train"
-        path = Path(job.out) / name
+        with_texts, path = split != "train", Path(job.out) / name
         _write_shard(path, pairs, kept, (source, target), job, with_texts=with_texts)
-    sides = source.take(kept), target.take(kept)
+    sides = (source, target)
+    if len(kept) < len(pairs):
+        sides = (source.take(kept), target.take(kept))
     unknown = [0 if side.features else int((side.values == UNK).sum()) for side in sides]
     keys = (sides[0].lengths << 32) | sides[1].lengths
     keys, rows = np.unique(keys, return_counts=True)

@@ -34,8 +34,7 @@ _REQUESTED = frozenset({"variant", "excluded", "beyond_train_words"})
 class PreparationReport:
     """Counts and measures of all blocks; holds their cells, about a byte per row.
 
-    Attributes:
-        encoded: blocks in split and file order, added once they are encoded.
+    `encoded` blocks are in split and file order, added once they are encoded.
     """
 
     def __init__(self, task: Task, corpus: Corpus, cleaned: list[CleanedBlock]) -> None:

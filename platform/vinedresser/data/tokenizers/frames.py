@@ -34,11 +34,7 @@ _UNKNOWN_SIZE = 0x7FFFF000
 
 
 class Filterbank:
-    """The encoder of the source side of a speech task, as a tokenizer is of a text task.
-
-    Attributes:
-        config: the settings.
-    """
+    """The encoder of the source side of a speech task, as a tokenizer is of a text task."""
 
     def __init__(self, config: Frames) -> None:
         self.config = config

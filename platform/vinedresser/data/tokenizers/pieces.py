@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vinedresser.config.task import Tokenizer
+from vinedresser.data.corpora.textfile import half_character
 from vinedresser.data.tokenizers.flat import Flat, flattened, real_ids, take_ragged
 from vinedresser.data.tokenizers.resampling import SPACE, Resampler
 from vinedresser.errors import DataError
@@ -232,14 +233,12 @@ class _Words:
 
 
 def _refuse_surrogates(texts: Sequence[str]) -> None:
-    for index, text in enumerate(texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
+    for number, text in enumerate(texts, 1):
+        if half := half_character(text):
             raise DataError(
-                f"text {index + 1}, character {error.start + 1}: U+{ord(text[error.start]):04X} "
-                "is half a character; expected text that UTF-8 can hold"
-            ) from None
+                f"text {number}, character {half[0]}: {half[1]} is half a character; expected text "
+                "that UTF-8 can hold"
+            )
 
 
 def train_pieces(config: Tokenizer, texts: Iterable[str]) -> SentencePiece:

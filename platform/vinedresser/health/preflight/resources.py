@@ -89,10 +89,7 @@ def slope(readings: list[int]) -> float:
 class Speed:
     """Training speed of one worker.
 
-    Attributes:
-        tokens_per_second: real target tokens.
-        seconds_per_update: of this worker's batches of one update.
-        tokens_per_update: real target tokens of this worker.
+    Tokens are real target tokens; seconds and tokens per update are those of this worker's batches.
     """
 
     tokens_per_second: float

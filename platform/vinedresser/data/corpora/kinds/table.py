@@ -20,6 +20,7 @@ from vinedresser.data.corpora.textfile import (
     Facts,
     Span,
     changed,
+    half_character,
     inspect_each,
     inspect_text,
     lines_of,
@@ -109,9 +110,7 @@ class TablePart:
 class TableBlock(Block):
     """Rows of one or several files.
 
-    Attributes:
-        first: raw rows of the split before it.
-        parts: places of the rows.
+    `first` is the number of raw rows of the split before it.
     """
 
     first: int
@@ -273,14 +272,11 @@ def _problem_of_json(raw: bytes, form: Form) -> str:
             return f"1: no key {key!r}, found {listed(found)}; {wanted}"
         if value is not None and not isinstance(value, str):
             return f"1: {key!r} is {type(value).__name__}; expected text"
-        try:
-            (value or "").encode()
-        except UnicodeEncodeError as error:
-            half = f"U+{ord(str(value)[error.start]):04X}"
-            column = max(1, raw.lower().find(b"\\u" + half[2:].lower().encode()) + 1)
+        if half := half_character(value or ""):
+            column = max(1, raw.lower().find(b"\\u" + half[1][2:].lower().encode()) + 1)
             return (
-                f"{column}: {key!r}, character {error.start + 1}: {half} is half a character; "
-                "expected text that UTF-8 can hold"
+                f"{column}: {key!r}, character {half[0]}: {half[1]} is half a character; expected "
+                "text that UTF-8 can hold"
             )
         if "\0" in (value or ""):
             return f"1: {key!r} holds NUL; expected text"

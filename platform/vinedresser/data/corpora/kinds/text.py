@@ -45,10 +45,7 @@ class TextCorpus(CorpusConfig):
 class TextBlock(Block):
     """Lines of one or several pairs of files.
 
-    Attributes:
-        first: raw rows of the split before it.
-        source: parts of source files.
-        target: parts of target files, line by line the same.
+    `first` is the number of raw rows of the split before it; source and target are the same lines.
     """
 
     first: int
