@@ -209,7 +209,7 @@ def conditioning_gap(model: Seq2Seq, batches: Iterable[Batch]) -> Conditioning:
     Each sentence of a batch gets the source at a distance of half a batch, so no sentence keeps its
     own. In batches of `in_order`, which are sorted by length, that is one of about the same length:
     the gap measures the content of sources, not their length. The model may be on any device and in
-    any mode; batches on the CPU of one sentence are left out.
+    any mode; batches are on the CPU, those of one sentence are left out.
 
     Raises:
         ValueError: no batch has 2 sentences.
