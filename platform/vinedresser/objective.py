@@ -170,22 +170,14 @@ class Term(nn.Module):
 class Objective(nn.Module):
     """A model with the terms that train it, as one module: DDP sees a single forward pass.
 
-    Attributes:
-        model: the model that is trained.
-        terms: name -> term, those with a weight above 0.
-        optimizers: name -> optimizer, of the terms that have their own.
+    `terms` are those with a weight above 0, `optimizers` those of the terms that have their own, by
+    name.
     """
 
     def __init__(
         self, config: Terms, model: Seq2Seq, tokenizer: TextTokenizer | None = None
     ) -> None:
-        """Build the terms on the model's device.
-
-        Args:
-            config: the terms.
-            model: on its devices, frozen as configured.
-            tokenizer: of the target, for terms that score text.
-        """
+        """Build the terms on the model's device."""
         super().__init__()
         self.model, self._tokenizer = model, tokenizer
         self._configs: dict[str, TermConfig] = config.active

@@ -247,11 +247,8 @@ def layer_of(name: str) -> str:
 def first_losses(model: Seq2Seq, batch: Batch) -> tuple[float, float]:
     """Measure the loss of a fresh model; leave its buffers and the random state as they are.
 
-    Power norm, which scales by statistics of earlier passes only, gets some passes first.
-
-    Args:
-        model: on its device, in training mode.
-        batch: real sentences, on any device; the first 16 are used.
+    Power norm, which scales by statistics of earlier passes only, gets some passes first. The model
+    is in training mode. Of the batch, of real sentences, the first 16 are used.
 
     Returns:
         Nats per token; and the same over the other tokens than the one just fed, which a fresh

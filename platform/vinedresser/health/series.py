@@ -16,13 +16,9 @@ Points = Sequence[tuple[int, float]]
 class RunFacts:
     """Constants of a run that the rules need.
 
-    Attributes:
-        uniform: ln |V|, the loss of a uniform guess in nats per token.
-        steps: updates of the whole run.
-        warmup: updates of warm-up.
-        anneal: share of the run at its end over which the learning rate falls to 0.
-        clip_norm: gradients above it are scaled down.
-        is_fresh: false for a warm start, whose first loss has no known value.
+    `uniform` is ln |V|, the loss of a uniform guess in nats per token; `steps` and `warmup` are
+    updates; `anneal` is the share of the run at its end over which the learning rate falls to 0; a
+    warm start is not fresh, and its first loss has no known value.
     """
 
     uniform: float

@@ -54,13 +54,8 @@ class ModelPart:
 class ModelSummary:
     """Parts and sizes of a model.
 
-    Attributes:
-        parts: in the order of the model.
-        parameters: all, shared ones once.
-        trainable: those with a gradient.
-        flops: multiply-adds x 2 of a forward pass per target token; 0 where not computed.
-        source: source positions of the pair that `flops` is of.
-        target: its target tokens.
+    Shared parameters count once. `flops` are multiply-adds x 2 of a forward pass per target token,
+    of a pair with `source` source positions and `target` target tokens; 0 where not computed.
     """
 
     parts: tuple[ModelPart, ...]

@@ -117,11 +117,8 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """Map (B, T, D) -> (B, T, D) for whole sequences.
 
-        Args:
-            x_BTD: queries, and keys and values unless there is a memory.
-            memory: what `remember` returned.
-            hidden: bool, broadcasts to (B, H, T, S); true positions get weight 0.
-            is_causal: position t sees 0..t only.
+        `memory` is what `remember` returned; `hidden`, bool, broadcasts to (B, H, T, S), and true
+        positions get weight 0; with `is_causal` position t sees 0..t only.
         """
         if memory is None:
             queries, keys, values = self._project(x_BTD)
@@ -215,13 +212,9 @@ class MultiHeadAttention(nn.Module):
     def kept(self, heads: list[int], scales: Tensor) -> dict[str, Tensor]:
         """Return the weights of a smaller layer: only these heads, each output scaled.
 
-        Rows of the query, key and value projections of other heads are cut, columns of the
-        output projection are multiplied by the head's gate: (g h) W = h (g W). What heads share
-        stays.
-
-        Args:
-            heads: indices of heads to keep, ascending.
-            scales: (H,) gate of every head.
+        Rows of the query, key and value projections of other heads are cut, columns of the output
+        projection are multiplied by the head's gate: (g h) W = h (g W). What heads share stays.
+        `heads` are indices, ascending; `scales` (H,) is the gate of every head.
         """
         H, V = self.num_heads, self.value_dim
         result = {n: t.detach() for n, t in self.state_dict().items() if "gates" not in n}

@@ -97,16 +97,10 @@ class SourceEmbedding(nn.Module):
     """Source ids (B, S) or frames (B, S, F) -> (B, S, D).
 
     Frames go through a linear layer and LayerNorm. A fresh module gives vectors of length about
-    `scale`, whatever the kind. Padding beyond the lengths changes no position before
-    them; outputs at padding are finite and otherwise undefined.
-
-    Args:
-        vocabulary: its `source` or, for frames, its `features`.
-        width: D.
-        config: how ids are embedded.
-        scale: factor on the table's vectors, sqrt(D) in Vaswani et al. 2017; the other kinds
-            have it in their first weights.
-        table: a table to share, where source and target are tied.
+    `scale`, whatever the kind. Padding beyond the lengths changes no position before them; outputs
+    at padding are finite and otherwise undefined. `width` is D; `scale` is the factor on the
+    table's vectors, sqrt(D) in Vaswani et al. 2017, the other kinds have it in their first weights;
+    `table` is one to share, where source and target are tied.
     """
 
     def __init__(

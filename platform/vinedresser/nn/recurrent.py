@@ -186,13 +186,8 @@ class Recurrent(nn.Module):
 class Stack:
     """Settings that all layers of an encoder or decoder share.
 
-    Attributes:
-        cell: lstm or gru.
-        units: of each layer in each direction.
-        layers: their number.
-        layer_norm: true to normalise each layer's outputs for the next layer, ln(f(x)), and not
-            the states for its next step.
-        dropout: between layers.
+    `units` are those of each layer in each direction; `layer_norm` normalises each layer's outputs
+    for the next layer, ln(f(x)), and not the states for its next step; dropout is between layers.
     """
 
     cell: CellKind

@@ -164,10 +164,8 @@ def score(kind: ScoreKind, query_width: int, memory_width: int) -> Score:
 class EncodedSource:
     """Keys, values and mask of an encoded source, computed once.
 
-    Attributes:
-        keys_BSK: compared with the queries.
-        values_BSM: averaged.
-        bias_BS: -inf where a position gets weight 0, else 0.
+    Keys are compared with the queries, values are averaged; `bias_BS` is -inf where a position gets
+    weight 0, else 0.
     """
 
     def __init__(self, keys_BSK: Tensor, values_BSM: Tensor, bias_BS: Tensor) -> None:

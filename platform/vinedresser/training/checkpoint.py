@@ -116,10 +116,7 @@ def newest_checkpoint(run: RunFolder, *, is_first: bool = True) -> Checkpoint | 
     """Return the newest checkpoint that can be read and verifies; None if there is none.
 
     Damaged ones are moved aside. One that the disk fails to read may be intact, and stays.
-
-    Args:
-        run: folder of the run.
-        is_first: true on the rank that moves damaged ones aside; the others only read.
+    `is_first` is true on the rank that moves damaged ones aside; the others only read.
 
     Raises:
         DamagedError: there are checkpoints, and none verifies; with the reason of each.

@@ -151,8 +151,7 @@ class Run:
     def execute(self, monitor: Monitor | None = None) -> Outcome | None:
         """Train to the end; return the outcome on rank 0, None on the others.
 
-        Args:
-            monitor: of rank 0; observes the run and receives what is logged.
+        The monitor, of rank 0, observes the run and receives what is logged.
 
         Raises:
             InterruptedRunError: a stop was requested; there is a checkpoint.

@@ -86,10 +86,8 @@ def training_steps(  # noqa: PLR0913 - all that a loop touches, and nothing hidd
     """Make one update after another, from step start + 1 to the end, and yield each.
 
     An update whose gradient is not finite is left out: weights and optimizers stay as they are
-    (methods.md 101). Draws are a function of (seed, step, number of the batch in the update), so
-    that one rank with two batches draws what two ranks with one each do. Batches are this rank's,
-    from the first not yet used. `should_stop` is called once per update; true on any rank ends all
-    ranks after the same update.
+    (methods.md 101). Batches are this rank's, from the first not yet used. `should_stop` is called
+    once per update; true on any rank ends all ranks after the same update.
 
     Raises:
         MachineError: out of memory with a single row, or with other ranks.

@@ -96,9 +96,8 @@ class Watchdog:
     def reset(self, step: int, *, pause: float = 1.0) -> None:
         """Reset the timer.
 
-        Args:
-            step: the last update that is done.
-            pause: factor of the timeout; above 1 where more is done before the next update.
+        `step` is the last update that is done; `pause` is a factor of the timeout, above 1 where
+        more is done before the next update.
         """
         if not self._is_on:
             return

@@ -117,11 +117,16 @@ def group(source_lengths: Ints, target_lengths: Ints, *, bucket_width: int = 0) 
     buckets = bucket_of(source, target, width=bucket_width)
     members = np.lexsort((target, source, buckets))
     source, target = source[members], target[members]
-    is_new = np.ones(len(members), dtype=bool)
-    is_new[1:] = (source[1:] != source[:-1]) | (target[1:] != target[:-1])
-    firsts = np.flatnonzero(is_new)
+    firsts = firsts_of(source, target)
     counts = np.diff(np.append(firsts, len(members)))
     return Cells(Histogram(source[firsts], target[firsts], counts), members)
+
+
+def firsts_of(*columns: Ints) -> Ints:
+    """Return positions where any of some columns of equal, sorted tuples changes; 0 is one."""
+    is_new = np.ones(len(columns[0]), dtype=bool)
+    is_new[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return np.flatnonzero(is_new)
 
 
 def bucket_of(source_lengths: Ints, target_lengths: Ints, *, width: int) -> Ints:
@@ -219,9 +224,7 @@ def plan_cells(
 
 def _cut(longest: Ints, counts: Ints, groups: Ints, tokens: int) -> Ints:
     """Cut runs of rows greedily; a batch holds one group. O(runs that differ + batches)."""
-    is_new = np.ones(len(longest), dtype=bool)
-    is_new[1:] = (longest[1:] != longest[:-1]) | (groups[1:] != groups[:-1])
-    firsts = np.flatnonzero(is_new)
+    firsts = firsts_of(longest, groups)
     runs = np.add.reduceat(counts, firsts) if len(firsts) else counts
     cuts, at, size, top, last = [0], 0, 0, 0, None
     for length, count, owner in zip(

@@ -16,7 +16,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vinedresser.batch import Batch
-from vinedresser.data.batching.plan import Cells, Histogram, Ints, bucket_of, group, mixed
+from vinedresser.data.batching.plan import (
+    Cells,
+    Histogram,
+    Ints,
+    bucket_of,
+    firsts_of,
+    group,
+    mixed,
+)
 from vinedresser.data.batching.side import Side, batch_of, join
 from vinedresser.data.prepare.encode import LENGTHS_FILE
 from vinedresser.data.shards import ShardSet
@@ -124,12 +132,9 @@ class MemoryPool:
 class _Layout:
     """Places of the rows of a chunk.
 
-    Attributes:
-        histogram: the chunk's cells, ascending by (bucket, source, target).
-        block: (g,) block of each of the chunk's row groups.
-        bucket: (g,) its bucket.
-        group: (g,) its place in its shard.
-        rows: (g,) its rows.
+    `histogram` holds the chunk's cells, ascending by (bucket, source, target). Of each of the
+    chunk's g row groups: its block, its bucket, its place in its shard (`group`) and its rows, (g,)
+    each.
     """
 
     histogram: Histogram
@@ -268,23 +273,16 @@ def _layout(held: list[list[Ints]], width: int) -> _Layout:
     block, source, target, count = (np.concatenate(parts) for parts in zip(*held, strict=True))
     bucket = bucket_of(source, target, width=width)
     by_cell = np.lexsort((target, source, bucket))
-    cells = _firsts(source[by_cell], target[by_cell])
+    cells = firsts_of(source[by_cell], target[by_cell])
     chosen = by_cell[cells]
     counts = np.add.reduceat(count[by_cell], cells)
     histogram = Histogram(source[chosen], target[chosen], counts)
     by_group = np.lexsort((bucket, block))
-    groups = _firsts(block[by_group], bucket[by_group])
+    groups = firsts_of(block[by_group], bucket[by_group])
     block, bucket = block[by_group][groups], bucket[by_group][groups]
     place = np.arange(len(block)) - np.searchsorted(block, block)
     rows = np.add.reduceat(count[by_group], groups)
     return _Layout(histogram, block, bucket, place, rows)
-
-
-def _firsts(*columns: Ints) -> Ints:
-    """Return positions where any of some columns of equal, sorted tuples changes; 0 is one."""
-    is_new = np.ones(len(columns[0]), dtype=bool)
-    is_new[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
-    return np.flatnonzero(is_new)
 
 
 def _row_group(path: Path, index: int, footers: dict[int, Any], block: int) -> pa.Table:

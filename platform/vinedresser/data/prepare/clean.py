@@ -43,12 +43,8 @@ _OTHER_SPACES = "\t\x0b\x0c\r\x1c\x1d\x1e\x1f\x85\u1680\u2028\u2029"
 class PrepareJob:
     """Settings and folders of a preparation; plain values that any worker can receive.
 
-    Attributes:
-        task: limits, rules, bucket width.
-        folder: folder of the saved tokenizers.
-        out: folder of the shards.
-        scratch: folder of cleaned blocks and hashes, which are not part of the set.
-        is_parallel: see `Corpus`.
+    `folder` holds the saved tokenizers, `out` the shards, `scratch` cleaned blocks and hashes,
+    which are not part of the set; `is_parallel`: see `Corpus`.
     """
 
     task: Task
@@ -216,7 +212,7 @@ def _may_have_control(texts: Sequence[str]) -> bool:
 class HeldOut:
     """Folded rows of the held-out splits, which train is compared with.
 
-    `targets` maps a split to its sources, and each of these to its targets.
+    `targets`: split -> source -> its targets.
     """
 
     def __init__(self, targets: dict[str, dict[str, list[str]]]) -> None:

@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 class CheckResult:
     """Result of one check.
 
-    Attributes:
-        name: of the check.
-        passed: None where it could not be decided here, which is no failure.
-        found: the measured value, with its unit.
-        wanted: the values of a healthy experiment.
-        pointer: meaning of a failure, what to do, and which key; or a remark on a pass; or empty.
-        figures: the measured values as numbers, for scripts.
+    `passed` is None where it could not be decided here, which is no failure. `found` is the
+    measured value, with its unit, `wanted` that of healthy experiments. `pointer` holds the meaning
+    of a failure, what to do, and which key; or a remark on a pass. `figures` are the measured
+    values as numbers, for scripts.
     """
 
     name: str

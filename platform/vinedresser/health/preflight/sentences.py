@@ -15,10 +15,8 @@ from vinedresser.special_ids import PAD
 class Sentence:
     """One pair, without padding.
 
-    Attributes:
-        source_S: int64 ids, EOS at the end; or float32 frames (S, F).
-        target_T: int64 ids, EOS at the end.
-        row: index in its split.
+    `source_S` and `target_T` are int64 ids, EOS at the end; the source of a speech task is float32
+    frames (S, F). `row` is the index in its split.
     """
 
     source_S: Tensor

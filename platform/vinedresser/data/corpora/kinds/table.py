@@ -78,10 +78,8 @@ class Form:
 class TablePart:
     """Some rows of one file.
 
-    Attributes:
-        span: whole lines, or for Parquet the row group `span.start` of the path.
-        form: form of the rows.
-        skip: header lines at its beginning.
+    `span` is whole lines, or for Parquet the row group `span.start` of the path; `skip` counts
+    header lines at its beginning.
     """
 
     span: Span
