@@ -84,7 +84,6 @@ class SweepFolder(_Folder):
     ray_scratch = _Entry("tune")
 
 
-
 class ScheduleFolder(_Folder):
     """Folder of one schedule."""
 
