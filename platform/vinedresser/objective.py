@@ -119,9 +119,8 @@ class Pass:
     def sentence_scores(self, metric: str, hypotheses: Sequence[Sequence[int]]) -> Tensor:
         """Return the score (B,) of each hypothesis against its target, as text.
 
-        Args:
-            metric: a name of METRICS, which defines the unit and the direction.
-            hypotheses: ids of each sentence of the batch, EOS left out.
+        The metric is a name of METRICS, which defines the unit and the direction; EOS is left out
+        of the ids.
         """
         assert self.tokenizer is not None, "this caller trains without a tokenizer"
         texts, references = (

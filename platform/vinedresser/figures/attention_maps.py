@@ -180,10 +180,8 @@ class Attended:
 def attention_of(bundle: Bundle, source: str, target: str | None = None) -> Attended:
     """Return every attention weight of a finished model on one sentence pair.
 
-    Args:
-        bundle: the model.
-        source: a sentence, or for a model of recordings paths as `Bundle.translate` takes them.
-        target: fed to the decoder; None for its own greedy output.
+    The source is one that `Bundle.translate` takes; the target is fed to the decoder, None for its
+    own greedy output.
 
     Raises:
         DataError: the source is refused by `Bundle.translate`, the target is too long, or the

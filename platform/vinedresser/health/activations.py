@@ -46,10 +46,9 @@ _SATURATING: Mapping[Any, tuple[str, Callable[[Tensor], Tensor]]] = {
 class Activations:
     """Counts of a forward pass, on the device. Passes of one step (micro-batches) add up.
 
-    Attributes:
-        alive: function -> (F,), true for ReLU units above 0 at any real position.
-        saturated: function -> number of saturated outputs, and of all outputs.
-        extremes: layer -> smallest and largest output.
+    `alive`: function -> (F,), true for ReLU units above 0 at any real position; `saturated`:
+    function -> number of saturated outputs, and of all outputs; `extremes`: layer -> smallest and
+    largest output.
     """
 
     def __init__(self) -> None:

@@ -60,10 +60,8 @@ class RunMonitor:
     def diverged(self, reason: str, step: int, *, is_finite: bool) -> None:
         """Annotate the run that diverged; the error that ends it is logged elsewhere.
 
-        Args:
-            reason: the error's line, `step 80: observation; what to do`.
-            step: of the reason.
-            is_finite: true if the numbers still were finite.
+        The reason is the error's line, `step 80: observation; what to do`; `is_finite` is true if
+        the numbers still were finite.
         """
         rule = "exploding_gradients" if is_finite else "non_finite"
         advice = "Lower optim.lr or optim.clip_norm, or lengthen optim.warmup_steps."

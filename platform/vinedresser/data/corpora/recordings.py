@@ -45,8 +45,7 @@ class Recordings:
     def add(self, utterances: Iterable[tuple[str, Sequence[str]]]) -> None:
         """Read the recordings of some utterances.
 
-        Args:
-            utterances: (prefix of messages, paths).
+        An utterance is (prefix of messages, paths).
 
         Raises:
             DataError: the first 20 problems, and their number.
