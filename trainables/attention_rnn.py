@@ -16,16 +16,16 @@ V vocabulary, G features of a cell's gates.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.attention import linear
 from vinedresser.nn.dropout import Dropout
-from vinedresser.nn.embedding import SourceEmbedding, token_table
+from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
 from vinedresser.nn.output import FullOutput
 from vinedresser.nn.recurrent import (
     Cell,
@@ -48,6 +48,11 @@ class AttentionRnnConfig(RecurrentConfig):
     order: Literal["luong", "bahdanau"] = "luong"
     # luong only: the cell reads the previous attentional state too.
     input_feeding: bool = False
+    # Of embeddings, between layers, and of what the output layer reads.
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    # output: target embedding and output layer share weights.
+    tie: Literal["none", "output"] = "output"
+    embedding: SourceEmbeddingConfig = SourceEmbeddingConfig()
     # Reductions between the encoder's layers.
     subsampling: SubsamplingConfig = SubsamplingConfig()
 
@@ -149,12 +154,12 @@ class AttentionRnn(Seq2Seq):
         self.target_embedding = token_table(vocabulary.target, D)
         self.dropout = Dropout(config.dropout)
         self.encoder = RecurrentEncoder(
-            config.stack(config.encoder_units, config.encoder_layers),
+            config.stack(config.encoder_units, config.encoder_layers, config.dropout),
             D,
             bidirectional=config.bidirectional,
             subsampling=config.subsampling,
         )
-        M, stack = self.encoder.width, config.stack(D, config.decoder_layers)
+        M, stack = self.encoder.width, config.stack(D, config.decoder_layers, config.dropout)
         # Input of the first cell in addition to the token: context, attentional state, nothing.
         self.is_bahdanau = config.order == "bahdanau"
         self.num_fed = M if self.is_bahdanau else D * config.input_feeding

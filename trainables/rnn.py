@@ -8,14 +8,16 @@ B sentences, S source positions, T target positions, D features, U features of u
 """
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
 from vinedresser.nn.attention import linear
 from vinedresser.nn.dropout import Dropout
-from vinedresser.nn.embedding import SourceEmbedding, token_table
+from vinedresser.nn.embedding import SourceEmbedding, SourceEmbeddingConfig, token_table
 from vinedresser.nn.output import FullOutput
 from vinedresser.nn.recurrent import Cell, Layer, Recurrent, RecurrentConfig, RecurrentState, turned
 
@@ -27,6 +29,11 @@ class RnnConfig(RecurrentConfig):
     # The source is read from its end: its first words are then near the target's, which gained 4.7
     # BLEU on English to French (Sutskever et al. 2014, section 3.3).
     reverse_source: bool = False
+    # Of embeddings, between layers, and of what the output layer reads.
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    # output: target embedding and output layer share weights.
+    tie: Literal["none", "output"] = "output"
+    embedding: SourceEmbeddingConfig = SourceEmbeddingConfig()
 
     @property
     def has_bridge(self) -> bool:
@@ -64,7 +71,7 @@ class Rnn(Seq2Seq):
         self.source_embedding = SourceEmbedding(vocabulary, D, config.embedding, scale=self.scale)
         self.target_embedding = token_table(vocabulary.target, D)
         self.dropout = Dropout(config.dropout)
-        stack = config.stack(config.encoder_units, config.encoder_layers)
+        stack = config.stack(config.encoder_units, config.encoder_layers, config.dropout)
         self.encoder, width = nn.ModuleList(), D
         for _ in range(config.encoder_layers):
             layer = Layer(stack, width, bidirectional=config.bidirectional)

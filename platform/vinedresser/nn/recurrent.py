@@ -5,18 +5,17 @@ G features of its gates: 4 D (LSTM) or 3 D (GRU).
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vinedresser.batch import is_real
 from vinedresser.config import ModelConfig
 from vinedresser.nn.dropout import Dropout
-from vinedresser.nn.embedding import SourceEmbeddingConfig
 from vinedresser.nn.steps import Product, step_dtype
 from vinedresser.nn.subsampling import Subsample, SubsamplingConfig
 
@@ -214,15 +213,10 @@ class RecurrentConfig(ModelConfig):
     decoder_layers: PositiveInt = 1
     # LayerNorm on the outputs of every layer (methods.md 46).
     layer_norm: bool = False
-    # Of embeddings, between layers, and of what the output layer reads.
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    # output: target embedding and output layer share weights.
-    tie: Literal["none", "output"] = "output"
-    embedding: SourceEmbeddingConfig = SourceEmbeddingConfig()
 
-    def stack(self, units: int, layers: int) -> Stack:
+    def stack(self, units: int, layers: int, dropout: float) -> Stack:
         """Return what the layers of the encoder, or of the decoder, share."""
-        return Stack(self.cell, units, layers, self.layer_norm, self.dropout)
+        return Stack(self.cell, units, layers, self.layer_norm, dropout)
 
 
 def turned(x_BSD: Tensor, lengths_B: Tensor) -> Tensor:

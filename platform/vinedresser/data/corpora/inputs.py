@@ -75,7 +75,7 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowInvalid) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
-            reason = os.strerror(error.errno or errno.ENOENT)
+            reason = os.strerror(error.errno or errno.ENOENT).lower()
         elif not isinstance(error, OSError):
             reason = words(error)
         elif is_remote(name):
@@ -84,8 +84,8 @@ def _reading(name: str) -> Iterator[None]:
                 "endpoint, the region and the AWS_* variables of the environment"
             ) from None
         else:
-            reason = error.strerror or "cannot be read"
-        raise DataError(f"{name}: {reason[0].lower()}{reason[1:]}") from None
+            reason = (error.strerror or "cannot be read").lower()
+        raise DataError(f"{name}: {reason}") from None
 
 
 def words(error: Exception) -> str:
