@@ -1,7 +1,7 @@
 """Figures of training and pruning runs for the tracking store."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,15 +44,8 @@ def heads_against_quality(
     axes.plot([p[0] for p in points], [p[1] for p in points], "o", label="pruning trials")
     axes.plot(*whole, "D", color="tab:orange", label="before pruning")
     chosen = [p for p in points if p[0] == taken]
-    axes.plot(
-        [p[0] for p in chosen],
-        [p[1] for p in chosen],
-        "o",
-        markersize=14,
-        markerfacecolor="none",
-        color="tab:green",
-        label="taken",
-    )
+    ring: dict[str, Any] = {"markersize": 14, "markerfacecolor": "none", "color": "tab:green"}
+    axes.plot([p[0] for p in chosen], [p[1] for p in chosen], "o", label="taken", **ring)
     axes.set_xlabel("open heads")
     axes.set_ylabel(f"inferred dev {metric}")
     axes.legend()
