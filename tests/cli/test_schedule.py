@@ -57,6 +57,38 @@ def test_a_failed_slot_and_what_the_verbs_print_of_it(run: Run, tmp_path: Path) 
     assert rows[0]["failures"] == 0
 
 
+@pytest.mark.parametrize(("codes", "expected"), [([2], 75), ([3], 2)])
+def test_the_exit_code_of_a_tick(run: Run, tmp_path: Path, codes: list[int], expected: int) -> None:
+    """The pipeline does not exist: 2, unless the slot waits for its repetition."""
+    write(tmp_path, when={"data": "any"}, retries={"codes": codes, "backoff": "1h"})
+    assert run("tick", "n.json", "--exit-code")[0] == expected
+
+
+def test_what_other_schedulers_get(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("VINEDRESSER_PACKAGES", "my_zoo")
+    write(tmp_path, interval="6h", every=None)
+    words = f"schedule tick {tmp_path / 'n.json'} --workspace {tmp_path / 'space'} --exit-code"
+    code, text = run("emit", "n.json")
+    assert (code, text.startswith("*/2 * * * * "), words in text) == (0, True, True)
+    assert "VINEDRESSER_PACKAGES=my_zoo" in text
+    code, text = run("emit", "n.json", "--target", "systemd")
+    assert (code, "# vinedresser-nightly.timer\n[Unit]" in text) == (0, True)
+    code, text = run("emit", "n.json", "--target", "k8s")
+    assert (code, "pass image=registry/vinedresser:tag" in text) == (2, True)
+    code, text = run("emit", "n.json", "imag=x", "--target", "k8s")
+    assert (code, "did you mean image?" in text) == (2, True)
+    write(tmp_path, interval="6h", every=None, run={"image": "from/file:1"})
+    code, text = run("emit", "n.json", "namespace=ml", "--target", "k8s", "--into", "made")
+    assert (code, text.strip()) == (0, "made/nightly.yaml")
+    manifest = (tmp_path / "made/nightly.yaml").read_text()
+    for line in ("schedule: 0 */6 * * *", "timeZone: UTC", "image: from/file:1", "namespace: ml"):
+        assert line in manifest
+    write(tmp_path, interval="7h", every=None)
+    code, text = run("emit", "n.json", "image=x", "--target", "k8s")
+    assert (code, "no cron expression" in text) == (2, True)
+    assert run("emit", "n.json")[0] == 0
+
+
 def test_pause_and_check(run: Run, tmp_path: Path) -> None:
     write(tmp_path, every="0 0 1 1 *")
     assert run("check", "n.json")[0] == 4  # has never ticked

@@ -26,7 +26,7 @@ WORDS = ["schedule", "tick", "pipelines.nightly", "--workspace"]
 def tick(tmp_path: Path) -> Tick:
     return Tick(
         name="Nightly_run", source="pipelines.nightly", workspace=str(tmp_path / FOLDER),
-        cron="0 3 * * *", zone="Europe/Berlin", environment={"VINEDRESSER_PACKAGES": PACKAGES},
+        every="0 3 * * *", zone="Europe/Berlin", environment={"VINEDRESSER_PACKAGES": PACKAGES},
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from vinedresser.cluster.manifests import Pods, Tick, cron_of
 from vinedresser.errors import ConfigError
 
 TICK = Tick(
-    name="Nightly_run", source="pipelines.nightly", workspace="/work space", cron="0 3 * * *",
+    name="Nightly_run", source="pipelines.nightly", workspace="/work space", every="0 3 * * *",
     zone="Europe/Berlin", environment={"VINEDRESSER_PACKAGES": "my_zoo"},
 )  # fmt: skip
 PODS = Pods(image="registry.example/vinedresser:1")
@@ -196,7 +196,7 @@ def test_a_ray_cluster_begins_with_no_worker_and_asks_for_a_token() -> None:
 
 
 def test_names_fit_kubernetes() -> None:
-    long = Tick(name="A_" * 60, source="x", workspace="/w", cron="0 3 * * *")
+    long = Tick(name="A_" * 60, source="x", workspace="/w", every="0 3 * * *")
     assert re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,50}[a-z0-9])?", f"vinedresser-{long.resource}")
 
 

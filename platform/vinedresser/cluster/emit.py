@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 from vinedresser.cluster import manifests
 from vinedresser.cluster.jobs import job_environment
-from vinedresser.cluster.manifests import Pods, Tick, cron_of
+from vinedresser.cluster.manifests import Pods, Tick
 from vinedresser.errors import ConfigError
 from vinedresser.schedule.definition import Schedule
 
@@ -31,7 +31,7 @@ def tick_of(schedule: Schedule, source: str, workspace: PurePath) -> Tick:
         name=schedule.name,
         source=source,
         workspace=str(workspace),
-        cron=schedule.every or cron_of(schedule.interval or timedelta()),
+        every=schedule.every or schedule.interval or timedelta(),
         zone=schedule.zone if schedule.every else "UTC",
         deadline=int(schedule.deadline.total_seconds()),
         late=int(schedule.catch_up.within.total_seconds()),

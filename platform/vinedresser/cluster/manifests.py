@@ -44,8 +44,8 @@ class Tick:
         name: name of the schedule.
         source: import path or file of the schedule.
         workspace: absolute path.
-        cron: five fields.
-        zone: time zone of these.
+        every: five fields of cron, or the time between slots.
+        zone: time zone of the fields.
         deadline: seconds of one run.
         late: seconds after a slot in which it may still begin.
         environment: variables, without secrets.
@@ -54,7 +54,7 @@ class Tick:
     name: str
     source: str
     workspace: str
-    cron: str
+    every: str | timedelta
     zone: str = "UTC"
     deadline: int = 8 * 3600
     late: int = 12 * 3600
@@ -64,6 +64,11 @@ class Tick:
     def words(self) -> tuple[str, ...]:
         """The arguments of `vinedresser`."""
         return ("schedule", "tick", self.source, "--workspace", self.workspace, "--exit-code")
+
+    @property
+    def cron(self) -> str:
+        """The times of the slots as a cron expression; see `cron_of`."""
+        return self.every if isinstance(self.every, str) else cron_of(self.every)
 
     @property
     def resource(self) -> str:

@@ -10,7 +10,7 @@ from vinedresser.schedule.definition import Event, Schedule
 from vinedresser.schedule.notify import deliver, enqueue
 from vinedresser.schedule.record import Ledger, Record, State
 from vinedresser.schedule.tick import Done
-from vinedresser.schedule.triggers import Conditions, conditions, retrain_words
+from vinedresser.schedule.triggers import PROGRAM, Conditions, conditions, retrain_words
 from vinedresser.schedule.when import written
 from vinedresser.workspace.layout import Workspace
 from vinedresser.workspace.storage import POSIX, parsed_object
@@ -42,7 +42,7 @@ class PipelineWork:
             "VINEDRESSER_SCHEDULE": self._schedule.name,
         }
         command = child.Command(
-            words=self._words or retrain_words(self._schedule, self._workspace),
+            words=self._words or run_words(self._schedule, self._workspace, record),
             environment=environment,
             output=self._folder.result(record.name),
             log=self._folder.log(record.name),
@@ -70,11 +70,27 @@ class PipelineWork:
                     path.unlink(missing_ok=True)
 
 
+def run_words(schedule: Schedule, workspace: Path, record: Record) -> list[str]:
+    """Return the command of a slot: `retrain` here, or the same submitted to a cluster.
+
+    A job is named by its slot: a tick that continues after another was killed attaches to it.
+    """
+    words = retrain_words(schedule, workspace)
+    if schedule.run.where == "here":
+        return words
+    place = ["--address", schedule.run.address] if schedule.run.address else []
+    slot = f"{schedule.name} {written(record.slot)}"
+    return [*PROGRAM, "submit", *place, "--slot", slot, "--", *words[len(PROGRAM) :]]
+
+
 def _table(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a command's output: all of it, or its last line."""
-    content = POSIX.read(path) or b""
-    whole = parsed_object(content)
-    return whole or parsed_object(content.strip().rpartition(b"\n")[2])
+    """Return the JSON object of a command's output: all of it, its last line or its last part.
+
+    The log of a job holds messages before the object.
+    """
+    content = (POSIX.read(path) or b"").strip()
+    starts = (0, content.rfind(b"\n") + 1, content.rfind(b"\n{\n") + 1)
+    return next(filter(None, (parsed_object(content[start:]) for start in starts)), {})
 
 
 def _last(path: Path) -> str:

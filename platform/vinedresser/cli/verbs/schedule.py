@@ -10,7 +10,7 @@ import typer
 from vinedresser.cli.arguments import HERE, AsJson, Overrides, WorkspaceFolder
 from vinedresser.cli.render import print_json, print_lines, print_table
 from vinedresser.config import parse_overrides, resolve
-from vinedresser.errors import BusyError, ConfigError, MachineError
+from vinedresser.errors import BusyError, ConfigError, MachineError, TrainingError
 from vinedresser.workspace.layout import Workspace
 
 if TYPE_CHECKING:
@@ -92,10 +92,12 @@ def tick(
     records = _tick(value, source, workspace)[0]
     _print_records(records, as_json=as_json)
     if exit_code:
-        failed = [each.attempts[-1].code for each in records if each.state == "failed"]
         state = ledger.state()
-        is_open = state is not None and bool(state.pending)
-        raise typer.Exit((failed[-1] or 4) if failed else BusyError.exit_code if is_open else 0)
+        code = BusyError.exit_code if state is not None and state.pending else 0
+        for record in records:
+            if record.state == "failed":  # by a signal, or without a verdict: as a failed run
+                code = max(record.attempts[-1].code or 0, 0) or TrainingError.exit_code
+        raise typer.Exit(code)
 
 
 @app.command()
