@@ -83,20 +83,20 @@ def test_a_polite_process_has_its_grace(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("P09")
-def test_a_run_dies_with_its_tick(tmp_path: Path) -> None:
-    (tmp_path / "family.py").write_text("import time; print(1, flush=True); time.sleep(60)")
+def test_a_session_ends_with_its_tick(tmp_path: Path) -> None:
+    (tmp_path / "family.py").write_text(FAMILY)
     tick = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from test_child import command
 from vinedresser.schedule.child import run
 folder = Path({str(tmp_path)!r})
-run(command(folder, str(folder / "family.py")),
-    began=lambda name: (folder / "pids").write_text(name.split("~")[1]), stop=lambda: "")
+run(command(folder, str(folder / "family.py"), str(folder / "pids")),
+    began=lambda name: None, stop=lambda: "")
 """
     parent = subprocess.Popen([sys.executable, "-c", tick])
     pids = wait_for(tmp_path / "pids")
-    assert living(pids)
+    assert len(living(pids)) == 2
     parent.kill()
     parent.wait()
     until = time.monotonic() + 10

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import psutil
 
+from vinedresser.schedule import guard as guarding
 from vinedresser.workspace.process import is_alive, this_host
 from vinedresser.workspace.storage import make_folder
 
 _POLL_SECONDS = 0.2
 _ROUNDS = 200
+# Time for a checkpoint of a run whose tick was killed.
+_ORPHAN_SECONDS = 5.0
 # Options of prctl(2).
 _PDEATHSIG, _SUBREAPER = 1, 36
 # Variables that a run may see; beginnings of names end with an underscore.
@@ -83,8 +86,8 @@ def allowed_environment(more: Sequence[str]) -> dict[str, str]:
     }
 
 
-def dies_with_parent() -> Callable[[], None]:
-    """Return a function for `preexec_fn`: the kernel kills the child when its parent has died.
+def dies_with_parent(number: int) -> Callable[[], None]:
+    """Return a function for `preexec_fn`: the kernel sends the signal when the parent has died.
 
     The parent is the thread that starts the child, which must live for as long.
     """
@@ -93,7 +96,7 @@ def dies_with_parent() -> Callable[[], None]:
     prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
 
     def prepare() -> None:
-        prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        prctl(_PDEATHSIG, number, 0, 0, 0)
         if os.getppid() != parent:  # it died before the call
             os._exit(1)
 
@@ -124,8 +127,14 @@ def run(command: Command, *, began: Callable[[str], None], stop: Callable[[], st
             stderr=log,
             env=dict(command.environment),
             start_new_session=True,
-            preexec_fn=dies_with_parent(),
+            preexec_fn=dies_with_parent(signal.SIGTERM),
         )
+    # The run has SIGTERM when this process is killed; then the guard ends its whole session.
+    guard = subprocess.Popen(  # noqa: S603 - own script
+        [sys.executable, "-S", "-E", guarding.__file__, str(process.pid), str(_ORPHAN_SECONDS)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     session = f"{this_host()}~{process.pid}~{int(psutil.Process(process.pid).create_time())}"
     reason = ""
     try:
@@ -138,6 +147,8 @@ def run(command: Command, *, began: Callable[[str], None], stop: Callable[[], st
     finally:
         end_session(session, grace=command.grace if process.poll() is None else 0.0)
         code = process.wait()
+        guard.kill()
+        guard.communicate()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Ended(code, reason, time.monotonic() - started, cpu, after.ru_maxrss / 1024)

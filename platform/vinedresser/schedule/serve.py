@@ -113,7 +113,10 @@ class Server:
             return
         words = self._words(each)
         process = subprocess.Popen(  # noqa: S603 - own program
-            words, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=dies_with_parent()
+            words,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=dies_with_parent(signal.SIGKILL),
         )
         self._ticks[process] = each
 
