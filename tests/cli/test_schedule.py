@@ -41,7 +41,7 @@ def write(tmp_path: Path, **values: Any) -> None:
 
 
 def test_a_failed_slot_and_what_the_verbs_print_of_it(run: Run, tmp_path: Path) -> None:
-    write(tmp_path, when={"data": "any"}, deadline="1s", retries={"pause_after": 1})
+    write(tmp_path, track=False, when={"data": "any"}, deadline="1s", retries={"pause_after": 1})
     code, records = run("tick", "n.json", "--json")
     assert code == 0
     assert [record["state"] for record in records] == ["failed"]
@@ -121,6 +121,7 @@ def test_a_tick_without_anything_due_is_quick_and_imports_nothing_heavy(tmp_path
 
 def test_a_served_schedule_ticks_and_has_metrics(tmp_path: Path) -> None:
     write(tmp_path, every=None, interval="1s", when={"data": "any"}, deadline="1s", grace="0s",
+          track=False,
           retries={"pause_after": 0})  # fmt: skip
     words = ["schedule", "serve", "n.json", "--port", "0", "-w", str(tmp_path / "space")]
     process = subprocess.Popen(
@@ -143,3 +144,28 @@ def test_a_served_schedule_ticks_and_has_metrics(tmp_path: Path) -> None:
     failed = [line for line in metrics.splitlines() if 'end="failed"' in line]
     assert float(failed[0].split()[-1]) >= 1
     assert "vinedresser_schedule_next_slot_timestamp_seconds" in metrics
+
+
+@pytest.mark.slow
+def test_each_slot_is_a_run_of_the_tracking_store(
+    run: Run, tmp_path: Path, with_database: Callable[[Path], Path]
+) -> None:
+    from vinedresser.schedule.record import Ledger
+    from vinedresser.tracking import store_for
+    from vinedresser.tracking.store import open_client
+    from vinedresser.workspace.layout import Workspace
+
+    with_database(tmp_path / "space")
+    write(tmp_path, when={"data": "any"}, deadline="1s", retries={"pause_after": 0})
+    assert run("tick", "n.json")[0] == 0
+    ledger = Ledger(Workspace(tmp_path / "space").schedule("nightly"))
+    (name,) = ledger.names()
+    assert ledger.folder.tracked(name).exists()
+    assert run("track", "nightly")[0] == 0
+    client = open_client(store_for(tmp_path / "space", "schedules"))
+    experiment = client.get_experiment_by_name("schedules")
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.data.tags["vinedresser.verdict"] == "failed"
+    assert "deadline" in tracked.data.tags["mlflow.note.content"]
+    assert tracked.data.metrics["attempts"] == 1
+    assert tracked.info.status == "FAILED"

@@ -190,6 +190,8 @@ class Schedule(Section):
     # Names of environment variables that the run gets in addition to the allow-list.
     env: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")], ...] = ()
     notify: tuple[Notice, ...] = ()
+    # Each slot is a run of the tracking store, written after a run of the pipeline.
+    track: bool = True
     keep: Keep = Keep()
 
     @model_validator(mode="after")

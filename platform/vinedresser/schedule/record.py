@@ -5,7 +5,7 @@ that of several processes one decides about a slot. An ended slot is one file un
 is created once and never changed.
 """
 
-import json
+import hashlib
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Literal, Self, TypeVar
@@ -15,7 +15,6 @@ from pydantic import PositiveInt
 from vinedresser.config import SafeName, Section
 from vinedresser.errors import ConfigError, DamagedError
 from vinedresser.schedule.when import written
-from vinedresser.workspace.commit import digest_of
 from vinedresser.workspace.layout import ScheduleFolder
 from vinedresser.workspace.storage import POSIX, parsed
 
@@ -23,6 +22,13 @@ _S = TypeVar("_S", bound=Section)
 
 End = Literal["promoted", "kept", "unchanged", "skipped", "failed"]
 GOOD: tuple[End, ...] = ("promoted", "kept", "unchanged")
+
+
+def slot_name(schedule: str, slot: datetime, cause: str = "schedule") -> str:
+    """Return the name of a slot's record: names sort by time, and hold a digest of all three."""
+    text = written(slot)
+    key = hashlib.sha256(f"{schedule} {text} {cause}".encode()).hexdigest()[:12]
+    return f"{text.replace('-', '').replace(':', '')}-{key}"
 
 
 class Value(Section):
@@ -77,14 +83,9 @@ class Record(Value):
     result: Mapping[str, Any] = {}
 
     @property
-    def key(self) -> str:
-        """Identity: digest of schedule, slot and cause."""
-        return digest_of([self.schedule, written(self.slot), self.cause])[:12]
-
-    @property
     def name(self) -> str:
-        """Name of the record's files: they sort by time."""
-        return f"{written(self.slot).replace('-', '').replace(':', '')}-{self.key}"
+        """Identity of the record and name of its files."""
+        return slot_name(self.schedule, self.slot, self.cause)
 
     @property
     def has_ended(self) -> bool:
@@ -137,7 +138,7 @@ class State(Value):
 
     def with_record(self, record: Record) -> "State":
         """Return the state with an open record replaced by its newer form."""
-        return self.change(open=tuple(record if r.key == record.key else r for r in self.open))
+        return self.change(open=tuple(record if r.name == record.name else r for r in self.open))
 
 
 class Ledger:
@@ -159,18 +160,18 @@ class Ledger:
         while True:
             before, content = self._read()
             after = change(before)
-            text = json.dumps(after.to_json(), indent=1) + "\n"
+            text = after.model_dump_json(indent=1) + "\n"
             if after == before or POSIX.replace(self.folder.state, text.encode(), expected=content):
                 return after
 
     def store(self, record: Record) -> bool:
         """Store an ended record; return False if its slot has one already."""
-        text = json.dumps(record.to_json(), indent=1) + "\n"
+        text = record.model_dump_json(indent=1) + "\n"
         return POSIX.replace(self.folder.slot(record.name), text.encode(), expected=None)
 
-    def has(self, record: Record) -> bool:
-        """Return whether the record of a slot is stored."""
-        return self.folder.slot(record.name).exists()
+    def has(self, name: str) -> bool:
+        """Return whether a record of this name is stored."""
+        return self.folder.slot(name).exists()
 
     def names(self) -> list[str]:
         """Return the names of the stored records, the oldest first."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from vinedresser.errors import BusyError, VinedresserError
 from vinedresser.schedule.child import Ended, end_session
 from vinedresser.schedule.definition import Event, Schedule
-from vinedresser.schedule.record import GOOD, Attempt, Ledger, Pause, Record, State
+from vinedresser.schedule.record import GOOD, Attempt, Ledger, Pause, Record, State, slot_name
 from vinedresser.schedule.triggers import Conditions
 from vinedresser.schedule.when import PUNCTUAL, decide, due_slots, is_overdue, retry_at, written
 from vinedresser.workspace.commit import digest_of
@@ -65,7 +65,7 @@ class Work(Protocol):
 
 
 def planned(
-    schedule: Schedule, state: State | None, now: datetime, *, has: Callable[[Record], bool]
+    schedule: Schedule, state: State | None, now: datetime, *, has: Callable[[str], bool]
 ) -> State:
     """Return the state after the decisions about all slots that are due.
 
@@ -73,7 +73,7 @@ def planned(
         schedule: times and policies.
         state: present state; None before the first tick.
         now: the present time. Where the clock was set back, slots with a record stay as they are.
-        has: whether a slot has a stored record.
+        has: return whether a record of a name is stored.
     """
     times = digest_of([schedule.every, written_interval(schedule), schedule.zone])
     if state is None:  # the slot for which the first tick was started counts
@@ -83,13 +83,16 @@ def planned(
     through = min(state.through, now)
     if state.times != times:  # other slots from now on
         through = max(through, now - PUNCTUAL)
-    open_keys = {record.key for record in state.open}
+    known = {record.name for record in state.open}
 
     def fresh(slot: datetime) -> Record:
         return Record(schedule=schedule.name, slot=slot, first=slot, decided=now)
 
     found = due_slots(schedule, through, now)
-    due = [slot for slot in found if fresh(slot).key not in open_keys and not has(fresh(slot))]
+    names = [slot_name(schedule.name, slot) for slot in found]
+    due = [
+        slot for slot, name in zip(found, names, strict=True) if name not in known and not has(name)
+    ]
     state = state.change(times=times, through=found[-1] if found else through)
     if not due:
         return state
@@ -146,7 +149,7 @@ def finished(schedule: Schedule, record: Record, done: Done, now: datetime) -> R
 def closed(schedule: Schedule, state: State, record: Record) -> State:
     """Return the state without an ended record, which is stored; a row of failures pauses it."""
     ends = {**state.ends, record.state: state.ends.get(record.state, 0) + record.count}
-    state = state.change(open=tuple(r for r in state.open if r.key != record.key), ends=ends)
+    state = state.change(open=tuple(r for r in state.open if r.name != record.name), ends=ends)
     if record.state in GOOD:
         good = max(filter(None, (state.good, record.slot)))
         state = state.change(failures=0, good=good, good_at=record.ended)
@@ -191,8 +194,10 @@ class Ticker:
             )
         stored: list[Record] = []
         self._store(after, stored)
+        if any(record.has_ended for record in after.open):
+            after = _existing(self.ledger.state())
         # A slot may be decided between the end of the last run and the release of the lease.
-        while self._next(self.ledger.state()) is not None:
+        while self._next(after) is not None:
             try:
                 with leased(self.ledger.folder.lease, f"schedule {self.schedule.name}") as lease:
                     while record := self._next(self.ledger.state()):
@@ -200,25 +205,18 @@ class Ticker:
                         self._store(self.ledger.state(), stored)
             except BusyError:
                 break  # its holder runs the slots
-        self._alert()
+            after = _existing(self.ledger.state())
+        self._alert(after)
         return stored
 
-    def overdue_since(self) -> datetime | None:
-        """Return the last slot that ended well, or the start, if a later one should have."""
-        state = self.ledger.state()
-        if state is None or not is_overdue(self.schedule, state.since, state.good, self.clock()):
-            return None
-        return state.good or state.since
-
-    def _alert(self) -> None:
+    def _alert(self, state: State) -> None:
         """Note the events that belong to no slot."""
-        state = self.ledger.state()
-        if state and state.paused:
+        if state.paused:
             since = written(state.paused.since)
             self.work.event("paused", since, {"since": since, "reason": state.paused.reason})
-        if overdue := self.overdue_since():
-            reason = f"no slot after {written(overdue)} has ended well"
-            self.work.event("overdue", written(overdue), {"reason": reason})
+        if is_overdue(self.schedule, state.since, state.good, self.clock()):
+            good = written(state.good or state.since)
+            self.work.event("overdue", good, {"reason": f"no slot after {good} has ended well"})
 
     def _next(self, state: State | None) -> Record | None:
         """Return the first open slot if it can go on now: slots run in their order."""
@@ -269,7 +267,7 @@ class Ticker:
             )
 
         def present() -> Record:
-            return next(r for r in _existing(self.ledger.state()).open if r.key == record.key)
+            return next(r for r in _existing(self.ledger.state()).open if r.name == record.name)
 
         def stop() -> str:
             replaced = present().replaced_by
@@ -320,7 +318,7 @@ class Ticker:
 
         def without(state: State | None) -> State:
             found = _existing(state)
-            is_open = any(r.key == record.key for r in found.open)
+            is_open = any(r.name == record.name for r in found.open)
             return closed(self.schedule, found, record) if is_open else found
 
         self.ledger.change(without)

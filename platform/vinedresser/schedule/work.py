@@ -1,5 +1,6 @@
 """Effects of a tick for real: files of the corpus, `retrain` as a child process, notices."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,11 @@ from vinedresser.schedule.when import written
 from vinedresser.workspace.layout import Workspace
 from vinedresser.workspace.storage import POSIX, parsed_object
 
+_log = logging.getLogger(__name__)
+
 _TAIL_BYTES = 4096
+_TRACKED_AT_ONCE = 100
+_TRACKING_SECONDS = 300.0
 
 
 class PipelineWork:
@@ -56,11 +61,27 @@ class PipelineWork:
         """See `Work.event`."""
         enqueue(self._schedule, self._folder, event, name, content)
 
+    def _track(self) -> None:
+        """Write ended slots to the tracking store, in a process that may import MLflow."""
+        command = child.Command(
+            words=[*PROGRAM, "schedule", "track", self._schedule.name, "-w", str(self._workspace)],
+            environment=child.allowed_environment(self._schedule.env),
+            output=self._folder.log("tracking-out"),
+            log=self._folder.log("tracking"),
+            deadline=_TRACKING_SECONDS,
+            grace=1.0,
+        )
+        ended = child.run(command, began=lambda _: None, stop=lambda: "")
+        if ended.code:
+            _log.warning("tracking: %s; tried again at a later tick", _last(command.log))
+
     def after_tick(self) -> None:
         """Send the notices, and remove records that are older than those to keep."""
         now = datetime.now(UTC)
         deliver(self._schedule, self._folder, now)
         ledger, oldest = Ledger(self._folder), written(now - self._schedule.keep.runs)
+        if self._schedule.track and not self._words and any(r.attempts for r in untracked(ledger)):
+            self._track()
         limit = oldest.replace("-", "").replace(":", "")
         for name in ledger.names():
             if name >= limit:
@@ -81,6 +102,12 @@ def run_words(schedule: Schedule, workspace: Path, record: Record) -> list[str]:
     place = ["--address", schedule.run.address] if schedule.run.address else []
     slot = f"{schedule.name} {written(record.slot)}"
     return [*PROGRAM, "submit", *place, "--slot", slot, "--", *words[len(PROGRAM) :]]
+
+
+def untracked(ledger: Ledger) -> list[Record]:
+    """Return the newest records that are not in the tracking store, the oldest first."""
+    names = [name for name in ledger.names() if not ledger.folder.tracked(name).exists()]
+    return [ledger.record(name) for name in names[-_TRACKED_AT_ONCE:]]
 
 
 def _table(path: Path) -> dict[str, Any]:

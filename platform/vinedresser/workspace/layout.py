@@ -114,6 +114,10 @@ class ScheduleFolder(_Folder):
         """Return the standard output of the last process of a slot."""
         return self.logs / f"{name}.out"
 
+    def tracked(self, name: str) -> Path:
+        """Return the file that exists once a slot is a run of the tracking store."""
+        return self.logs / f"{name}.tracked"
+
     def notice(self, name: str, receiver: str) -> Path:
         """Return the file of an event that one receiver has not got yet."""
         return self.notices / f"{name}.{receiver}.json"

@@ -65,12 +65,6 @@ def _tick(
         work.after_tick()
 
 
-def _print_records(records: list["Record"], *, as_json: bool) -> None:
-    if as_json:
-        return print_json([record.to_json() for record in records])
-    return _print_table(records)
-
-
 @app.command()
 def tick(
     schedule: ScheduleName,
@@ -88,9 +82,11 @@ def tick(
 
     May be called at any time and by any number of processes; to be called every minute or so.
     """
+    from vinedresser.cli.slots import print_records
+
     value, ledger, source = _find(schedule, overrides, workspace)
     records = _tick(value, source, workspace)[0]
-    _print_records(records, as_json=as_json)
+    print_records(records, as_json=as_json)
     if exit_code:
         state = ledger.state()
         code = BusyError.exit_code if state is not None and state.pending else 0
@@ -129,13 +125,15 @@ def serve(
 @app.command("ls")
 def list_(workspace: WorkspaceFolder = HERE, as_json: AsJson = False) -> None:
     """List the schedules of the workspace, with their last and next slots."""
+    from vinedresser.cli.slots import summary_of
+
     rows: list[dict[str, Any]] = []
     folder = Workspace(workspace.absolute()).schedules
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         value, ledger, source = _find(path.name, None, workspace)
         state = ledger.state()
         if state is not None:
-            rows.append({"schedule": value.name, "source": source, **_summary(value, state)})
+            rows.append({"schedule": value.name, "source": source, **summary_of(value, state)})
     if as_json:
         return print_json(rows)
     columns = ("schedule", "source", "state", "last_good", "next", "failures")
@@ -143,26 +141,6 @@ def list_(workspace: WorkspaceFolder = HERE, as_json: AsJson = False) -> None:
         [column.replace("_", " ") for column in columns],
         [tuple(str(row[column] or "") for column in columns) for row in rows],
     )
-
-
-def _summary(schedule: "Schedule", state: "State") -> dict[str, Any]:
-    """Return the present state of a schedule as plain JSON."""
-    from vinedresser.schedule.when import is_overdue, next_slot, written
-
-    now = datetime.now(UTC)
-    first = next(iter(state.pending), None)
-    is_late = is_overdue(schedule, state.since, state.good, now)
-    word = "paused" if state.paused else first.state if first else "overdue" if is_late else "idle"
-    return {
-        "state": word,
-        "reason": state.paused.reason if state.paused else first.reason if first else "",
-        "slot": written(first.slot) if first else None,
-        "last_good": written(state.good) if state.good else None,
-        "next": written(next_slot(schedule, now)),
-        "failures": state.failures,
-        "overdue": is_late,
-        "ends": dict(state.ends),
-    }
 
 
 @app.command()
@@ -174,46 +152,18 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show the last slots of a schedule: verdict, scores, duration, cost and reason."""
+    from vinedresser.cli.slots import print_slots, summary_of
+
     value, ledger, _ = _find(schedule, overrides, workspace)
     state = ledger.state()
     records = [ledger.record(name) for name in ledger.names()[-last:]]
-    summary = _summary(value, state) if state else {"state": "new"}
+    summary = summary_of(value, state) if state else {"state": "new"}
     if as_json:
         shown = [*records, *(state.open if state else ())]
         return print_json({**summary, "records": [record.to_json() for record in shown]})
     reason = f": {summary['reason']}" if summary.get("reason") else ""
     print_lines(f"{value.name}: {summary['state']}{reason}; next slot {summary.get('next', '')}")
-    return _print_table([*records, *(state.open if state else ())])
-
-
-def _print_table(records: list["Record"]) -> None:
-    from vinedresser.cli.progress import duration
-    from vinedresser.schedule.when import written
-
-    rows = []
-    for record in records:
-        seconds = sum(attempt.seconds for attempt in record.attempts)
-        cpu = sum(attempt.cpu_seconds for attempt in record.attempts)
-        count = f" ({record.count} slots)" if record.count > 1 else ""
-        rows.append((
-            f"{written(record.slot)}{count}", record.state, _scores(record),
-            duration(seconds) if record.attempts else "",
-            duration(cpu) if record.attempts else "",
-            str(len(record.attempts) or ""), record.reason,
-        ))  # fmt: skip
-    columns = ["slot", "end", "score (champion)", ">time", ">CPU", ">tries", "reason"]
-    print_table(columns, rows)
-
-
-def _scores(record: "Record") -> str:
-    """Return the challenger's score with the champion's, as `per 12.34 (12.50)`."""
-    table = record.result
-    scores = table.get("scores")
-    if not isinstance(scores, dict) or scores.get("challenger") is None:
-        return ""
-    champion = scores.get("champion")
-    behind = f" ({champion:.2f})" if isinstance(champion, int | float) else ""
-    return f"{table.get('metric', '')} {scores['challenger']:.2f}{behind}"
+    return print_slots([*records, *(state.open if state else ())])
 
 
 @app.command()
@@ -298,6 +248,7 @@ def _run_slots(
     as_json: bool,
 ) -> None:
     """Add slots to the open ones and tick."""
+    from vinedresser.cli.slots import print_records
     from vinedresser.schedule.record import Record
     from vinedresser.schedule.when import written
 
@@ -307,7 +258,9 @@ def _run_slots(
         Record(schedule=value.name, slot=slot, first=slot, cause=cause, decided=now)
         for slot in slots(value)
     ]
-    new = [record for record in wanted if not ledger.has(record) and not _has_run(ledger, record)]
+    new = [
+        record for record in wanted if not ledger.has(record.name) and not _has_run(ledger, record)
+    ]
 
     def with_slots(old: "State | None") -> "State":
         from vinedresser.schedule.tick import planned
@@ -316,20 +269,20 @@ def _run_slots(
         if cause == "manual" and state.pending:
             busy = state.pending[0]
             raise BusyError(f"{value.name}: slot {written(busy.slot)} is {busy.state}; wait for it")
-        keys = {record.key for record in state.open}
+        names = {record.name for record in state.open}
         return state.change(
-            source=source, open=(*state.open, *(r for r in new if r.key not in keys))
+            source=source, open=(*state.open, *(r for r in new if r.name not in names))
         )
 
     if new:
         ledger.change(with_slots)
-    _print_records(_tick(value, source, workspace)[0], as_json=as_json)
+    print_records(_tick(value, source, workspace)[0], as_json=as_json)
 
 
 def _has_run(ledger: "Ledger", record: "Record") -> bool:
     """Return whether the slot of a record ran at its own time."""
     own = record.change(cause="schedule")
-    return ledger.has(own) and bool(ledger.record(own.name).attempts)
+    return ledger.has(own.name) and bool(ledger.record(own.name).attempts)
 
 
 @app.command()
@@ -339,11 +292,13 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """End with code 4 if a schedule is overdue or was paused by failures; for a monitor."""
+    from vinedresser.cli.slots import summary_of
+
     rows = []
     for name in schedules:
         value, ledger, _ = _find(name, None, workspace)
         state = ledger.state()
-        summary = _summary(value, state) if state else {"state": "new", "overdue": True}
+        summary = summary_of(value, state) if state else {"state": "new", "overdue": True}
         rows.append({"schedule": value.name, **summary})
     if as_json:
         print_json(rows)
@@ -353,6 +308,15 @@ def check(
             print_lines(f"{row['schedule']}: {row['state']}, {good}")
     if any(row["overdue"] for row in rows):
         raise typer.Exit(4)
+
+
+@app.command()
+def track(schedule: ScheduleName, workspace: WorkspaceFolder = HERE) -> None:
+    """Write ended slots to the tracking store, one run per slot; a tick does it after a run."""
+    from vinedresser.cli.slots import track_slots
+
+    value, ledger, _ = _find(schedule, None, workspace)
+    track_slots(value, ledger, workspace)
 
 
 @app.command()
