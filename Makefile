@@ -3,7 +3,7 @@ BIN := .venv/bin
 BENCHMARKS = $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-name clean
+.PHONY: help setup demo test check bench bench-name lock clean
 
 help:  ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ check: setup  ## lint, format, types and the arrows between modules
 
 bench: bench-name setup  ## run one benchmark: make bench NAME=x
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+
+lock: setup  ## write the locks of the image in deploy/, after a change of constraints.txt
+	$(BIN)/python deploy/lock.py
 
 clean:  ## remove what tools and builds leave behind; keeps .venv and workspace
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -66,7 +66,11 @@ def test_the_exit_code_of_a_tick(run: Run, tmp_path: Path, codes: list[int], exp
 
 def test_what_other_schedulers_get(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("VINEDRESSER_PACKAGES", "my_zoo")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret := "canary-5ecret-value")
     write(tmp_path, interval="6h", every=None)
+    for target in ("cron", "systemd", "airflow", "k8s", "rayjob", "raycronjob"):
+        code, text = run("emit", "n.json", "image=x", "--target", target)
+        assert (code, "my_zoo" in text, secret in text) == (0, True, False)
     words = f"schedule tick {tmp_path / 'n.json'} --workspace {tmp_path / 'space'} --exit-code"
     code, text = run("emit", "n.json")
     assert (code, text.startswith("*/2 * * * * "), words in text) == (0, True, True)
@@ -87,6 +91,9 @@ def test_what_other_schedulers_get(run: Run, tmp_path: Path, monkeypatch: Any) -
     code, text = run("emit", "n.json", "image=x", "--target", "k8s")
     assert (code, "no cron expression" in text) == (2, True)
     assert run("emit", "n.json")[0] == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host")
+    code, text = run("emit", "n.json")
+    assert (code, "the URL holds a password" in text) == (2, True)
 
 
 def test_pause_and_check(run: Run, tmp_path: Path) -> None:
