@@ -47,6 +47,10 @@ def test_what_git_ignores_stays(folder: Path) -> None:
     (folder / "corpus.big").write_text("large")
     (folder / "new.py").write_text("not added yet")
     assert names(folder) == sorted([*CODE, "new.py"])
+    # A folder of which git ignores everything has no code.
+    (folder / "data").mkdir()
+    (folder / "data/corpus.big").write_text("large")
+    assert names(folder / "data") == []
     # A folder inside the checkout: its own files, by their names inside it.
     assert names(folder / "my_zoo") == ["__init__.py", "mine.py"]
 

@@ -1,6 +1,7 @@
 """Code of a submitted job: the files of a folder in one zip file, and their digest."""
 
 import hashlib
+import os
 import subprocess
 import zipfile
 from pathlib import Path
@@ -47,27 +48,27 @@ def code_files(folder: Path) -> list[Path]:
     Hidden files (.git, .venv, .env, caches), folders of results and of virtual environments and
     links to folders are never code.
     """
-    listed = _listed_by_git(folder)
-    files = listed if listed is not None else sorted(folder.rglob("*"))
-    inner = {file.parent for file in files if file.name == "pyvenv.cfg"}
-    return sorted(
-        file
-        for file in files
-        if file.is_file()
-        and file.suffix != ".pyc"
-        and not any(
-            part.startswith(".") or part in _NO_CODE or part.endswith(".egg-info")
-            for part in file.relative_to(folder).parts
-        )
-        and inner.isdisjoint(file.parents)
-    )
+    listed, found = _listed_by_git(folder), []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if _is_code(name) and not Path(parent, name, "pyvenv.cfg").exists()
+        ]
+        found += [Path(parent, name) for name in names if _is_code(name)]
+    return sorted(file for file in found if file.is_file() and (listed is None or file in listed))
 
 
-def _listed_by_git(folder: Path) -> list[Path] | None:
+def _is_code(name: str) -> bool:
+    """Return whether a file or folder of this name may be code."""
+    return not (name.startswith(".") or name in _NO_CODE or name.endswith((".egg-info", ".pyc")))
+
+
+def _listed_by_git(folder: Path) -> set[Path] | None:
     """Return the files that git tracks or would add; None outside a checkout or without git."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         found = subprocess.run(command, cwd=folder, capture_output=True, check=True).stdout  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return None
-    return [folder / name for name in found.decode(errors="surrogateescape").split("\0") if name]
+    return {folder / name for name in found.decode(errors="surrogateescape").split("\0") if name}
