@@ -1,7 +1,6 @@
 """A run of a second, for the tests that hurt it: a tiny Transformer learns to reverse."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,13 @@ def ending(run: Run, outcome: Outcome | None) -> dict[str, Any]:
     return {"tensors": {name: t.numpy().tobytes() for name, t in tensors.items()}, "said": said}
 
 
-def script(code: str, config: Experiment, shards: ShardSet, *words: object) -> list[str]:
-    """A process of its own that trains; `config`, `shards`, `a_run` and `sys.argv[3:]` are set."""
+def script(
+    code: str, config: Experiment, shards: ShardSet, *words: object
+) -> tuple[str, list[str]]:
+    """Code for a process that trains, and its arguments.
+
+    The code has `config`, `shards`, `a_run` and `sys.argv[3:]`.
+    """
     begin = """
 import json, os, signal, sys, time, torch
 from pathlib import Path
@@ -153,4 +157,4 @@ def folder_of(config, shards, workspace):
     return run_folder(config, shards, Workspace(Path(workspace)))
 """
     plain = json.dumps(config.to_json())
-    return [sys.executable, "-c", begin + code, plain, str(shards.folder), *map(str, words)]
+    return begin + code, [plain, str(shards.folder), *map(str, words)]

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -278,14 +277,12 @@ def work_in_a_pair(rank: int, folder: Path, shards: ShardSet) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_what_one_does(reversal, tmp_path):
+def test_two_ranks_train_what_one_does(reversal, tmp_path, forked):
     config = with_terms(experiment(reversal, **shared(1)), {REINFORCE: {"weight": 0.1}})
     wanted = state_of(trained(config, reversal, steps=4)[0])
     code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='worker')"
-    words = [sys.executable, "-c", code, __file__, str(tmp_path), str(reversal.folder)]
-    ranks = [
-        subprocess.Popen([*words, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
+    words = (__file__, tmp_path, reversal.folder)
+    ranks = [forked(*words, rank, code=code) for rank in (0, 1)]
     told = [rank.communicate(timeout=200)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], told
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -1,8 +1,5 @@
 """What only the attention RNN promises (methods.md 26, 29, 40-46)."""
 
-import itertools
-import random
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +8,10 @@ from tests.batches import pad_ids
 from tests.trainables.variants import ATTENTION_RNN
 from trainables.attention_rnn import PRESETS, AttentionRnn, AttentionRnnConfig
 from vinedresser.batch import Batch
-from vinedresser.decode import beam_search, greedy
+from vinedresser.decode import beam_search
 from vinedresser.errors import ConfigError
 from vinedresser.model import Vocabulary
 from vinedresser.nn.record import recording
-from vinedresser.objective import target_nll
 from vinedresser.special_ids import EOS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,33 +202,3 @@ def test_presets_are_configurations():
     assert AttentionRnnConfig().override(PRESETS["rnn-small"]).input_feeding
     listener = AttentionRnnConfig().override(PRESETS["listener"])
     assert listener.subsampling.reductions == 3
-
-
-def reversals(count: int, lengths: tuple[int, int], seed: int) -> Batch:
-    """Random words of 10 symbols and what they are backwards."""
-    draw = random.Random(seed)
-    rows = [draw.choices(range(4, 14), k=draw.randint(*lengths)) for _ in range(count)]
-    return batch_of([[*row, EOS] for row in rows], [[*row[::-1], EOS] for row in rows])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS)
-def test_learns_to_reverse_unseen_words_without_an_error(order):
-    torch.manual_seed(0)
-    config = SMALL.override({"width": 64, "encoder_units": 64, **ORDERS[order]})
-    model, steps = config.build(Vocabulary(14, 14)), 400
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / 30, 2 * (1 - s / steps), 1)
-    )
-    for batch in itertools.islice((reversals(64, (2, 5), s) for s in itertools.count(1)), steps):
-        optimizer.zero_grad()
-        target_nll(model, model(batch), batch).mean.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
-    unseen = reversals(100, (2, 5), 0)
-    found = greedy(model, unseen.source_BS, unseen.source_lengths_B, cap=20).ids
-    gold = [row[: row.index(EOS)] for row in unseen.target_BT.tolist()]
-    assert found == gold

@@ -3,7 +3,6 @@
 import math
 import shutil
 import signal
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,10 +77,9 @@ a_run(folder_of(config, shards, Path(sys.argv[3])), report=report).execute()
 """
 
 
-def test_a_killed_process_is_resumed_by_another(whole, reversal, tmp_path):
-    words = script(KILL, whole[0], reversal, tmp_path)
-    done = subprocess.run(words, check=False, timeout=200)
-    assert done.returncode == -signal.SIGKILL
+def test_a_killed_process_is_resumed_by_another(whole, reversal, tmp_path, forked):
+    code, words = script(KILL, whole[0], reversal, tmp_path)
+    assert forked(*words, code=code).wait(timeout=200) == -signal.SIGKILL
     run = a_run(whole[0], reversal, tmp_path)
     assert (run.folder.path / "checkpoints" / "step-00000015").is_dir()
     assert ending(run, run.execute()) == whole[1]
@@ -100,21 +98,17 @@ os._exit(0)
 
 
 @pytest.mark.slow
-def test_ranks_that_read_different_checkpoints_do_not_train(reversal, tmp_path):
+def test_ranks_that_read_different_checkpoints_do_not_train(reversal, tmp_path, forked):
     """As where a machine cannot read the newest one, and passes it over."""
     config = experiment(reversal, **{"compute.workers": 2})
     one = experiment(reversal, **{"batch.per_update": 2})
     first = killed_run(one, reversal, tmp_path, 16)
     second = shutil.copytree(first, tmp_path / "second")
     shutil.rmtree(second / "checkpoints" / "step-00000015")
-    ranks = [
-        subprocess.Popen(
-            script(RANK, config, reversal, tmp_path / "meeting", rank, folder),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank, folder in enumerate((first, second))
-    ]
+    ranks = []
+    for rank, folder in enumerate((first, second)):
+        code, words = script(RANK, config, reversal, tmp_path / "meeting", rank, folder)
+        ranks.append(forked(*words, code=code))
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
     for rank, step in ((0, 15), (1, 10)):
         assert f"ranks read different checkpoints, rank {rank} that of step {step}. " in said[rank]

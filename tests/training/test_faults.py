@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -240,9 +241,10 @@ def test_t04_a_limit_on_memory(reversal, tmp_path, room, ends):
             "evaluation.num_evaluations": 1,
                               "decoding.max_padded_tokens": 16, "optim.warmup_steps": 0}
     )  # fmt: skip
+    code, words = script(LIMITED, config, reversal, tmp_path, room)
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        script(LIMITED, config, reversal, tmp_path, room),
+        [sys.executable, "-c", code, *words],
         capture_output=True, text=True, check=False, env=environment, timeout=200,
     )  # fmt: skip
     assert done.stdout.startswith(ends), done.stdout + done.stderr[-2000:]
@@ -315,65 +317,27 @@ with leased(folder.command_lease, "run"):
 
 
 @pytest.mark.fault("T08")
-def test_t08_a_stopped_command_keeps_its_folder(reversal, whole, tmp_path, monkeypatch):
+def test_t08_a_stopped_command_keeps_its_folder(reversal, whole, tmp_path, monkeypatch, forked):
     config = experiment(reversal)
-    stopped = subprocess.Popen(
-        script(STOPPED, config, reversal, tmp_path), stdout=subprocess.PIPE, text=True
-    )
-    try:
-        os.waitpid(stopped.pid, os.WUNTRACED)
-        monkeypatch.setattr(
-            "vinedresser.distributed.train.open_run", lambda *_, **__: NullTracker()
-        )
-        site = RunContext(reversal, Workspace(tmp_path), store_for(tmp_path, "faults"))
-        with pytest.raises(BusyError, match=f"in use by process {stopped.pid} on ") as caught:
-            train(config, site)
-        assert caught.value.exit_code == 75
-        stopped.send_signal(signal.SIGCONT)
-        assert stopped.communicate(timeout=120)[0] == f"{whole[1].best_step}\n"
-    finally:
-        stopped.kill()
+    code, words = script(STOPPED, config, reversal, tmp_path)
+    stopped, end = forked(*words, code=code), time.monotonic() + 200
+    process = psutil.Process(stopped.pid)
+    while process.status() != psutil.STATUS_STOPPED and time.monotonic() < end:
+        time.sleep(0.01)
+    monkeypatch.setattr("vinedresser.distributed.train.open_run", lambda *_, **__: NullTracker())
+    site = RunContext(reversal, Workspace(tmp_path), store_for(tmp_path, "faults"))
+    with pytest.raises(BusyError, match=f"in use by process {stopped.pid} on ") as caught:
+        train(config, site)
+    assert caught.value.exit_code == 75
+    stopped.send_signal(signal.SIGCONT)
+    assert stopped.communicate(timeout=120)[0] == f"{whole[1].best_step}\n"
     # The lock of a dead process is free.
     assert train(config, site).best_step == whole[1].best_step
-
-
-COMMAND = "import sys; from vinedresser.cli import main; sys.exit(main())"
-
-
-@pytest.mark.fault("T09")
-@pytest.mark.slow
-def test_t09_the_command_exits_with_75(reversal, tmp_path, with_database):
-    """`vinedresser train` gets SIGTERM, and is run again."""
-    config = experiment(reversal, steps=3000, checkpoint_every=2000)
-    (tmp_path / "experiment.json").write_text(json.dumps(config.to_json()))
-    words = [sys.executable, "-c", COMMAND, "train", "experiment.json", "--workspace", "w"]
-    unwanted = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VINEDRESSER_WORKSPACE")
-    environment = {key: value for key, value in os.environ.items() if key not in unwanted}
-    with_database(tmp_path / "w")
-    log = (tmp_path / "log").open("w")
-    told = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + 200
-        while not list(tmp_path.glob("w/runs/*/.writer.json")) and time.monotonic() < end:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        told.send_signal(signal.SIGTERM)
-        asked = time.monotonic()
-        assert told.wait(timeout=200) == 75, (tmp_path / "log").read_text()
-        assert time.monotonic() - asked < 30  # what a cluster grants by default
-    finally:
-        told.kill()
-    assert "error[E-STOPPED] stopped on request at step" in (tmp_path / "log").read_text()
-    (stored,) = tmp_path.glob("w/runs/*/checkpoints/step-*")
-    step = int(stored.name.removeprefix("step-"))
-    assert 0 < step < 2000
 
 
 # Two ranks of gloo, or one, train until they have made an update and die, or until rank 0 evaluates
 # and they are told to stop. Next attempt.
 RANKS = """
-# Here and not in each rank, for 2 s: whatever else a run imports.
-import jiwer, pandas, torch._dynamo
 import torch.distributed as dist
 from vinedresser.workspace.stopping import request_stop
 from vinedresser.errors import InterruptedRunError
@@ -449,7 +413,7 @@ def nats_of(workspace: Path) -> dict[int, tuple[float, int]]:
 
 @pytest.mark.fault("T14")
 @pytest.mark.slow
-def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
+def test_t14_two_workers_one_and_two_again(reversal, tmp_path, forked):
     """Two batches an update, whoever reads them; dropout draws by batch, not by rank."""
     config = experiment(reversal, **{"batch.per_update": 2, "batch.max_padded_tokens": 80})
     parts = {
@@ -458,9 +422,9 @@ def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
         "both": [(2, 10), (1, 20), (2, 0)],
         "told": [(2, "judged"), (2, "judged"), (2, 0)],
     }
-    words = script(RANKS, config, reversal, tmp_path, json.dumps(parts))
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=580)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, words = script(RANKS, config, reversal, tmp_path, json.dumps(parts))
+    process = forked(*words, code=code)
+    assert process.wait(timeout=580) == 0, process.err.read_text()[-2000:]
     one, two, both, told = (nats_of(tmp_path / name) for name in parts)
     assert sorted(one) == sorted(two) == sorted(both) == list(range(1, 25))
     for index in one:
@@ -487,13 +451,13 @@ def test_t14_two_workers_one_and_two_again(reversal, tmp_path):
 
 
 @pytest.mark.slow
-def test_t14_three_workers_go_on_with_the_same_bits(reversal, tmp_path):
+def test_t14_three_workers_go_on_with_the_same_bits(reversal, tmp_path, forked):
     """Sums of three addends depend on their order, which DDP must not change on its way."""
     config = experiment(reversal, **{"batch.per_update": 3, "batch.max_padded_tokens": 80})
     parts = {"whole": [(3, 0)], "killed": [(3, 12), (3, 0)]}
-    words = script(RANKS, config, reversal, tmp_path, json.dumps(parts))
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=580)
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, words = script(RANKS, config, reversal, tmp_path, json.dumps(parts))
+    process = forked(*words, code=code)
+    assert process.wait(timeout=580) == 0, process.err.read_text()[-2000:]
     whole, killed = (nats_of(tmp_path / name) for name in parts)
     assert sorted(whole) == list(range(1, 25))
     assert killed == whole
