@@ -47,10 +47,15 @@ def cli(
     for key in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "VINEDRESSER_DEBUG", "VINEDRESSER_WORKSPACE"):
         monkeypatch.delenv(key, raising=False)
 
-    def run(*words: object, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    def run(
+        *words: object, stdin: str = "", **variables: str
+    ) -> "subprocess.CompletedProcess[str]":
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         capfd.readouterr()
-        code = main([str(word) for word in words])
+        with monkeypatch.context() as environment:
+            for key, value in variables.items():
+                environment.setenv(key, value)
+            code = main([str(word) for word in words])
         return subprocess.CompletedProcess(words, code, *capfd.readouterr())
 
     return run
@@ -159,6 +164,14 @@ def test_the_chain_makes_a_champion_and_recognises_it(
     }
     assert again["seconds"] < table["seconds"] / 2
     assert len(tracking.leaderboard(store, limit=100)) == len(rows)
+
+    # A finished chain whose server is away says what is left, and that it is worth another try.
+    away = cli("retrain", file, MLFLOW_TRACKING_URI="http://127.0.0.1:1")
+    assert away.returncode == 75, away.stderr
+    assert "left to register as mirror: " + table["bundle"] in away.stderr
+    waiting = cli("sync", MLFLOW_TRACKING_URI="http://127.0.0.1:1")
+    assert waiting.returncode == 75, waiting.stderr
+    assert "does not answer" in waiting.stderr
 
     words = cli("translate", "models:/mirror@champion", stdin="a b c\n\nf e\n")
     assert words.returncode == 0, words.stderr

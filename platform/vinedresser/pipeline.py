@@ -22,17 +22,18 @@ from vinedresser.config.study import Study
 from vinedresser.data.shards import prepare
 from vinedresser.distributed.context import RunContext
 from vinedresser.distributed.train import train
+from vinedresser.errors import BusyError, MachineError
 from vinedresser.figures.training import curves, heads_against_quality
 from vinedresser.pruning.heads import count_heads
 from vinedresser.pruning.search import HEADS_METRIC, Pruner, Pruning, held_out
 from vinedresser.registry.gate import Gate
 from vinedresser.registry.registration import Registered, register
 from vinedresser.sweep import TrialRow, short_params, sweep
-from vinedresser.tracking import Tracker, ending, initialise, open_run, reap, store_for
+from vinedresser.tracking import Tracker, ending, open_run, prepare_store, store_for
 from vinedresser.training.listener import Listener
 from vinedresser.training.outcome import Outcome, finished, run_folder
 from vinedresser.workspace.commit import digest_of
-from vinedresser.workspace.layout import Workspace
+from vinedresser.workspace.layout import SpoolFolder, Workspace
 from vinedresser.workspace.storage import write_file
 
 _log = logging.getLogger(__name__)
@@ -167,14 +168,20 @@ def _run_steps(
     small = pruner.finish(chosen)
 
     # The champion alias moves last, through the gate.
-    registered = register(
-        small.manifest,
-        name=pipeline.model_name,
-        store=context.store,
-        gate=pipeline.gate.override({"split": held_out(context.shards)}),
-        run_id=tracker.run_id or None,
-        data=lambda: context.shards,
-    )
+    try:
+        registered = register(
+            small.manifest,
+            name=pipeline.model_name,
+            store=context.store,
+            gate=pipeline.gate.override({"split": held_out(context.shards)}),
+            run_id=tracker.run_id or None,
+            data=lambda: context.shards,
+        )
+    except MachineError as error:
+        raise BusyError(
+            f"{error.args[0]}; all steps are finished, left to register as {pipeline.model_name}: "
+            f"{small.folder}. Run the same command once the store answers"
+        ) from error
     _log.info(
         "register: %s version %d %s: %s", registered.name, registered.version, registered.verdict,
         registered.reason,
@@ -200,16 +207,15 @@ def retrain(pipeline: Pipeline, workspace: Path, *, watch: Watch = unwatched) ->
     with connect(dashboard=pipeline.study.base.compute.workers > 1):
         # The corpus comes first: a bad one leaves no database behind.
         shards = prepare(task, place.shards)
-        initialise(store)
-        for run_id in reap(store):
-            _log.info("tracking: run %s of a killed process closed", run_id[:8])
+        prepare_store(store)
         key = digest_of({**pipeline.to_json(), "task": shards.digest})[:12]
         tracker = open_run(
             store,
+            SpoolFolder(place.tracking / key),
             key=key,
-            name=f"{pipeline.name}-{key}",
             params={"pipeline": pipeline.name, "study": pipeline.study.name},
             tags={
+                "mlflow.runName": f"{pipeline.name}-{key}",
                 "vinedresser.kind": "pipeline",
                 "vinedresser.metric": task.metric,
                 "vinedresser.task": task.name,
@@ -217,7 +223,8 @@ def retrain(pipeline: Pipeline, workspace: Path, *, watch: Watch = unwatched) ->
             },
         )
         with ending(tracker):
-            context = RunContext(shards, place, store, parent=tracker.run_id)
+            tracker.wait_for_opening()
+            context = RunContext(shards, place, store, parent=key)
             done = _run_steps(pipeline, context, tracker, watch)
             seconds = round(time.perf_counter() - started, 1)
             result = Retrained(*done, held_out(shards), seconds)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.short_run import a_run, experiment
+from tests.tracked import open_run
 from vinedresser import tracking
 from vinedresser.cli.arguments import open_model
 from vinedresser.data.shards import ShardSet, prepare
@@ -108,7 +109,7 @@ def test_the_gate_knows_direction_split_and_tolerance() -> None:
 
 
 def test_only_the_gate_makes_a_champion(store: Store, name: str, tmp_path: Path) -> None:
-    run = tracking.open_run(store, key=name, name="trained it")
+    run = open_run(store, key=name, name="trained it")
     run.close("FINISHED")
 
     def put(made: Manifest) -> registry.Registered:
@@ -308,7 +309,7 @@ def test_a_moved_workspace_finds_its_models_and_writes_no_more_where_it_was(
     shutil.copytree(made.folder, old / "runs" / "it" / "bundle")
     before = tracking.store_for(old, "export")
     tags = {"vinedresser.folder": str(old / "runs" / "it")}
-    run = tracking.open_run(before, key=name, name="trained it", tags=tags)
+    run = open_run(before, key=name, name="trained it", tags=tags)
     run.close("FINISHED")
     one = register(made, name=name, store=before, gate=GATE, run_id=run.run_id)
     old.rename(new)
@@ -322,7 +323,7 @@ def test_a_moved_workspace_finds_its_models_and_writes_no_more_where_it_was(
     with pytest.raises(DataError, match=f"{found}: not a model bundle"):
         open_model(run.run_id, new)
     assert register(bundle(tmp_path, 0.2), name=name, store=store, gate=GATE).is_champion
-    same = tracking.open_run(store, key=name, name="trained it")
+    same = open_run(store, key=name, name="trained it")
     same.text("x", "note.txt")
     same.close("FINISHED")
     assert same.run_id == run.run_id

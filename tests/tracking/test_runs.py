@@ -5,24 +5,24 @@ import json
 import logging
 import signal
 import socket
-import socketserver
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.memory_tracker import MemoryTracker
+from tests.tracked import open_run, spool_of
 from vinedresser import tracking
 from vinedresser.errors import BusyError, ConfigError, MachineError
-from vinedresser.tracking import Store, outbox, store
+from vinedresser.tracking import Store, delivery, spools_of, store, sync
 from vinedresser.tracking.outbox import MlflowTracker
 from vinedresser.tracking.runs import flat
+from vinedresser.tracking.spool import Spool
+from vinedresser.workspace.layout import SpoolFolder, Workspace
 from vinedresser.workspace.process import this_process
 
 # MLflow's own imports warn (sqlalchemy's noload, pydantic, ...); none of it is ours to change.
@@ -61,39 +61,6 @@ def wait_for(url: str, process: "subprocess.Popen[bytes]", seconds: float = 200)
     raise AssertionError(f"{url} did not come up")
 
 
-class Relay(socketserver.ThreadingTCPServer):
-    """An address that leads to a server until it is cut off; then connections are refused."""
-
-    daemon_threads = True
-
-    def __init__(self, url: str) -> None:
-        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.far, self.sockets = int(url.rpartition(":")[2]), list[socket.socket]()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        def copy(source: socket.socket, target: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                while part := source.recv(1 << 16):
-                    target.sendall(part)
-                target.shutdown(socket.SHUT_WR)
-
-        with socket.create_connection(("127.0.0.1", self.far)) as server:
-            self.sockets += [request, server]
-            answers = threading.Thread(target=copy, args=(server, request))
-            answers.start()
-            copy(request, server)
-            answers.join()
-
-    def cut(self) -> None:
-        self.shutdown()
-        self.server_close()
-        for one in self.sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-
-
 def test_importing_tracking_imports_no_mlflow_and_no_torch() -> None:
     code = "import sys, vinedresser.tracking; print({'mlflow', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -130,8 +97,8 @@ def test_params_become_dotted_keys_and_json() -> None:
 def test_metrics_tags_and_artifacts_arrive_in_few_batches(sqlite: Store, monkeypatch) -> None:
     from matplotlib.figure import Figure
 
-    tracker = tracking.open_run(sqlite, key="a", name="n", params={f"p{i}": i for i in range(250)})
-    batches, open_client = [], outbox.open_client
+    tracker = open_run(sqlite, key="a", name="n", params={f"p{i}": i for i in range(250)})
+    batches, open_client = [], delivery.open_client
 
     def counting(one: Store) -> object:
         client = open_client(one)
@@ -141,7 +108,7 @@ def test_metrics_tags_and_artifacts_arrive_in_few_batches(sqlite: Store, monkeyp
         )  # fmt: skip
         return client
 
-    monkeypatch.setattr(outbox, "open_client", counting)
+    monkeypatch.setattr(delivery, "open_client", counting)
     for step in range(1, 301):
         tracker.log({f"train/m{i}": step + i for i in range(10)}, step)
     tracker.log({"bad": float("nan"), "worse": float("inf"), "odd@name": 1.0}, 301)
@@ -158,7 +125,8 @@ def test_metrics_tags_and_artifacts_arrive_in_few_batches(sqlite: Store, monkeyp
     assert run.data.metrics["train/m3"] == 303
     assert run.data.metrics["odd_name"] == 1.0
     assert "bad" not in run.data.metrics
-    assert (tracker.skipped, tracker.dropped, tracker.pending) == (2, 0, 0)
+    assert tracker.skipped == 2
+    assert not spools_of(Workspace(sqlite.leases.parent))
     assert run.data.tags["vinedresser.skipped_metrics"] == "2"
     assert run.data.tags["dataset"] == "d1"
     assert len(run.data.params) == 250
@@ -174,9 +142,9 @@ def test_metrics_tags_and_artifacts_arrive_in_few_batches(sqlite: Store, monkeyp
 
 
 def test_a_key_is_reopened_and_never_duplicated(sqlite: Store) -> None:
-    first = tracking.open_run(sqlite, key="k1", name="n", params={"lr": 1, "same": 2})
+    first = open_run(sqlite, key="k1", name="n", params={"lr": 1, "same": 2})
     first.close("FAILED", "power cut")
-    second = tracking.open_run(sqlite, key="k1", name="n", params={"lr": 3, "same": 2, "new": 4})
+    second = open_run(sqlite, key="k1", name="n", params={"lr": 3, "same": 2, "new": 4})
     client = store.open_client(sqlite)
     run = client.get_run(second.run_id)
     assert second.run_id == first.run_id
@@ -188,31 +156,37 @@ def test_a_key_is_reopened_and_never_duplicated(sqlite: Store) -> None:
     second.close("FINISHED")
     assert len(client.search_runs([run.info.experiment_id])) == 1
     with pytest.raises(ValueError, match="run key"):
-        tracking.open_run(sqlite, key="a' or '1", name="n")
+        open_run(sqlite, key="a' or '1", name="n")
 
 
-def test_a_run_of_a_deleted_experiment_is_refused_by_the_next_call_and_not_by_close(sqlite) -> None:
-    store.open_client(sqlite).delete_experiment(tracking.initialise(sqlite))
-    tracker = tracking.open_run(sqlite, key="k", name="n")
-    with pytest.raises(ConfigError, match="was deleted"):
-        _ = tracker.run_id
-    with pytest.raises(ConfigError, match="was deleted"):
-        tracker.log({"x": 1.0}, 1)
-    tracker.close("FAILED")
+def test_a_deleted_experiment_ends_no_run_and_gets_everything_once_restored(sqlite, caplog) -> None:
+    client, experiment = store.open_client(sqlite), tracking.initialise(sqlite)
+    client.delete_experiment(experiment)
+    tracker = open_run(sqlite, key="k", name="n")
+    tracker.log({"x": 1.0}, 1)
+    assert tracker.run_id == ""
+    tracker.close("FINISHED")
+    assert "experiments restore" in caplog.text
+    assert "vinedresser sync" in caplog.text
+    client.restore_experiment(experiment)
+    assert not sync([spool_of(sqlite, "k")], sqlite.leases.parent).left
+    (run,) = client.search_runs([experiment])
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"x": 1.0})
 
 
-def test_a_busy_store_does_not_end_a_training(sqlite: Store, monkeypatch, caplog) -> None:
-    """It waits in the thread, and goes on without tracking."""
-    tracking.initialise(sqlite)
-    monkeypatch.setattr(store, "LOCK_SECONDS", 0.1)
-    with store.locked(sqlite, "run k"):
-        tracker = tracking.open_run(sqlite, key="k", name="n")
+def test_a_held_lock_of_the_store_does_not_end_a_run(tmp_path, monkeypatch, caplog) -> None:
+    """A training was ended after 60 s of waiting for it."""
+    monkeypatch.setattr(store, "CREATION_SECONDS", 0.1)
+    new = tracking.store_for(tmp_path, "e")
+    with store.locked(new, f"creation of {new.shown}"):
+        tracker = open_run(new, key="k", name="n")
         tracker.log({"x": 1.0}, 1)
         assert tracker.run_id == ""
-        tracker.log({"x": 1.0}, 2)
+        assert "in use by process" in tracking.undelivered(spool_of(new, "k"))
+        tracker.log({"x": 2.0}, 2)
         tracker.close("FINISHED")
     assert "in use by process" in caplog.text
-    assert "the run goes on without tracking" in caplog.text
+    assert "the run goes on" in caplog.text
 
 
 def test_openers_do_not_wait_for_each_other_where_the_store_exists(sqlite: Store) -> None:
@@ -223,38 +197,30 @@ def test_openers_do_not_wait_for_each_other_where_the_store_exists(sqlite: Store
 
 
 def test_a_run_is_opened_when_there_is_something_to_deliver_or_patience_ends(tmp_path) -> None:
-    opened, one = threading.Event(), Store("http://127.0.0.1:1", "e", None, tmp_path)
+    away = Store("http://127.0.0.1:1", "e", None, tmp_path / ".leases")
 
-    def opening() -> str:
-        opened.set()
-        raise MachineError("away")
+    def opened(patience: float) -> MlflowTracker:
+        opening = {"store": away.label, "experiment": "e", "parent": None, "params": {}, "tags": {}}
+        return MlflowTracker(away, Spool(SpoolFolder(tmp_path), opening), patience=patience)
 
-    silent = MlflowTracker(one, opening, patience=3600)
-    assert not opened.wait(0.05)
+    silent = opened(3600)
+    assert not silent.attempted.wait(0.05)
     silent.close("KILLED")
-    assert opened.is_set()
-    opened.clear()
-    MlflowTracker(one, opening, patience=3600).log({"x": 1.0}, 1)
-    assert opened.wait(60)
-    opened.clear()
-    MlflowTracker(one, opening, patience=0)
-    assert opened.wait(60)
+    assert silent.attempted.is_set()
+    logging_one = opened(3600)
+    logging_one.log({"x": 1.0}, 1)
+    assert logging_one.attempted.wait(60)
+    assert opened(0).attempted.wait(60)
 
 
 def test_what_is_logged_before_the_run_is_open_is_delivered(sqlite: Store) -> None:
-    gate, columns = threading.Event(), {"a": [1, 2]}
-
-    def opening() -> str:
-        gate.wait()
-        client = store.open_client(sqlite)
-        return str(client.create_run(tracking.initialise(sqlite)).info.run_id)
-
-    tracker = MlflowTracker(sqlite, opening)
+    columns = {"a": [1, 2]}
+    # The creation of the database, which the tracker waits for.
+    tracker = open_run(sqlite, key="early", name="early")
     tracker.log({"x": 1.0}, 1)
     tracker.table(columns, "t.json")
     tracker.tag({"k": "old"})
     columns["a"].append(3)
-    gate.set()
     assert tracker.run_id
     tracker.log({"x": 2.0}, 2)
     tracker.tag({"k": "new"})
@@ -272,7 +238,7 @@ def test_leaderboard_puts_sweeps_first_then_the_best(sqlite: Store) -> None:
         name: str, kind: str, metric: str, value: float | None, parent: str | None = None
     ) -> str:
         tags = {"vinedresser.kind": kind, "vinedresser.metric": metric}
-        tracker = tracking.open_run(sqlite, key=name, name=name, parent=parent, tags=tags)
+        tracker = open_run(sqlite, key=name, name=name, parent=parent, tags=tags)
         if value is not None:
             tracker.log({f"best/{metric}": value}, 1)
         tracker.tag({"vinedresser.folder": f"/runs/{name}"})
@@ -280,9 +246,9 @@ def test_leaderboard_puts_sweeps_first_then_the_best(sqlite: Store) -> None:
         return tracker.run_id
 
     sweep = run("sweep", "sweep", "per", 0.2)
-    run("worse", "trial", "per", 0.3, sweep)
-    best = run("better", "trial", "per", 0.2, sweep)
-    run("none", "trial", "per", None, sweep)
+    run("worse", "trial", "per", 0.3, "sweep")
+    best = run("better", "trial", "per", 0.2, "sweep")
+    run("none", "trial", "per", None, "sweep")
     run("low", "train", "bleu", 10.0)
     run("high", "train", "bleu", 30.0)
     rows = tracking.leaderboard(sqlite)
@@ -302,16 +268,17 @@ def test_leaderboard_puts_sweeps_first_then_the_best(sqlite: Store) -> None:
 OPEN_AND_WAIT = """
 import sys, time
 from pathlib import Path
+from tests.tracked import open_run
 from vinedresser import tracking
 store = tracking.store_for(Path(sys.argv[1]), sys.argv[2])
-print(tracking.open_run(store, key="orphan", name="orphan").run_id, flush=True)
+print(open_run(store, key="orphan", name="orphan").run_id, flush=True)
 time.sleep(300)
 """
 
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_a_run_that_reap_closes_and_a_key_reopens(sqlite: Store) -> None:
-    mine = tracking.open_run(sqlite, key="mine", name="mine")
+    mine = open_run(sqlite, key="mine", name="mine")
     client = store.open_client(sqlite)
     foreign = client.create_run(tracking.initialise(sqlite)).info.run_id
     arguments = [sys.executable, "-c", OPEN_AND_WAIT, str(sqlite.leases.parent), sqlite.experiment]
@@ -327,7 +294,7 @@ def test_a_killed_process_leaves_a_run_that_reap_closes_and_a_key_reopens(sqlite
     assert "ended without closing" in run.data.tags["vinedresser.reason"]
     assert client.get_run(mine.run_id).info.status == "RUNNING"
     assert client.get_run(foreign).info.status == "RUNNING"
-    again = tracking.open_run(sqlite, key="orphan", name="orphan")
+    again = open_run(sqlite, key="orphan", name="orphan")
     assert again.run_id == orphan
     assert client.get_run(orphan).data.tags["vinedresser.owner"] == this_process()
     assert tracking.reap(sqlite) == []
@@ -370,32 +337,24 @@ def test_a_busy_lock_ends_the_wait_with_its_name(tmp_path: Path, monkeypatch) ->
         pass
 
 
-def test_an_absent_server_neither_stops_nor_blocks(tmp_path, caplog, monkeypatch) -> None:
-    absent = Store(f"http://u:secret@127.0.0.1:{free_port()}", "e", None, tmp_path)
+def test_an_absent_server_neither_stops_nor_blocks(tmp_path, caplog) -> None:
+    absent = Store(f"http://u:secret@127.0.0.1:{free_port()}", "e", None, tmp_path / ".leases")
     start = time.monotonic()
     with caplog.at_level(logging.WARNING, "vinedresser"):
-        tracker = tracking.open_run(absent, key="k", name="n")
+        tracker = open_run(absent, key="k", name="n")
         assert tracker.run_id == ""
-        assert caplog.text.count("without tracking") == 1
-        tracker.log({"m": 1.0}, 1)
-        tracker.close("FINISHED")
-        assert "not delivered" not in caplog.text
-        # A server that was there when the run was opened, and is not now.
-        monkeypatch.setattr(outbox, "KEPT_METRICS", 50)
-        orphan = MlflowTracker(absent, lambda: "0" * 32)
-        assert orphan.run_id
+        assert caplog.text.count("keeps its metrics until") == 1
         begun = time.monotonic()
         for step in range(300):
-            orphan.log({"m": 1.0}, step)
-        orphan.tag({"a": "b"})
-        orphan.text("t", "a.txt")
+            tracker.log({"m": 1.0}, step)
+        tracker.tag({"a": "b"})
+        tracker.text("t", "a.txt")
         assert time.monotonic() - begun < 2
-        orphan.close("FINISHED")
+        tracker.close("FINISHED")
     assert time.monotonic() - start < 30
-    assert orphan.pending == 50
-    assert orphan.dropped == 250
-    assert caplog.text.count("metrics wait in memory") == 1
+    assert caplog.text.count("vinedresser sync") == 1
     assert "secret" not in caplog.text
+    assert "secret" not in "".join(p.read_text() for p in tmp_path.rglob("*.*") if p.is_file())
     with pytest.raises(MachineError, match="tracking store"):
         tracking.initialise(absent)
 
@@ -451,13 +410,14 @@ def test_a_server_keeps_runs_children_and_files(mlflow_server: str, tmp_path, mo
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
     there = tracking.store_for(tmp_path, "served")
     note = {"mlflow.note.content": "*why*"}
-    parent = tracking.open_run(there, key="p", name="parent", tags=note)
-    child = tracking.open_run(there, key="c", name="child", parent=parent.run_id)
+    parent = open_run(there, key="p", name="parent", tags=note)
+    parent.wait_for_opening()
+    child = open_run(there, key="c", name="child", parent="p")
     child.log({"dev/per": 0.5}, 1)
     child.text("hello", "notes/a.txt")
     child.close("FINISHED")
     parent.close("FAILED", "no reason")
-    again = tracking.open_run(there, key="c", name="child")
+    again = open_run(there, key="c", name="child")
     assert again.run_id == child.run_id
     again.close("FINISHED")
     client = store.open_client(there)
@@ -466,25 +426,3 @@ def test_a_server_keeps_runs_children_and_files(mlflow_server: str, tmp_path, mo
     assert run.data.metrics == {"dev/per": 0.5}
     assert [file.path for file in client.list_artifacts(child.run_id, "notes")] == ["notes/a.txt"]
     assert client.get_run(parent.run_id).data.tags["mlflow.note.content"] == "*why*"
-
-
-@pytest.mark.slow
-def test_a_server_killed_in_the_middle_stops_nothing(
-    mlflow_server: str, tmp_path, monkeypatch
-) -> None:
-    relay = Relay(mlflow_server)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.url)
-    tracker = tracking.open_run(tracking.store_for(tmp_path, "killed"), key="p", name="n")
-    tracker.log({"m": 1.0}, 1)
-    assert tracker.run_id  # the run is open
-    relay.cut()
-    durations = []
-    for step in range(2, 500):
-        start = time.monotonic()
-        tracker.log({"m": 1.0}, step)
-        durations.append(time.monotonic() - start)
-    start = time.monotonic()
-    tracker.close("FINISHED")
-    assert sorted(durations)[-20] < 0.05  # the machine may pause a process now and then
-    assert time.monotonic() - start < 30
-    assert tracker.pending > 0

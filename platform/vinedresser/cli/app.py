@@ -22,6 +22,7 @@ from vinedresser.cli.verbs.retrain import retrain
 from vinedresser.cli.verbs.runs import runs
 from vinedresser.cli.verbs.submit import submit
 from vinedresser.cli.verbs.sweep import sweep
+from vinedresser.cli.verbs.sync import sync
 from vinedresser.cli.verbs.train import train
 from vinedresser.cli.verbs.translate import translate
 from vinedresser.cli.verbs.ui import ui
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 for verb in (
     prepare, train, check, sweep, prune, export, retrain, evaluate, translate, describe, attend,
-    runs, ui, doctor, submit,
+    runs, sync, ui, doctor, submit,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(schedule.app, name="schedule")

@@ -4,7 +4,6 @@ Imports of torch, ray and mlflow are deferred to the functions, so that `--help`
 """
 
 import difflib
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -197,16 +196,12 @@ def prepare_context(task: Any, workspace: Path, *, kind: str = "train") -> "RunC
     """
     from vinedresser.data import shards
     from vinedresser.distributed.context import RunContext
-    from vinedresser.tracking import initialise, reap, store_for
+    from vinedresser.tracking import prepare_store, store_for
 
     prepared = shards.prepare(task, layout.Workspace(workspace).shards)
     store = store_for(workspace, task.name)
     if kind != "train":
-        initialise(store)
-        for run_id in reap(store):
-            logging.getLogger(__name__).info(
-                "tracking: run %s of a killed process closed", run_id[:8]
-            )
+        prepare_store(store)
     return RunContext(prepared, layout.Workspace(workspace.absolute()), store, kind=kind)
 
 

@@ -15,7 +15,8 @@ class RunContext:
         shards: the task's shard set, opened and verified by the command.
         workspace: folder of runs, sweeps and the tracking database; every node sees it.
         store: tracking store.
-        parent: tracking run of the sweep or pipeline that new runs are part of; None for none.
+        parent: key of the tracking run that new runs are part of, of a sweep or pipeline; None for
+            none.
         kind: kind of the runs in the tracking store: train, trial or prune.
     """
 

@@ -16,7 +16,7 @@ from vinedresser.training.device import resolve_device
 from vinedresser.training.listener import Listener
 from vinedresser.training.outcome import Outcome, clear, finished, record_experiment, run_folder
 from vinedresser.training.run import RolledBackError, Run
-from vinedresser.workspace.layout import RunFolder
+from vinedresser.workspace.layout import RunFolder, SpoolFolder
 from vinedresser.workspace.lease import leased
 from vinedresser.workspace.stopping import graceful_stop, stop_requested
 
@@ -85,11 +85,12 @@ def run_worker(
         # It imports MLflow in a thread, while the first updates are made.
         tracker = open_run(
             context.store,
+            SpoolFolder(folder.tracking),
             key=folder.key,
-            name=folder.name,
             parent=context.parent,
             params=experiment.to_json(),
             tags={
+                "mlflow.runName": folder.name,
                 "vinedresser.kind": context.kind,
                 "vinedresser.metric": experiment.task.metric,
                 "vinedresser.folder": str(folder.path),

@@ -11,9 +11,9 @@ from vinedresser.errors import InterruptedRunError, TrainingError
 from vinedresser.sweep.journal import ended_trials, open_study
 from vinedresser.sweep.outcome import SweepOutcome, TrialRow, directions, rank
 from vinedresser.sweep.trials import run_trials
-from vinedresser.tracking import Tracker, end_children, ending, open_run
+from vinedresser.tracking import Tracker, end_children, ending, open_run, sync
 from vinedresser.workspace.commit import digest_of, read_manifest
-from vinedresser.workspace.layout import RunFolder, SweepFolder, Workspace
+from vinedresser.workspace.layout import RunFolder, SpoolFolder, SweepFolder, Workspace, runs_of
 from vinedresser.workspace.lease import leased
 from vinedresser.workspace.storage import read_json, write_file
 
@@ -43,11 +43,12 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
             return known
         tracker = open_run(
             context.store,
+            SpoolFolder(folder.tracking),
             key=key[:12],
-            name=folder.name,
             parent=context.parent,
             params={"study": study.name, "base": study.base.to_json()},
             tags={
+                "mlflow.runName": folder.name,
                 "vinedresser.kind": "sweep",
                 "vinedresser.metric": study.base.task.metric,
                 "vinedresser.folder": str(folder.path),
@@ -62,7 +63,8 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
                 count = len(known_trials)
                 _log.info("%s: %d of %d trials known", folder.name, count, study.num_trials)
             if len(known_trials) < study.num_trials:
-                children = replace(context, parent=tracker.run_id)
+                tracker.wait_for_opening()
+                children = replace(context, parent=key[:12])
                 try:
                     run_trials(
                         study, children,
@@ -70,8 +72,15 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
                     )  # fmt: skip
                 finally:
                     # Of trials whose process Tune ended before it could close its tracking run.
-                    if children.parent:
-                        end_children(context.store, children.parent, "stopped early")
+                    end_children(context.store, key[:12], "stopped early")
+                # What the store missed of the trials, if it is back.
+                runs = runs_of(workspace, study.base.name)
+                left = sync((SpoolFolder(run.tracking) for run in runs), workspace.path).left
+                if left:
+                    _log.warning(
+                        "%s: %d runs are not tracked completely (%s); `vinedresser sync` delivers "
+                        "the rest", folder.name, len(left), next(iter(left.values())),
+                    )  # fmt: skip
             trials = [_moved(trial, workspace) for trial in ended_trials(opened, objectives)]
             if len(trials) < study.num_trials:
                 raise InterruptedRunError(

@@ -23,9 +23,10 @@ from vinedresser.errors import ConfigError, InterruptedRunError, VinedresserErro
 from vinedresser.sweep.journal import FAILURE, ended_trials
 from vinedresser.sweep.outcome import Direction, report_keys, short_params
 from vinedresser.sweep.searcher import DIED, Searcher
+from vinedresser.tracking import undelivered
 from vinedresser.training.listener import Listener
 from vinedresser.training.outcome import run_folder
-from vinedresser.workspace.layout import RunFolder
+from vinedresser.workspace.layout import RunFolder, SpoolFolder
 from vinedresser.workspace.stopping import confirm_stop, stopping_runs_first
 
 _log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def run_trials(
             reduction_factor=study.stopping.factor,
             max_t=max(study.base.evaluation.num_evaluations, study.stopping.grace + 1),
         )
-    watch = TrialWatch(study, objectives)
+    watch = TrialWatch(study, objectives, context)
     trial = tune.with_parameters(_trial, base=study.base.to_json(), context=context, keys=keys)
     tuner = tune.Tuner(
         tune.with_resources(trial, resources),
@@ -98,7 +99,7 @@ def run_trials(
         ),
     )
     try:
-        with stopping_runs_first(lambda: watch.folders(context), grace=GRACE_SECONDS):
+        with stopping_runs_first(watch.folders, grace=GRACE_SECONDS):
             tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -157,9 +158,12 @@ class TrialWatch(tune.Callback):
         running: Tune's id -> proposal of each trial that runs.
     """
 
-    def __init__(self, study: Study, objectives: Mapping[str, Direction]) -> None:
-        self._base, self._objectives = study.base, objectives
+    def __init__(
+        self, study: Study, objectives: Mapping[str, Direction], context: RunContext
+    ) -> None:
+        self._base, self._objectives, self._context = study.base, objectives, context
         self._best = math.nan
+        self._untracked = set[int]()
         self.running: dict[str, Mapping[str, Any]] = {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -177,6 +181,10 @@ class TrialWatch(tune.Callback):
         number, (metric, *others) = trial.config["number"], self._objectives
         if FAILURE in result:
             return _log.info("trial %d: failed: %s", number, result[FAILURE])
+        reason = undelivered(SpoolFolder(self._folder(trial.config).tracking))
+        if reason and number not in self._untracked:
+            self._untracked.add(number)
+            _log.warning("trial %d: not tracked at present: %s", number, reason)
         value = float(result.get(f"dev/{metric}", math.nan))
         better = min if self._objectives[metric] == "min" else max
         self._best = value if math.isnan(self._best) else better(self._best, value)
@@ -199,10 +207,13 @@ class TrialWatch(tune.Callback):
         self._ended(trial)
         _log.info("trial %d: failed: %s", trial.config["number"], DIED)
 
-    def folders(self, context: RunContext) -> list[RunFolder]:
+    def folders(self) -> list[RunFolder]:
         """Return the run folders of the trials that run."""
-        experiments = [self._base.override(one["params"]) for one in self.running.values()]
-        return [run_folder(e, context.shards, context.workspace) for e in experiments]
+        return [self._folder(proposal) for proposal in self.running.values()]
+
+    def _folder(self, proposal: Mapping[str, Any]) -> RunFolder:
+        experiment = self._base.override(proposal["params"])
+        return run_folder(experiment, self._context.shards, self._context.workspace)
 
     def _ended(self, trial: Any) -> Mapping[str, Any]:
         self.running.pop(trial.trial_id, None)

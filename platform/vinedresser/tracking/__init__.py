@@ -1,11 +1,13 @@
 """Tracking: metrics, tags and artifacts of runs in MLflow.
 
-Importing does nothing and imports no mlflow; every Ray worker does it. Metrics that a dead server
-refuses wait in memory, bounded; a durable spool that survives the process is not built yet.
+Importing does nothing and imports no mlflow; every Ray worker does it. What a run has to deliver
+waits in a spool in its folder until the store took it.
 """
 
+from vinedresser.tracking.delivery import spools_of, sync
 from vinedresser.tracking.leaderboard import RunRow, experiments, leaderboard, tagged_folder
-from vinedresser.tracking.runs import end_children, open_run, reap
+from vinedresser.tracking.outbox import open_run, undelivered
+from vinedresser.tracking.runs import end_children, prepare_store, reap
 from vinedresser.tracking.store import Store, initialise, store_for
 from vinedresser.tracking.tracker import NullTracker, Tracker, ending
 from vinedresser.tracking.ui import serve_ui
@@ -21,8 +23,12 @@ __all__ = [
     "initialise",
     "leaderboard",
     "open_run",
+    "prepare_store",
     "reap",
     "serve_ui",
+    "spools_of",
     "store_for",
+    "sync",
     "tagged_folder",
+    "undelivered",
 ]

@@ -1,31 +1,43 @@
-"""MlflowTracker: a run in MLflow behind an outbox, so that training never waits for a server.
+"""MlflowTracker: a run in MLflow behind a spool, so that training never waits for a server.
 
-Metrics, tags and files go into a bounded outbox. A background thread opens the run, then empties
-the outbox every 5 s, or sooner when 200 metrics wait. After an error of the server it pauses for
-30 s, while the outbox keeps collecting.
+Metrics, tags and files are written to the spool in the run's folder. A background thread delivers
+it every 5 s, or sooner when 200 metrics wait. After an error it pauses for 30 s; what is not
+delivered when the run ends stays in the folder, for the next start of the run or for `sync`.
 """
 
+import contextlib
 import io
 import json
 import logging
 import math
 import re
-import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path, PurePosixPath
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from vinedresser.errors import BusyError, MachineError
-from vinedresser.tracking.store import Store, open_client, why
-from vinedresser.tracking.tracker import State, Tracker
+from vinedresser.errors import MachineError
+from vinedresser.tracking.delivery import deliver
+from vinedresser.tracking.runs import (
+    KEY,
+    MAX_TAG,
+    OWNER,
+    START,
+    flat,
+    provenance,
+    safe_key,
+)
+from vinedresser.tracking.spool import Spool, starts_of
+from vinedresser.tracking.store import Store, why
+from vinedresser.tracking.tracker import NullTracker, State, Tracker
+from vinedresser.workspace.layout import SpoolFolder
+from vinedresser.workspace.process import this_process
+from vinedresser.workspace.storage import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from mlflow import MlflowClient
 
 _log = logging.getLogger(__name__)
 
@@ -38,105 +50,114 @@ FLUSH_SECONDS = 5.0
 BACK_OFF_SECONDS = 30.0
 # Time of the last delivery in close(): one request with its retry takes 10 s at most.
 CLOSE_SECONDS = 20.0
-# MLflow's own limits of one request.
-BATCH_METRICS = 1000
-BATCH_TAGS = 100
-MAX_TAG = 8000
-MAX_KEY = 250
-# About 20 MB; at 20 metrics every 10 s, 14 hours without a server.
-KEPT_METRICS = 100_000
-KEPT_FILES = 100
+MAX_NAME = 200
 
 # What the artifact viewer needs to show a table.
 TABLES_TAG = "mlflow.loggedArtifacts"
 
-_Point = tuple[str, float, int, int]
 
+def open_run(
+    store: Store,
+    folder: SpoolFolder,
+    *,
+    key: str,
+    parent: str | None = None,
+    params: Mapping[str, Any] = {},
+    tags: Mapping[str, str] = {},
+) -> Tracker:
+    """Return a tracker of the key's run: the existing one is opened again, or else a new one.
 
-def safe_key(name: str) -> str:
-    """Return a metric or parameter name that MLflow takes: other characters become `_`."""
-    return re.sub(r"[^\w\-. :/]", "_", name)[:MAX_KEY]
+    Returns at once: the run is opened in the tracker's thread, and the spool keeps what the store
+    does not take. Where the spool cannot be written either, the run is not tracked, with a warning.
+
+    Args:
+        store: store of the run; created if necessary.
+        folder: of its spool.
+        key: digest of the run's content; letters, digits and `_.:-` only.
+        parent: key of the run that this one is a part of.
+        params: may be nested; kept under dotted keys, 6,000 characters per value.
+        tags: for values that are not numbers, such as `vinedresser.kind`; `mlflow.runName` is
+            shown in the user interface and need not be unique.
+
+    Raises:
+        ValueError: a key with other characters.
+    """
+    if not re.fullmatch(r"[\w.:-]{1,250}", key):
+        raise ValueError(f"run key {key!r}: expected letters, digits and _.:-, 250 at most")
+    name = tags.get("mlflow.runName", key)[:MAX_NAME]
+    own = {KEY: key, OWNER: this_process(), START: uuid.uuid4().hex, "mlflow.runName": name}
+    opening = {
+        "store": store.label,
+        "experiment": store.experiment,
+        "parent": parent,
+        "params": dict(flat(params)),
+        "tags": {**tags, **own},
+    }
+    try:
+        return MlflowTracker(store, Spool(folder, opening))
+    except MachineError as error:
+        _log.warning("%s; the run goes on without tracking", error.args[0])
+        return NullTracker()
 
 
 class MlflowTracker(Tracker):
     """A run in MLflow. Made by `open_run`; one per run, in the process that owns it.
 
-    An error of opening that a user can repair, as a deleted experiment, is raised by the next call
-    except `close`. A store that does not answer leaves the run without tracking, with a warning.
-
     Attributes:
         skipped: metrics that were not finite.
-        dropped: metrics lost because the outbox was full or the server refused them.
+        attempted: set once the run was opened, or could not be.
     """
 
-    def __init__(
-        self, store: Store, opening: Callable[[], str], *, patience: float = OPEN_SECONDS
-    ) -> None:
+    def __init__(self, store: Store, spool: Spool, *, patience: float = OPEN_SECONDS) -> None:
         """Start the thread.
 
         Args:
             store: store of the run.
-            opening: opens the run and returns its id; called once, in the thread.
+            spool: file of this start.
             patience: seconds to wait for something to deliver before the run is opened anyway.
         """
         self.skipped = 0
-        self.dropped = 0
-        self._store, self._opening, self._patience = store, opening, patience
+        self._store, self._spool, self._patience = store, spool, patience
         self._run_id = ""
-        self._error: Exception | None = None
-        self._is_wanted = self._is_lost = False
-        self._opened = threading.Event()
-        self._points: deque[_Point] = deque()
-        self._tags: dict[str, str] = {}
-        self._files: deque[tuple[str, bytes]] = deque()
+        self._waiting = 0  # entries since the last delivery
+        self._is_closed = self._is_wanted = False
+        self.attempted = threading.Event()
         self._tables: list[str] = []
         self._wake = threading.Condition()
-        self._final: State | None = None
         self._not_before = 0.0
-        self._is_warned = False
+        self._reason = ""
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run; waits until it is open; empty without tracking.
-
-        Raises:
-            VinedresserError: the run could not be opened.
-        """
-        self._want()
-        self._opened.wait()
-        if self._error is not None:
-            raise self._error
+        """MLflow's id of the run; waits for the first delivery; empty while the store is away."""
+        with self._wake:
+            self._is_wanted = True
+            self._wake.notify()
+        self.attempted.wait()
         return self._run_id
 
-    @property
-    def pending(self) -> int:
-        """Number of metrics that wait for delivery."""
-        return len(self._points)
+    def wait_for_opening(self) -> None:
+        """Wait for the first delivery, so that children find their parent in the store."""
+        _ = self.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Note metrics at a step; returns at once. Non-finite values are skipped and counted."""
-        now = time.time_ns() // 1_000_000
-        values = [(safe_key(key), float(value), now, step) for key, value in metrics.items()]
-        finite = [point for point in values if math.isfinite(point[1])]
-        self._want()
+        values = {safe_key(key): float(value) for key, value in metrics.items()}
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
         with self._wake:
             self.skipped += len(values) - len(finite)
-            self._points.extend(finite)
-            self._bound()
-            if len(self._points) >= FLUSH_METRICS:
-                self._wake.notify()
+        if finite:
+            self._add({"metrics": finite, "step": step}, len(finite))
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags with the next delivery."""
-        self._want()
-        with self._wake:
-            self._tags |= {safe_key(key): str(value)[:MAX_TAG] for key, value in tags.items()}
+        self._add({"tags": {safe_key(key): str(value)[:MAX_TAG] for key, value in tags.items()}})
 
     def text(self, content: str, name: str) -> None:
         """Store a text artifact with the next delivery."""
-        self._file(name, content.encode())
+        self._add_file(name, content.encode())
 
     def table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
         """Store columns of equal length as a table artifact, replacing one of the same name.
@@ -146,7 +167,7 @@ class MlflowTracker(Tracker):
         """
         rows = [list(row) for row in zip(*columns.values(), strict=True)]
         content = {"columns": list(columns), "data": rows}
-        self._file(name, json.dumps(content, default=str, ensure_ascii=False).encode())
+        self._add_file(name, json.dumps(content, default=str, ensure_ascii=False).encode())
         if name not in self._tables:
             self._tables.append(name)
             shown = [{"path": table, "type": "table"} for table in self._tables]
@@ -156,148 +177,98 @@ class MlflowTracker(Tracker):
         """Store a figure with the next delivery; it is drawn before this returns."""
         stream = io.BytesIO()
         figure.savefig(stream, format=PurePosixPath(name).suffix[1:] or "png", bbox_inches="tight")
-        self._file(name, stream.getvalue())
+        self._add_file(name, stream.getvalue())
 
     def close(self, state: State, reason: str = "") -> None:
         """Deliver what waits and end the run; gives up after 20 s, never raises.
 
-        A run that could not be ended stays RUNNING in the store until `reap`.
+        What is left then stays in the spool, with a warning.
         """
+        if self._is_closed:
+            return
+        for key, count in (("skipped", self.skipped), ("lost", self._spool.lost)):
+            if count:
+                self.tag({f"vinedresser.{key}_metrics": str(count)})
+        self._add({"close": {"state": state, "reason": reason}})
         with self._wake:
-            if self._final is not None:
-                return
-            counts = {"skipped_metrics": self.skipped, "dropped_metrics": self.dropped}
-            self._tags |= {f"vinedresser.{key}": str(n) for key, n in counts.items() if n}
-            if reason:
-                self._tags["vinedresser.reason"] = reason[:MAX_TAG]
-            self._final, self._is_wanted = state, True
+            self._is_closed = True
             self._wake.notify()
-        self._opened.wait()
         self._thread.join(CLOSE_SECONDS)
-        if self._points or self._thread.is_alive():
+        if self._spool.path.exists():
             _log.warning(
-                "tracking store %s: %d metrics of run %s were not delivered",
-                self._store.shown, self.pending, self._run_id,
+                "%s; what is not delivered is kept in %s: `vinedresser sync` delivers it",
+                self._reason or f"tracking store {self._store.shown}: slow",
+                self._spool.folder.path,
             )  # fmt: skip
 
-    def _want(self) -> None:
-        """Let the thread open the run, and raise if it could not."""
+    def _add(self, entry: Mapping[str, Any], count: int = 1) -> None:
+        """Append an entry, unless the run is closed, and wake the thread where many wait."""
+        if self._is_closed:
+            return
+        self._spool.add(entry)
+        self._noted(count)
+
+    def _add_file(self, name: str, content: bytes) -> None:
+        if not self._is_closed:
+            self._spool.add_file(name, content)
+            self._noted(1)
+
+    def _noted(self, count: int) -> None:
         with self._wake:
-            if self._error is not None:
-                raise self._error
-            if not self._is_wanted:
+            self._waiting += count
+            if not self._is_wanted or self._waiting >= FLUSH_METRICS:
                 self._is_wanted = True
                 self._wake.notify()
 
-    def _file(self, name: str, content: bytes) -> None:
-        self._want()
-        with self._wake:
-            self._files.append((name, content))
-            while len(self._files) > KEPT_FILES:
-                self._files.popleft()
-
-    def _bound(self) -> None:
-        while len(self._points) > (0 if self._is_lost else KEPT_METRICS):
-            self._points.popleft()
-            self.dropped += 1
-
     def _run(self) -> None:
-        """Open the run and empty the outbox until the run is closed; the thread."""
+        """Deliver the spool until the run is closed; the thread."""
         with self._wake:
             self._wake.wait_for(lambda: self._is_wanted, timeout=self._patience)
-        try:
-            self._run_id = self._opening()
-            client = open_client(self._store)
-        except Exception as error:  # noqa: BLE001 (raised where somebody can act on it)
-            with self._wake:
-                if isinstance(error, MachineError | BusyError):
-                    _log.warning("%s; the run goes on without tracking", error.args[0])
-                else:
-                    self._error = error
-                self._is_lost = True
-                self._points.clear()
-            return
-        finally:
-            self._opened.set()
-        while True:
-            with self._wake:
-                self._wake.wait_for(
-                    lambda: (
-                        self._final is not None
-                        or (
-                            len(self._points) >= FLUSH_METRICS
-                            and time.monotonic() >= self._not_before
-                        )
-                    ),
-                    timeout=FLUSH_SECONDS,
-                )
-                final = self._final
-            if final is not None or time.monotonic() >= self._not_before:
-                self._deliver(client, final)
-            if final is not None:
-                return
+        self._spool.add({"tags": provenance()})
+        is_last = False
+        while not is_last:
+            is_last, waiting = self._is_closed, self._waiting
+            has_any = waiting or not self.attempted.is_set()
+            if is_last or (has_any and time.monotonic() >= self._not_before):
+                if self._deliver():
+                    with self._wake:
+                        self._waiting -= waiting
+                self.attempted.set()
+            if not is_last:
+                with self._wake:
+                    self._wake.wait_for(self._is_due, timeout=FLUSH_SECONDS)
 
-    def _deliver(self, client: "MlflowClient", final: State | None) -> None:
-        """Send all that waits; what a failing server did not take stays in the outbox."""
-        from mlflow.entities import Metric, RunTag
+    def _is_due(self) -> bool:
+        is_full = self._waiting >= FLUSH_METRICS and time.monotonic() >= self._not_before
+        return self._is_closed or is_full
 
+    def _deliver(self) -> bool:
+        """Deliver what the spool holds; after an error, note it for the driver, and pause."""
+        problem = self._spool.folder.problem
         try:
-            while self._points:
-                with self._wake:
-                    count = min(len(self._points), BATCH_METRICS)
-                    points = [self._points.popleft() for _ in range(count)]
-                metrics = [Metric(k, v, t, s) for k, v, t, s in points]
-                send = partial(client.log_batch, self._run_id, metrics=metrics)
-                # The same timestamps again: MLflow keeps a point delivered twice only once.
-                put_back = partial(self._points.extendleft, reversed(points))
-                if not self._send(f"{count} metrics", send, put_back):
-                    self.dropped += count
-            while self._tags:
-                with self._wake:
-                    taken = dict(list(self._tags.items())[:BATCH_TAGS])
-                    self._tags = {k: v for k, v in self._tags.items() if k not in taken}
-                tags = [RunTag(key, value) for key, value in taken.items()]
-                send = partial(client.log_batch, self._run_id, tags=tags)
-                # A newer value of the same key stays.
-                self._send(f"tags {', '.join(taken)}", send, partial(self._put_back_tags, taken))
-            while self._files:
-                with self._wake:
-                    file = self._files.popleft()
-                upload = partial(self._upload, client, *file)
-                self._send(f"artifact {file[0]}", upload, partial(self._files.appendleft, file))
-            if final is not None:
-                client.set_terminated(self._run_id, final)
+            self._run_id = deliver(self._spool.folder, self._store) or self._run_id
         except Exception as error:  # noqa: BLE001 (training goes on whatever a server answers)
             self._not_before = time.monotonic() + BACK_OFF_SECONDS
-            self._warn(f"{why(error, self._store)}; metrics wait in memory, training goes on")
-
-    def _send(self, subject: str, call: Callable[[], object], put_back: Callable[[], None]) -> bool:
-        """Call; return False if the server refused, and put the content back if it failed."""
-        try:
-            call()
-        except Exception as error:
-            status = getattr(error, "get_http_status_code", lambda: 500)()
-            if not 400 <= status < 500 or status in (408, 429):
-                with self._wake:
-                    put_back()
-                    self._bound()
-                raise
-            self._warn(f"refused {subject}: {why(error, self._store)}")
+            if not self._reason:
+                _log.warning(
+                    "%s; the run goes on and keeps its metrics until they can be delivered",
+                    why(error, self._store),
+                )
+            self._reason = why(error, self._store)
+            with contextlib.suppress(MachineError, OSError):
+                write_file(problem, self._reason + "\n")
             return False
+        if self._reason:
+            _log.info("tracking store %s: answers again, metrics are delivered", self._store.shown)
+            self._reason = ""
+            with contextlib.suppress(OSError):
+                problem.unlink(missing_ok=True)
         return True
 
-    def _put_back_tags(self, taken: Mapping[str, str]) -> None:
-        self._tags = {**taken, **self._tags}
 
-    def _upload(self, client: "MlflowClient", name: str, content: bytes) -> None:
-        path = PurePosixPath(name)
-        folder = None if path.parent == PurePosixPath() else str(path.parent)
-        with tempfile.TemporaryDirectory(prefix="vinedresser-") as temporary:
-            file = Path(temporary) / path.name
-            file.write_bytes(content)
-            client.log_artifact(self._run_id, str(file), folder)
-
-    def _warn(self, message: str) -> None:
-        if not self._is_warned:
-            self._is_warned = True
-            _log.warning("tracking store %s: %s", self._store.shown, message)
+def undelivered(folder: SpoolFolder) -> str:
+    """Return why a run's metrics are not in its store at present; "" where they are."""
+    try:
+        return folder.problem.read_text().strip() if starts_of(folder) else ""
+    except OSError:
+        return ""

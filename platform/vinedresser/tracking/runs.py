@@ -13,16 +13,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vinedresser.errors import BusyError, MachineError
-from vinedresser.tracking.outbox import BATCH_TAGS, MAX_TAG, MlflowTracker, safe_key
 from vinedresser.tracking.store import (
     Store,
     initialise,
     is_reachable,
-    locked,
     open_client,
     server_errors,
 )
-from vinedresser.workspace.process import is_alive, this_process
+from vinedresser.workspace.process import is_alive
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,10 +29,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 KEY, OWNER, RESUMED = "vinedresser.key", "vinedresser.owner", "vinedresser.resumed"
-REASON_TAG = "vinedresser.reason"
-# MLflow's limit of a parameter's value.
+REASON_TAG, START = "vinedresser.reason", "vinedresser.start"
+# MLflow's limits.
+MAX_KEY = 250
 MAX_PARAM = 6000
-MAX_NAME = 200
+MAX_TAG = 8000
+_BATCH = 100
+
+
+def safe_key(name: str) -> str:
+    """Return a metric or parameter name that MLflow takes: other characters become `_`."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:MAX_KEY]
 
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -47,10 +52,9 @@ def flat(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield safe_key(f"{prefix}{key}"), text[:MAX_PARAM]
 
 
-def _provenance() -> dict[str, str]:
-    """Return tags: process, host, user, version, and the commit of the working directory."""
+def provenance() -> dict[str, str]:
+    """Return tags: host, user, version, and the commit of the working directory."""
     tags = {
-        OWNER: this_process(),
         "vinedresser.host": socket.gethostname(),
         "vinedresser.version": version("vinedresser"),
         # A container's user may have no name, for which getpass raises.
@@ -66,64 +70,40 @@ def _provenance() -> dict[str, str]:
     return tags
 
 
-def open_run(
-    store: Store,
-    *,
-    key: str,
-    name: str,
-    parent: str | None = None,
-    params: Mapping[str, Any] = {},
-    tags: Mapping[str, str] = {},
-) -> MlflowTracker:
-    """Return a tracker of the key's run: the existing one is opened again, or else a new one.
+def run_of_key(client: "MlflowClient", experiment: str, key: str) -> "Run | None":
+    """Return the run of an experiment that was opened with a key, if there is one."""
+    found = client.search_runs([experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
+    return found[0] if found else None
 
-    The run is opened in the tracker's thread. A run without a parent closes those of killed
-    processes then. Parameters that differ from the first time are kept as tags `resume.N.<key>`,
-    because MLflow does not change a parameter.
+
+def open_by_key(
+    client: "MlflowClient",
+    experiment: str,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    time: int,
+) -> str:
+    """Open the run with the key in the tags, or create it; return its id.
+
+    Parameters that differ from the first time are kept as tags `resume.N.<key>`, because MLflow
+    does not change a parameter. The same start opens a run once, however often it is repeated.
 
     Args:
-        store: store of the run; created if necessary.
-        key: digest of the run's content; letters, digits and `_.:-` only.
-        name: shown in the user interface; need not be unique.
-        parent: run id of the run that this one is a part of.
-        params: may be nested; kept under dotted keys, 6,000 characters per value.
-        tags: for values that are not numbers, such as `vinedresser.kind`.
-
-    Raises:
-        ValueError: a key with other characters.
+        client: of the store.
+        experiment: id of the experiment.
+        params: dotted keys and texts.
+        tags: with key, start and name.
+        time: of the start, in milliseconds.
     """
-    if not re.fullmatch(r"[\w.:-]{1,250}", key):
-        raise ValueError(f"run key {key!r}: expected letters, digits and _.:-, 250 at most")
-    tags = {**tags, KEY: key, "mlflow.runName": name[:MAX_NAME]}
-    if parent:
-        tags["mlflow.parentRunId"] = parent
-
-    def opening() -> str:
-        if not is_reachable(store):
-            raise MachineError(f"tracking store {store.shown}: does not answer")
-        experiment = initialise(store)
-        client = open_client(store)
-        with locked(store, f"run {key}"), server_errors(store):
-            run_id = _open(client, experiment, dict(flat(params)), {**tags, **_provenance()})
-        with contextlib.suppress(BusyError, MachineError):  # the next run tries again
-            for orphan in [] if parent else reap(store):
-                _log.info("tracking: run %s of a killed process closed", orphan[:8])
-        return run_id
-
-    return MlflowTracker(store, opening)
-
-
-def _open(
-    client: "MlflowClient", experiment: str, params: Mapping[str, str], tags: Mapping[str, str]
-) -> str:
-    """Open the run with the key in the tags, or create it; return its id."""
-    found = client.search_runs([experiment], f"tags.`{KEY}` = '{tags[KEY]}'", max_results=1)
-    if not found:
-        run = client.create_run(experiment, tags=_short(tags), run_name=tags["mlflow.runName"])
+    found = run_of_key(client, experiment, tags[KEY])
+    if found is None:
+        name = tags["mlflow.runName"]
+        run = client.create_run(experiment, start_time=time, tags=_short(tags), run_name=name)
         _write(client, run.info.run_id, params, {})
         return str(run.info.run_id)
-    run_id, before = str(found[0].info.run_id), found[0].data
-    count = int(before.tags.get(RESUMED, "0")) + 1
+    run_id, before = str(found.info.run_id), found.data
+    is_again = before.tags.get(START) == tags[START]
+    count = int(before.tags.get(RESUMED, "0")) + (not is_again)
     changed = {
         safe_key(f"resume.{count}.{key}"): value
         for key, value in params.items()
@@ -133,8 +113,23 @@ def _open(
     stale = {REASON_TAG: ""} if REASON_TAG in before.tags else {}
     client.update_run(run_id, status="RUNNING")
     fresh = {key: value for key, value in params.items() if key not in before.params}
-    _write(client, run_id, fresh, {**changed, **stale, **tags, RESUMED: str(count)})
+    resumed = {RESUMED: str(count)} if count else {}
+    _write(client, run_id, fresh, {**changed, **stale, **tags, **resumed})
     return run_id
+
+
+def end_run(client: "MlflowClient", run_id: str, end: Mapping[str, str], time: int) -> None:
+    """End a run with its state and reason, also one that was taken for killed meanwhile.
+
+    Args:
+        client: of the store.
+        run_id: of the run.
+        end: state and reason.
+        time: of the end, in milliseconds.
+    """
+    if end["reason"] or REASON_TAG in client.get_run(run_id).data.tags:
+        client.set_tag(run_id, REASON_TAG, end["reason"][:MAX_TAG])
+    client.set_terminated(run_id, end["state"], end_time=time)
 
 
 def _short(tags: Mapping[str, str]) -> dict[str, str]:
@@ -148,8 +143,8 @@ def _write(
 
     every_param = [Param(key, value) for key, value in params.items()]
     every_tag = [RunTag(key, value) for key, value in _short(tags).items()]
-    for start in range(0, max(len(every_param), len(every_tag)), BATCH_TAGS):
-        batch = slice(start, start + BATCH_TAGS)
+    for start in range(0, max(len(every_param), len(every_tag)), _BATCH):
+        batch = slice(start, start + _BATCH)
         client.log_batch(run_id, params=every_param[batch], tags=every_tag[batch])
 
 
@@ -170,52 +165,69 @@ def reap(store: Store) -> list[str]:
     with server_errors(store):
         for run in pages(client, experiment, "attributes.status = 'RUNNING'"):
             owner = run.data.tags.get(OWNER)
-            if owner is not None and not is_alive(owner) and _close(client, store, run):
+            if owner is not None and not is_alive(owner) and _close(client, run):
                 closed.append(str(run.info.run_id))
     return closed
+
+
+def prepare_store(store: Store) -> None:
+    """Create the store unless it exists, and close runs of killed processes.
+
+    A store that does not answer is left to the runs, which keep what they cannot deliver.
+    """
+    try:
+        if not is_reachable(store):
+            raise MachineError(f"tracking store {store.shown}: does not answer")
+        initialise(store)
+        for run_id in reap(store):
+            _log.info("tracking: run %s of a killed process closed", run_id[:8])
+    except (BusyError, MachineError) as error:
+        _log.warning("%s; runs keep their metrics until they can be delivered", error.args[0])
 
 
 def end_children(store: Store, parent: str, reason: str) -> None:
     """Close the RUNNING children of a run as KILLED, whatever process owned them.
 
     Where the store does not answer they stay RUNNING, with a warning.
+
+    Args:
+        store: of the runs.
+        parent: key of the parent.
+        reason: kept as a tag.
     """
-    query = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent}'"
     try:
+        if not is_reachable(store):
+            raise MachineError(f"tracking store {store.shown}: does not answer")
         client, experiment = open_client(store), initialise(store)
         with server_errors(store):
+            found = run_of_key(client, experiment, parent)
+            parent_id = found.info.run_id if found else ""
+            query = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent_id}'"
             for run in pages(client, experiment, query):
                 client.set_tag(run.info.run_id, REASON_TAG, reason)
                 client.set_terminated(run.info.run_id, "KILLED")
-    except MachineError as error:
+    except (BusyError, MachineError) as error:
         _log.warning("%s; stopped runs may stay RUNNING there", error.args[0])
 
 
-def _close(client: "MlflowClient", store: Store, run: "Run") -> bool:
+def _close(client: "MlflowClient", run: "Run") -> bool:
     """Close an orphan unless it was opened again since it was found."""
     run_id = run.info.run_id
-    with locked(store, f"run {run.data.tags.get(KEY, run_id)}"):
-        now = client.get_run(run_id)
-        owner = now.data.tags.get(OWNER, "")
-        if now.info.status != "RUNNING" or is_alive(owner):
-            return False
-        client.set_tag(run_id, REASON_TAG, f"its process {owner} ended without closing")
-        client.set_terminated(run_id, "KILLED")
-        return True
+    now = client.get_run(run_id)
+    owner = now.data.tags.get(OWNER, "")
+    if now.info.status != "RUNNING" or is_alive(owner):
+        return False
+    client.set_tag(run_id, REASON_TAG, f"its process {owner} ended without closing")
+    client.set_terminated(run_id, "KILLED")
+    return True
 
 
-def pages(
-    client: "MlflowClient", experiment: str, query: str = "", *, most: int = 5000
-) -> "Iterator[Run]":
-    """Return the runs of an experiment that match, the newest first, at most `most`."""
-    token, seen = None, 0
+def pages(client: "MlflowClient", experiment: str, query: str = "") -> "Iterator[Run]":
+    """Yield the runs of an experiment that match, the newest first."""
+    token = None
     while True:
         page = client.search_runs([experiment], query, max_results=1000, page_token=token)
-        for run in page:
-            if seen == most:
-                return
-            seen += 1
-            yield run
+        yield from page
         token = page.token
         if not token:
             return

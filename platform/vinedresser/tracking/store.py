@@ -5,15 +5,17 @@ import glob
 import hashlib
 import logging
 import os
+import sqlite3
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from vinedresser.errors import ConfigError, MachineError
+from vinedresser.errors import ConfigError, MachineError, VinedresserError
 from vinedresser.tracking.relocation import relocate
 from vinedresser.workspace.layout import Workspace
 from vinedresser.workspace.lease import Lease, leased
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _T = TypeVar("_T")
-# Of the wait for another process that holds a named lease.
+# Of the wait for another process that holds a named lease: an export, and the creation of a
+# database, which takes 3 s.
 LOCK_SECONDS = 60.0
+CREATION_SECONDS = 15.0
 # MLflow's error codes.
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 EXISTS = ("RESOURCE_ALREADY_EXISTS",)
@@ -43,6 +47,8 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(TIMEOUT),
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",
+    # Standard output is for results.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -67,6 +73,11 @@ class Store:
     def is_server(self) -> bool:
         """Return whether the store is reached by HTTP."""
         return self.uri.startswith(("http://", "https://"))
+
+    @property
+    def label(self) -> str:
+        """The store's address in files that outlive a move of the workspace; no credentials."""
+        return "the workspace" if self.artifacts is not None else self.shown
 
     @property
     def shown(self) -> str:
@@ -111,31 +122,68 @@ def _set_defaults() -> None:
 
 
 def open_client(store: Store) -> "MlflowClient":
-    """Return a client of the store; MLflow's process-wide state stays as it is."""
+    """Return a client of the store; MLflow's process-wide state stays as it is.
+
+    A new SQLite database is created under a lease: of 4 processes that create one at once, 3 fail.
+    mlflow is imported before it is taken, because processes that wait for each other's import of
+    some seconds would time out.
+
+    Raises:
+        BusyError: another process has been creating the database for 15 s.
+    """
     if store.artifacts is not None:
         relocate(Path(store.uri.removeprefix(_SQLITE)), store.artifacts)
     _set_defaults()
     from mlflow import MlflowClient
 
-    # Alembic logs every migration of a new database; a user cannot act on that.
-    for name in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    if _is_new(store):
+        with locked(store, f"creation of {store.shown}", wait=CREATION_SECONDS):
+            if _is_new(store):
+                _create_database(store)
+
     return MlflowClient(tracking_uri=store.uri, registry_uri=store.uri)
 
 
-def locked(store: Store, name: str) -> AbstractContextManager[Lease]:
-    """Hold a named lease of the workspace.
+def sqlite_file(store: Store) -> Path | None:
+    """Return the database file of a store that is one; None for a server."""
+    path = store.uri.removeprefix(_SQLITE)
+    return Path(path) if path != store.uri and "?" not in path else None
+
+
+@contextlib.contextmanager
+def reading(database: Path) -> Iterator[sqlite3.Connection]:
+    """Open an SQLite database for reading alone; its user needs no right to write.
 
     Raises:
-        BusyError: another process held it for 60 s.
+        MachineError: it cannot be read.
+    """
+    try:
+        uri = f"file:{urllib.parse.quote(str(database))}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=TIMEOUT)) as opened:
+            yield opened
+    except sqlite3.Error as error:
+        raise MachineError(f"{database}: {error}; it must be a database of MLflow") from error
+
+
+def locked(store: Store, name: str, *, wait: float | None = None) -> AbstractContextManager[Lease]:
+    """Hold a named lease of the workspace.
+
+    Args:
+        store: whose workspace.
+        name: of the lease.
+        wait: seconds to wait for another holder; 60 by default.
+
+    Raises:
+        BusyError: another process held it for that long.
     """
     path = store.leases / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
-    return leased(path, name, wait=LOCK_SECONDS)
+    return leased(path, name, wait=LOCK_SECONDS if wait is None else wait)
 
 
 def why(error: BaseException, store: Store) -> str:
     """Return an error as one short line, without the credentials that a URI may hold."""
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = str(error.args[0] if isinstance(error, VinedresserError) else error)
+    first = (text.strip() or type(error).__name__).splitlines()[0]
     return first.replace(store.uri, store.shown)[:200]
 
 
@@ -191,36 +239,29 @@ def is_reachable(store: Store) -> bool:
 def initialise(store: Store) -> str:
     """Create the database and the experiment unless they exist; return the experiment's id.
 
-    Takes a lease for the creation: of 4 processes that create one SQLite database at once, 3 fail.
-    What exists is found without it, and mlflow is imported before it is taken, because processes
-    that wait for each other's import of some seconds would time out.
-
     Raises:
         MachineError: the store does not answer or cannot be written.
         ConfigError: the experiment was deleted.
-        BusyError: another process has been creating it for 60 s.
+        BusyError: another process has been creating the database for 15 s.
     """
     with server_errors(store):
-        found = None if _is_new(store) else _experiment(store)
+        client = open_client(store)
+        found = _experiment(store, client)
         if found is None:
-            with locked(store, f"creation of {store.shown}"):
-                if _is_new(store):
-                    _create_database(store)
-                # The kind makes MLflow's pages open on runs and charts, not on traces of prompts.
-                found = _experiment(store) or none_if(
-                    EXISTS,  # on a shared server the lease does not reach other workspaces
-                    lambda: open_client(store).create_experiment(
-                        store.experiment,
-                        artifact_location=store.artifacts,
-                        tags={"mlflow.experimentKind": "custom_model_development"},
-                    ),
-                )
-        return str(found or _experiment(store))
+            # The kind makes MLflow's pages open on runs and charts, not on traces of prompts.
+            create = partial(
+                client.create_experiment,
+                store.experiment,
+                artifact_location=store.artifacts,
+                tags={"mlflow.experimentKind": "custom_model_development"},
+            )
+            found = none_if(EXISTS, create) or _experiment(store, client)
+        return str(found)
 
 
-def _experiment(store: Store) -> str | None:
+def _experiment(store: Store, client: "MlflowClient") -> str | None:
     """Return the id of the store's experiment, if it exists."""
-    found = open_client(store).get_experiment_by_name(store.experiment)
+    found = client.get_experiment_by_name(store.experiment)
     if found is None:
         return None
     if found.lifecycle_stage != "active":
@@ -233,8 +274,8 @@ def _experiment(store: Store) -> str | None:
 
 def _is_new(store: Store) -> bool:
     """Return whether the store is an SQLite file that is still to be made."""
-    path = store.uri.removeprefix(_SQLITE)
-    return path != store.uri and "?" not in path and not Path(path).exists()
+    database = sqlite_file(store)
+    return database is not None and not database.exists()
 
 
 def _create_database(store: Store) -> None:
@@ -247,7 +288,13 @@ def _create_database(store: Store) -> None:
     for left in path.parent.glob(f".{glob.escape(path.name)}.new-*"):
         left.unlink(missing_ok=True)
     # A new name each time: MLflow caches opened stores by URI.
-    partial = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
+    unnamed = path.with_name(f".{path.name}.new-{uuid.uuid4().hex[:8]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    open_client(replace(store, uri=f"{_SQLITE}{partial}")).search_experiments(max_results=1)
-    partial.replace(path)
+    from mlflow import MlflowClient
+
+    # Alembic logs every migration; a user cannot act on that.
+    for name in ("mlflow.store.db.utils", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = f"{_SQLITE}{unnamed}"
+    MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+    unnamed.replace(path)

@@ -23,6 +23,9 @@ class Tracker:
         """Id of the run in the store; empty without tracking."""
         return ""
 
+    def wait_for_opening(self) -> None:
+        """Wait for the first attempt to open the run, before runs that are a part of it begin."""
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Note metrics at a step (1-based). Non-finite values are skipped and counted."""
 

@@ -38,6 +38,25 @@ class BundleFolder(_Folder):
     scores = _Entry("scores.json")
 
 
+class SpoolFolder(_Folder):
+    """Folder of what a run has still to deliver to its tracking store: one file per start."""
+
+    # Exclusive right to deliver.
+    lease = _Entry(".lease.json")
+    # Why the last delivery failed; absent while deliveries succeed.
+    problem = _Entry("problem.txt")
+
+    @staticmethod
+    def position(start: Path) -> Path:
+        """Return the file with the position up to which a start is delivered, and with its run."""
+        return start.with_suffix(".json")
+
+    @staticmethod
+    def artifacts(start: Path) -> Path:
+        """Return the folder of the artifacts that a start's file names."""
+        return start.with_suffix(".files")
+
+
 class RunFolder(_Folder):
     """Folder of one run. Names that begin with a dot outlive `--from-scratch`."""
 
@@ -54,6 +73,8 @@ class RunFolder(_Folder):
     writer_lease = _Entry(".writer.json")
     # Present while a stop is requested.
     stop = _Entry("stop")
+    # Metrics, tags and artifacts on their way to the tracking store.
+    tracking = _Entry(".tracking")
     # Of a worker group: rank 0's progress, the log of all ranks, Ray Train's own files.
     progress = _Entry(".progress.json")
     worker_log = _Entry("workers.log")
@@ -80,6 +101,7 @@ class SweepFolder(_Folder):
     # Optuna's record of trials.
     journal = _Entry("journal.log")
     lease = _Entry(".command.json")
+    tracking = _Entry(".tracking")
     # Ray Tune's own files.
     ray_scratch = _Entry("tune")
 
@@ -135,6 +157,8 @@ class Workspace(_Folder):
     cache = _Entry("cache")
     schedules = _Entry("schedules")
     leases = _Entry(".leases")
+    # Of runs without a folder, as those of pipelines: one spool per key.
+    tracking = _Entry(".tracking")
     database = _Entry("mlflow.db")
     artifacts = _Entry("mlartifacts")
 

@@ -1,4 +1,4 @@
-"""`runs`: leaderleaderboards of sweeps and runs, best first."""
+"""`runs`: leaderboards of sweeps and runs, best first."""
 
 from datetime import timedelta
 from typing import Annotated
@@ -11,6 +11,7 @@ from vinedresser.cli.render import print_json, print_lines, print_table
 
 def runs(
     task: Annotated[str, typer.Argument(help="name of one task; all by default")] = "",
+    limit: Annotated[int, typer.Option(help="rows per task; 0 for all", min=0)] = 20,
     workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -19,7 +20,7 @@ def runs(
 
     store = existing_store(workspace)
     names = [task] if task else experiments(store)
-    leaderboards = {name: leaderboard(store, experiment=name) for name in names}
+    leaderboards = {name: leaderboard(store, experiment=name, limit=limit) for name in names}
     if as_json:
         return print_json(
             {name: [vars(row) for row in rows] for name, rows in leaderboards.items()}
