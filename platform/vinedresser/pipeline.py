@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import Field, NonNegativeInt
 
 from vinedresser.bundle import Bundle, load_bundle
+from vinedresser.cluster.admission import require_shared_store
 from vinedresser.cluster.connect import connect
 from vinedresser.config import Experiment, SafeName, Section
 from vinedresser.config.study import Study
@@ -204,7 +205,8 @@ def retrain(pipeline: Pipeline, workspace: Path, *, watch: Watch = unwatched) ->
     pipeline, place = pipeline.seeded(), Workspace(workspace.absolute())
     task = pipeline.study.base.task
     store = store_for(place.path, task.name)
-    with connect(dashboard=pipeline.study.base.compute.workers > 1):
+    with connect(dashboard=pipeline.study.base.compute.workers > 1, search=True):
+        require_shared_store(store)
         # The corpus comes first: a bad one leaves no database behind.
         shards = prepare(task, place.shards)
         prepare_store(store)

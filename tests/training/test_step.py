@@ -342,7 +342,7 @@ class TestFreezing:
 class TestDevice:
     def test_a_worker_computes_on_the_gpu_that_it_was_given(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
         assert resolve_device(Compute(workers=4), rank=1).primary == torch.device("cuda", 3)
         assert resolve_device(Compute(workers=4, device="cpu"), rank=1).primary == torch.device(
@@ -359,6 +359,20 @@ class TestDevice:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(MachineError, match=r"compute\.device=cpu"):
             resolve_device(Compute(device="cuda"))
+
+
+def test_bf16_that_a_gpu_only_emulates_is_refused_or_not_chosen(monkeypatch) -> None:
+    """A GPU of before Ampere, none of which is at hand: what torch answers there."""
+    answers = {
+        "is_available": lambda: True, "current_device": lambda: 0,
+        "get_device_name": lambda _: "Tesla T4",
+        "is_bf16_supported": lambda including_emulation=True: including_emulation,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert resolve_device(Compute()).autocast_dtype is None
+    with pytest.raises(MachineError, match="bf16, which Tesla T4 only emulates"):
+        resolve_device(Compute(precision="bf16"))
 
 
 def test_defaults_build():

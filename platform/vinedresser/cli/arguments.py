@@ -4,6 +4,7 @@ Imports of torch, ray and mlflow are deferred to the functions, so that `--help`
 """
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +16,7 @@ from vinedresser.cli.render import print_json
 from vinedresser.config import Decoding, Experiment, Section, parse_overrides, resolve
 from vinedresser.errors import ConfigError
 from vinedresser.workspace import layout
+from vinedresser.workspace.storage import follow_mode, user_cache
 
 if TYPE_CHECKING:
     from vinedresser.bundle import Bundle
@@ -27,17 +29,23 @@ Overrides = Annotated[
 ModelName = Annotated[str, typer.Argument(help="bundle folder, run id or models:/name@alias")]
 
 
-def _outlives_the_job(workspace: Path) -> Path:
-    """Refuse a workspace inside the unpacked code of a job, which Ray deletes.
+def _usable(workspace: Path) -> Path:
+    """Return a workspace's folder.
 
     Raises:
-        ConfigError: the folder is in Ray's `runtime_resources`.
+        ConfigError: it is no folder, or in the unpacked code of a job, which Ray deletes.
     """
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(workspace)):
+        raise ConfigError(
+            f"workspace {workspace}: object storage is not supported; name a folder on a file "
+            "system that all nodes see"
+        )
     if "runtime_resources" in workspace.absolute().parts:
         raise ConfigError(
             f"{workspace.absolute()}: inside the unpacked code of a Ray job, which Ray deletes; "
             "pass --workspace with an absolute path on storage that all nodes see"
         )
+    follow_mode(workspace)
     return workspace
 
 
@@ -48,7 +56,7 @@ WorkspaceFolder = Annotated[
         "-w",
         envvar="VINEDRESSER_WORKSPACE",
         help="folder for all results",
-        callback=_outlives_the_job,
+        callback=_usable,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
@@ -165,8 +173,10 @@ def open_model(name: str, workspace: Path) -> "Bundle":
     from vinedresser.tracking import tagged_folder
 
     if name.startswith("models:/"):
-        cache = layout.Workspace(workspace.absolute()).cache
-        return load_bundle(fetch(name, store=existing_store(workspace), cache=cache))
+        # Not in the workspace, which its readers may have no right to write.
+        return load_bundle(
+            fetch(name, store=existing_store(workspace), cache=user_cache() / "bundles")
+        )
     folder = Path(name)
     if not folder.is_dir():
         found = tagged_folder(existing_store(workspace), name) if "/" not in name else None
@@ -194,12 +204,14 @@ def prepare_context(task: Any, workspace: Path, *, kind: str = "train") -> "RunC
     The store of a search or of a pruning is opened here, and runs of killed processes are closed;
     that of a training is opened while the training begins.
     """
+    from vinedresser.cluster.admission import require_shared_store
     from vinedresser.data import shards
     from vinedresser.distributed.context import RunContext
     from vinedresser.tracking import prepare_store, store_for
 
-    prepared = shards.prepare(task, layout.Workspace(workspace).shards)
     store = store_for(workspace, task.name)
+    require_shared_store(store)
+    prepared = shards.prepare(task, layout.Workspace(workspace).shards)
     if kind != "train":
         prepare_store(store)
     return RunContext(prepared, layout.Workspace(workspace.absolute()), store, kind=kind)

@@ -1,4 +1,4 @@
-"""Admission: what would fail or corrupt later on a cluster is refused before anything is written."""
+"""Admission: refusal, before anything is written, of clusters that would fail or corrupt later."""
 
 import os
 import subprocess
@@ -42,18 +42,29 @@ def require_token(address: str) -> None:
     Raises:
         MachineError: everybody who reaches it runs code on it.
     """
-    if os.environ.get(ACCEPT) or _JOB in os.environ or address.startswith("ray://"):
-        return
+    if not os.environ.get(ACCEPT) and _JOB not in os.environ and (problem := token_problem()):
+        raise MachineError(
+            f"RAY_ADDRESS={address}: {problem}; start it with RAY_AUTH_MODE=token, or set "
+            f"{ACCEPT}=1"
+        )
+
+
+def token_problem() -> str:
+    """Return what is wrong with the protection of the cluster in RAY_ADDRESS; "" for nothing.
+
+    A private Ray has a token; Ray Client has an address of another kind and is not tried.
+    """
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local" or address.startswith("ray://"):
+        return ""
     anonymous = {key: value for key, value in os.environ.items() if "RAY_AUTH" not in key}
     command = [sys.executable, "-c", _PROBE, address]
     done = subprocess.run(  # noqa: S603 (fixed words and an address)
         command, env={**anonymous, "RAY_AUTH_MODE": "disabled"}, capture_output=True, check=False
     )
-    if done.returncode == 0:
-        raise MachineError(
-            f"RAY_ADDRESS={address}: the cluster asks for no token, so that everybody who reaches "
-            f"it runs code on it; start it with RAY_AUTH_MODE=token, or set {ACCEPT}=1"
-        )
+    if done.returncode:
+        return ""
+    return "the cluster has no token: everybody who reaches it can run code on it"
 
 
 def nodes() -> list[dict[str, Any]]:
@@ -90,6 +101,8 @@ def require_same_versions() -> None:
         return
     here = versions()
     for address, there in on_each_node(versions).items():
+        if isinstance(there, Exception):
+            raise MachineError(f"node {address}: {' '.join(str(there).split())[-300:]}")
         differing = [f"{k} {there[k]} (here {here[k]})" for k in here if there[k] != here[k]]
         if differing:
             raise MachineError(
@@ -97,25 +110,37 @@ def require_same_versions() -> None:
             )
 
 
-def on_each_node(call: Any) -> dict[str, Any]:
+def on_each_node(call: Any, *words: str) -> dict[str, Any]:
     """Return the result of a call for each node, by its address and the beginning of its id.
 
-    Raises:
-        MachineError: a node does not start a process within a minute.
+    The result of a call that raises, or that a node does not begin within a minute, is the error.
+
+    Args:
+        call: its module and this one are sent along, because a node may have others.
+        words: arguments of the call.
     """
     import ray
+    from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task, asked = ray.remote(num_cpus=0, max_retries=0)(call), {}
+    modules, asked = {sys.modules[call.__module__], sys.modules[__name__]}, {}
+    for module in modules:
+        cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    task = ray.remote(num_cpus=0, max_retries=0)(call)
     for node in nodes():
         name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[name] = task.options(scheduling_strategy=strategy).remote()
-    done, late = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_SECONDS)
-    if late:
-        names = ", ".join(name for name, answer in asked.items() if answer not in done)
-        raise MachineError(f"node {names}: starts no process within {_SECONDS} s; repair it")
-    return {name: ray.get(answer) for name, answer in asked.items()}
+        asked[name] = task.options(scheduling_strategy=strategy).remote(*words)
+    for module in modules:
+        cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=_SECONDS)
+    found: dict[str, Any] = {}
+    for name, answer in asked.items():
+        try:
+            found[name] = ray.get(answer, timeout=1)
+        except Exception as error:  # noqa: BLE001 (of the node, or of what it runs)
+            found[name] = error
+    return found
 
 
 def require_shared_store(store: Store) -> None:

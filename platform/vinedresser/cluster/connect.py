@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from vinedresser.cluster.admission import refuse_client, require_same_versions, require_token
 from vinedresser.errors import MachineError
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,13 @@ def probe() -> str:
 
 
 @contextlib.contextmanager
-def connect(*, cpus: int | None = None, dashboard: bool = False) -> Iterator[None]:
+def connect(
+    *,
+    cpus: int | None = None,
+    dashboard: bool = False,
+    search: bool = False,
+    admit_any: bool = False,
+) -> Iterator[None]:
     """Connect to Ray for the duration of the block; an existing connection is reused.
 
     `RAY_ADDRESS` names a cluster; without it a private one starts on this machine, never one found
@@ -69,9 +76,12 @@ def connect(*, cpus: int | None = None, dashboard: bool = False) -> Iterator[Non
         cpus: CPUs of the private cluster; all by default.
         dashboard: start it on loopback. Trials of several workers need it to release the placement
             group of a stopped trial (ray#58515).
+        search: Ray Tune will run, which needs a process on the cluster.
+        admit_any: also a cluster without token or with nodes of different versions, to examine it.
 
     Raises:
-        MachineError: the cluster cannot be reached or started.
+        MachineError: the cluster cannot be reached or started, or does not fit.
+        ConfigError: RAY_ADDRESS names Ray Client for a search.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -81,9 +91,17 @@ def connect(*, cpus: int | None = None, dashboard: bool = False) -> Iterator[Non
         yield
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
+    if search:
+        refuse_client(address)
     with _own_sigterm():
+        if address != "local":
+            require_listener(address, "RAY_ADDRESS")
+            if not admit_any:
+                require_token(address)
         folder = _start(address, cpus, dashboard)
     try:
+        if address != "local" and not admit_any:
+            require_same_versions()
         yield
     finally:
         ray.shutdown()
@@ -110,7 +128,6 @@ def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address != "local":
-        require_listener(address, "RAY_ADDRESS")
         try:
             ray.init(address=address, **quiet)
         except Exception as error:  # Ray raises many kinds here

@@ -87,6 +87,10 @@ class Batching(Section):
     # Which rows share a batch (data/batching/plan.py). Real tokens at 4096 on Multi30k: 97 %, 96 %,
     # 46 %.
     order: BatchOrder = "alternating_max"
+    # Parts of the data that are read side by side: batch i is of lane i mod lanes, so that a worker
+    # reads the lanes of its own batches only. Name a multiple of the workers, above 8 of them; the
+    # same batches then come on any number of workers. 1 is one order over all data.
+    lanes: PositiveInt = 1
     # Share of the train rows that are used, of all lengths alike; smaller shares are contained in
     # larger ones. A cheap fidelity for searches (methods.md 79).
     subset: Annotated[float, Field(gt=0, le=1)] = 1.0

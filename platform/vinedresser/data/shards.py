@@ -4,11 +4,14 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from vinedresser.config.task import Task
 from vinedresser.data.corpora.corpus import Corpus, open_corpus
@@ -33,6 +36,7 @@ from vinedresser.workspace.commit import (
     verify,
 )
 from vinedresser.workspace.layout import content_folder
+from vinedresser.workspace.storage import POSIX, make_folder, node_cache
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +117,7 @@ def prepare(
 def _reuse(folder: Path, task: Task, corpus: Corpus) -> ShardSet | None:
     """Verify a set, and repair its shards; None where it must be built again."""
     try:
-        shards = open_shards(folder)
+        shards = _shard_set(folder, _verified(folder))
     except DamagedError as error:
         problem = error.args[0]
     else:
@@ -166,9 +170,10 @@ def _log_report(shards: ShardSet, corpus: Corpus) -> None:
 def open_shards(folder: Path, *, task: Task | None = None, digest: str = "") -> ShardSet:
     """Read the report of a shard set and verify its files.
 
-    A command calls this once, or `prepare`, and passes the value on. A worker process passes the
-    digest of that value: then the files are hashed once per node, and later calls only compare
-    sizes and times of the files with those of the verification.
+    A command calls this once, or `prepare`, and passes the value on. With a digest, as a worker
+    process passes it, the files are hashed once per node, by one process while the others wait;
+    later calls only compare sizes and times of the files with those of the verification. A worker
+    reads from the node's copy where VINEDRESSER_CACHE names a folder on a local disk.
 
     Args:
         folder: of `prepare`.
@@ -179,14 +184,9 @@ def open_shards(folder: Path, *, task: Task | None = None, digest: str = "") -> 
         DamagedError: incomplete, or a file differs from the manifest.
         DataError: written by another version, tokenized in another way, or of another digest.
     """
-    manifest = read_manifest(folder)
-    if not (digest and _marker(folder, manifest).exists()):
-        manifest = verify(folder)
-        with contextlib.suppress(OSError):  # the next process verifies again
-            marker = _marker(folder, manifest)
-            marker.parent.mkdir(mode=0o700, exist_ok=True)
-            marker.touch()
-    shards = _shard_set(folder, manifest)
+    if digest and (cache := node_cache()) is not None:
+        folder = _copy_on_node(folder, cache / "shards")
+    shards = _shard_set(folder, _verified(folder) if digest else verify(folder))
     if digest and shards.digest != digest:
         raise DataError(
             f"{folder}: holds shards of digest {shards.digest[:12]}, expected {digest[:12]}; "
@@ -198,6 +198,47 @@ def open_shards(folder: Path, *, task: Task | None = None, digest: str = "") -> 
             f"{_tokenizers_of(task)}; re-run `prepare`"
         )
     return shards
+
+
+def _copy_on_node(folder: Path, cache: Path) -> Path:
+    """Return a copy of a shard set on this node's disk, made by the first process that asks.
+
+    A copy that was damaged since is made again.
+    """
+    target = cache / folder.name
+    make_folder(cache)
+    with FileLock(cache / f".{folder.name}.guard"):
+        try:
+            _verified(target)
+        except DamagedError:
+            shutil.rmtree(target, ignore_errors=True)
+            with staging(target) as path:
+                shutil.copytree(folder, path, dirs_exist_ok=True)
+                POSIX.publish(path, target)
+    return target
+
+
+def _verified(folder: Path) -> Manifest:
+    """Return the manifest of a set whose files were hashed once on this node since they changed.
+
+    Raises:
+        DamagedError: incomplete, or a file differs from the manifest.
+    """
+    manifest = read_manifest(folder)
+    marker = _marker(folder, manifest)
+    try:
+        marker.parent.mkdir(mode=0o700, exist_ok=True)
+        is_own = marker.parent.stat().st_uid == os.getuid()
+        if is_own and marker.exists():
+            return manifest
+        with FileLock(marker.parent / ".guard") if is_own else contextlib.nullcontext():
+            if not (is_own and marker.exists()):
+                manifest = verify(folder)
+                if is_own:
+                    marker.touch()
+    except OSError:  # no place for the mark: each process verifies
+        return verify(folder)
+    return manifest
 
 
 def _marker(folder: Path, manifest: Manifest) -> Path:

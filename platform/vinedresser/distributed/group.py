@@ -27,6 +27,7 @@ from vinedresser.errors import InterruptedRunError, VinedresserError
 from vinedresser.training.listener import Listener
 from vinedresser.workspace.layout import RunFolder
 from vinedresser.workspace.stopping import request_stop, stop_on_sigterm
+from vinedresser.workspace.storage import follow_mode
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ def work(config: Mapping[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    follow_mode(context.workspace.path)
     shards = open_shards(context.shards.folder, digest=context.shards.digest)
     listener = GroupListener(folder, lambda report: _API.report({**report, **group_key}))
     experiment = Experiment.from_json(config["experiment"])

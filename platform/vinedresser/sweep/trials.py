@@ -28,6 +28,7 @@ from vinedresser.training.listener import Listener
 from vinedresser.training.outcome import run_folder
 from vinedresser.workspace.layout import RunFolder, SpoolFolder
 from vinedresser.workspace.stopping import confirm_stop, stopping_runs_first
+from vinedresser.workspace.storage import follow_mode
 
 _log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def _trial(
     keys: list[str],
 ) -> None:
     """Train the base experiment with the proposed values, in the process of a Tune trial."""
+    follow_mode(context.workspace.path)
     shards = open_shards(context.shards.folder, digest=context.shards.digest)
     try:
         experiment = Experiment.from_json(base).override(config["params"])

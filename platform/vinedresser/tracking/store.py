@@ -297,4 +297,5 @@ def _create_database(store: Store) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = f"{_SQLITE}{unnamed}"
     MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+    unnamed.chmod(path.parent.stat().st_mode & 0o666)  # SQLite gives no right to a group
     unnamed.replace(path)

@@ -100,7 +100,8 @@ class Device:
 def has_bf16(device: torch.device) -> bool:
     """Return true if bf16 matrix products are native: 4 to 5 times the speed of fp32."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        # Before Ampere the products are emulated, slower than fp32.
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -108,7 +109,7 @@ def resolve_device(compute: Compute, *, rank: int = 0) -> Device:
     """Resolve `auto` on this machine and set the number of threads.
 
     Raises:
-        MachineError: a configured device is not on this machine.
+        MachineError: a configured device is not on this machine, or emulates the precision.
     """
     has_cuda, encoder = torch.cuda.is_available(), None
     if compute.device == "cuda" and not has_cuda:
@@ -121,6 +122,11 @@ def resolve_device(compute: Compute, *, rank: int = 0) -> Device:
         device, encoder = (_device(n) for n in (compute.devices.decoder, compute.devices.encoder))
     torch.set_num_threads(compute.threads)
     _keep_freed_memory()
+    if compute.precision == "bf16" and device.type == "cuda" and not has_bf16(device):
+        raise MachineError(
+            f"compute.precision is bf16, which {torch.cuda.get_device_name(device)} only emulates; "
+            "use compute.precision=fp32 or auto"
+        )
     is_native = has_bf16(device) and (encoder is None or has_bf16(encoder))
     is_bf16 = compute.precision == "bf16" or (compute.precision == "auto" and is_native)
     return Device(device, torch.bfloat16 if is_bf16 else None, rank, compute.workers, encoder)

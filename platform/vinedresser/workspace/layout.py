@@ -153,8 +153,6 @@ class Workspace(_Folder):
     sweeps = _Entry("sweeps")
     # Models that are made of others, as by pruning; committed bundles.
     models = _Entry("models")
-    # Bundles of the registry, by digest.
-    cache = _Entry("cache")
     schedules = _Entry("schedules")
     leases = _Entry(".leases")
     # Of runs without a folder, as those of pipelines: one spool per key.

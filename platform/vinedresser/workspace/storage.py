@@ -31,6 +31,8 @@ _FIXES = {
     errno.ENOTDIR: "a file is in the way; move it or name another workspace",
     errno.ESTALE: "the mount was lost (stale handle); run the same command again",
 }
+# Names a folder on a local disk of each node, for copies of shards.
+NODE_CACHE = "VINEDRESSER_CACHE"
 # A conditional write takes milliseconds; who holds its guard for longer is stuck.
 _GUARD_SECONDS = 30.0
 
@@ -81,7 +83,7 @@ class PosixStorage:
         with disk_errors(path):
             make_folder(path.parent)
             try:
-                with FileLock(guard, timeout=_GUARD_SECONDS):
+                with FileLock(guard, timeout=_GUARD_SECONDS, mode=0o666):
                     is_expected = self.read(path) == expected
                     if is_expected and content is None:
                         path.unlink(missing_ok=True)
@@ -106,6 +108,28 @@ class PosixStorage:
 
 
 POSIX: Storage = PosixStorage()
+
+
+def follow_mode(folder: Path) -> None:
+    """Give what this process writes the permissions that a workspace's folder has, if it exists.
+
+    A folder with `chmod 2775` is shared by its group. A private Ray starts its processes with a
+    umask of 077.
+    """
+    with contextlib.suppress(OSError):
+        os.umask(~folder.stat().st_mode & 0o077)
+
+
+def node_cache() -> Path | None:
+    """Return the folder on a local disk that the user has named for this node."""
+    named = os.environ.get(NODE_CACHE)
+    return Path(named) if named else None
+
+
+def user_cache() -> Path:
+    """Return the user's folder for what can be made again: bundles, inspections of corpora."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return node_cache() or (Path(base) if base else Path.home() / ".cache") / "vinedresser"
 
 
 def sync(path: Path) -> None:

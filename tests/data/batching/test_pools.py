@@ -3,6 +3,7 @@ import itertools
 import shutil
 import threading
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +17,7 @@ from vinedresser.config import Batching, BatchOrder, Task, Tokenizer
 from vinedresser.data.batching import pools
 from vinedresser.data.batching.plan import group, plan_cells
 from vinedresser.data.batching.pools import ShardPool, chunks_of
-from vinedresser.data.batching.reader import Batches, load_split, stream
+from vinedresser.data.batching.reader import Batches, dealt, load_split, stream
 from vinedresser.data.corpora.kinds.text import Pair, TextCorpus
 from vinedresser.data.prepare import encode
 from vinedresser.data.shards import ShardSet, prepare
@@ -103,6 +104,54 @@ def test_ranks_share_an_epoch_and_any_step_can_be_resumed(blocks):
     assert together[: 2 * per_epoch] == alone
     for at in (1, per_epoch - 1, per_epoch, per_epoch + 5):
         assert rows(stream(blocks, batching, seed=1, at=at), 4) == alone[at : at + 4]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_lanes_give_the_same_batches_on_any_number_of_workers(blocks, workers, monkeypatch):
+    """A worker reads its own lanes' row groups only; every lane holds its rows once per epoch."""
+    read = Counter[tuple[str, int]]()
+    row_group = pools._row_group
+    monkeypatch.setattr(
+        pools, "_row_group",
+        lambda path, index, *rest: (
+            read.update([(path.name, index)]), row_group(path, index, *rest)
+        )[1],
+    )  # fmt: skip
+    batching = Batching(max_padded_tokens=TOKENS, lanes=5)
+    batches = Batches(blocks, batching, seed=4)
+    count, groups = batches.per_epoch * 2, Counter[tuple[str, int]]()
+    expected = [batches.rows(i).tolist() for i in range(count)]
+    by_rank = []
+    for rank in range(workers):
+        own = Batches(blocks, batching, seed=4).steps(rank=rank, of=workers)
+        read.clear()
+        by_rank.append([batch.rows_B.tolist() for batch in itertools.islice(own, count // workers)])
+        groups.update(read.keys())
+    found = [rows for step in zip(*by_rank, strict=True) for rows in step]
+    assert found == expected[: len(found)]
+    if not 5 % workers:  # no two workers read the same row group
+        assert max(groups.values()) == 1
+    for lane in range(5):
+        size = len(batches._lanes[lane])
+        own = [expected[i] for i in range(lane, 5 * size, 5)]
+        rows = list(itertools.chain(*own))
+        assert len(rows) == len(set(rows))
+        assert {row // 40 for row in rows} == {
+            row // 40 for rows in expected[lane::5] for row in rows
+        }
+    resumed = Batches(blocks, batching, seed=4).steps(rank=0, of=workers, at=7)
+    assert next(resumed).rows_B.tolist() == expected[7 * workers]
+
+
+def test_more_lanes_than_blocks_are_refused(blocks):
+    with pytest.raises(DataError, match=r"too few for 16 lanes.*lower batch\.lanes"):
+        Batches(blocks, Batching(max_padded_tokens=TOKENS, lanes=16), seed=1)
+
+
+def test_lanes_are_dealt_equal_numbers_of_batches():
+    sizes = np.array([9, 1, 1, 5, 5, 4, 4, 1])
+    assert [sum(sizes[chunks]) for chunks in dealt(sizes, 3)] == [10, 10, 10]
+    assert [chunks.tolist() for chunks in dealt(sizes, 1)] == [list(range(8))]
 
 
 def test_one_window_is_planned_as_the_split_in_memory(blocks):

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -18,8 +19,16 @@ _SPACE_GB = 2
 _SHARED_MEMORY, _SHARED_GB = "/dev/shm", 0.5  # noqa: S108
 
 
-def doctor(workspace: WorkspaceFolder = HERE, as_json: AsJson = False) -> None:
+def doctor(
+    workspace: WorkspaceFolder = HERE,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="test each node of the cluster in RAY_ADDRESS")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Test this machine: Python, torch, Ray, MLflow, workspace and memory."""
+    if cluster:
+        return _cluster(workspace, as_json=as_json)
     parts: dict[str, Callable[[], str]] = {
         "python": _python,
         "torch": _torch,
@@ -43,6 +52,38 @@ def doctor(workspace: WorkspaceFolder = HERE, as_json: AsJson = False) -> None:
             ["", "", ""], [("ok" if ok else "FAILS", name, text) for name, ok, text in rows]
         )
     if not all(ok for _, ok, _ in rows):
+        raise typer.Exit(3)
+    return None
+
+
+def _cluster(workspace: Path, *, as_json: bool) -> None:
+    """Print a row per node of the cluster; exit code 3 where something has to be repaired."""
+    from vinedresser.cluster.connect import connect
+    from vinedresser.cluster.examination import examine
+    from vinedresser.tracking import store_for
+
+    with connect(admit_any=True):
+        reports = examine(workspace, store_for(workspace, "Default"))
+    if as_json:
+        print_json([report.to_json() for report in reports])
+    else:
+        columns = ["", "node", "workspace", "lock", "delay", "GPUs", "bf16", "MLflow", "problems"]
+        rows = [
+            (
+                "FAILS" if one.problems else "ok",
+                one.node,
+                one.workspace,
+                one.lock,
+                "" if one.delay is None else f"{one.delay:.1f} s",
+                f"{one.gpus:g}",
+                one.bf16,
+                one.mlflow,
+                "; ".join(one.problems),
+            )
+            for one in reports
+        ]
+        print_table(columns, rows)
+    if any(report.problems for report in reports):
         raise typer.Exit(3)
 
 

@@ -42,7 +42,7 @@ def prune(
 
     whole = open_model(model, workspace)
     experiment = whole.experiment
-    with connect():
+    with connect(search=True):
         context = prepare_context(experiment.task, workspace, kind="prune")
         small = Pruner(experiment.name, value, whole, context=context).run()
     scores, metric = small.scores, small.scores["metric"]

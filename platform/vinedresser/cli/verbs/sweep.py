@@ -36,7 +36,7 @@ def sweep(
     from vinedresser import sweep as search
     from vinedresser.cluster.connect import connect
 
-    with connect(dashboard=value.base.compute.workers > 1):
+    with connect(dashboard=value.base.compute.workers > 1, search=True):
         context = prepare_context(value.base.task, workspace, kind="trial")
         outcome = search.sweep(value, context)
     if as_json:

@@ -150,8 +150,13 @@ class ShardPool:
     Holds the cells of `lengths.parquet`, 24 bytes per cell of a chunk, and no row.
     """
 
-    def __init__(self, shards: ShardSet, split: str) -> None:
+    def __init__(self, shards: ShardSet, split: str, *, lanes: int = 1) -> None:
         """Read the histogram.
+
+        Args:
+            shards: the set.
+            split: which part of it.
+            lanes: chunks that are open at a time; they share the memory of one.
 
         Raises:
             DataError: the set has no such split.
@@ -163,7 +168,7 @@ class ShardPool:
         self.name = split
         self._folder, self._features = shards.folder, shards.features
         self._width = shards.task.bucket_width
-        self._layouts = list(_layouts(shards, split, self._width))
+        self._layouts = list(_layouts(shards, split, lanes))
 
     def __len__(self) -> int:
         return len(self._layouts)
@@ -213,9 +218,9 @@ class ShardPool:
 Pool = MemoryPool | ShardPool
 
 
-def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
+def _layouts(shards: ShardSet, split: str, lanes: int) -> Iterator[_Layout]:
     """Yield the chunks of a split, in block order; holds the histogram of one at a time."""
-    path = shards.folder / LENGTHS_FILE
+    path, width = shards.folder / LENGTHS_FILE, shards.task.bucket_width
     rows_of_block = np.zeros(0, dtype=np.int64)
     for block, count in _entries(path, split, ["block", "count"]):
         found = np.bincount(block, weights=count).astype(np.int64)
@@ -233,7 +238,7 @@ def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
     if shards.features:
         frames = shards.meta["lengths"][split]["source"]["mean"]
         at_most = min(at_most, int(CHUNK_BYTES / (frames * shards.features * 2)))
-    chunks = chunks_of(rows_of_block, at_most)
+    chunks = chunks_of(rows_of_block, at_most, lanes)
     held, at = list[list[Ints]](), 0
     for columns in _entries(path, split, ["block", "source", "target", "count"]):
         chunk = chunks[columns[0]]
@@ -247,13 +252,18 @@ def _layouts(shards: ShardSet, split: str, width: int) -> Iterator[_Layout]:
         yield _layout(held, width)
 
 
-def chunks_of(rows_of_block: Ints, at_most: int) -> Ints:
+def chunks_of(rows_of_block: Ints, at_most: int, lanes: int = 1) -> Ints:
     """Return (blocks,) the chunk of each block: equal parts of about `at_most` rows or fewer.
 
-    Equal, because a short last chunk would pad more and be shuffled less than the others.
+    Equal, because a short last chunk would pad more and be shuffled less than the others. With
+    lanes the parts are as much smaller, but never less than a block, and their number a multiple
+    of the lanes where there are as many blocks.
     """
     total = int(rows_of_block.sum())
     chunks = max(1, -(-total // max(1, at_most)))
+    if lanes > 1:
+        blocks = int((rows_of_block > 0).sum())
+        chunks = max(1, min(chunks * lanes, blocks // lanes * lanes))
     middles = 2 * np.cumsum(rows_of_block) - rows_of_block
     found: Ints = np.minimum(middles * chunks // max(1, 2 * total), chunks - 1)
     return found

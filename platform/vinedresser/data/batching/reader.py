@@ -96,13 +96,18 @@ def load_split(shards: ShardSet, name: str) -> Split:
 class Batches:
     """An endless sequence of training batches: a pure function of (seed, index).
 
-    Index i is batch i % per_epoch of epoch i // per_epoch. Every epoch holds each row of the
-    subset once. Chunks come in a new order each epoch, the batches of a chunk too,
-    and rows of equal lengths change places between them, so that epochs differ in composition at
-    the same padding and the same number of batches.
+    Index i is batch i // lanes of lane i % lanes. A lane is an endless sequence over some of the
+    chunks, and goes through epochs of its own: each holds each row of the lane's subset once. With
+    one lane, the default, batch i is batch i % per_epoch of epoch i // per_epoch. Chunks come in a
+    new order each epoch, the batches of a chunk too, and rows of equal lengths change places
+    between them, so that epochs differ in composition at the same padding and the same number of
+    batches.
+
+    A worker whose number of workers divides the lanes reads its own lanes' chunks only: 1/N of the
+    data, where one lane has each of N workers read nearly all of it.
 
     Attributes:
-        per_epoch: batches of an epoch.
+        per_epoch: batches of an epoch, over all lanes.
     """
 
     def __init__(self, data: Split | ShardSet, batching: Batching, *, seed: int) -> None:
@@ -114,13 +119,14 @@ class Batches:
             seed: the same seed, the same batches; >= 0.
 
         Raises:
-            DataError: a single row is longer than the budget, or there is none.
+            DataError: a single row is longer than the budget, or there is none, or there are fewer
+                chunks than lanes.
             DamagedError: the shards' histogram cannot be read.
         """
         self._pool: Pool = (
             MemoryPool(data.name, data.source, data.target)
             if isinstance(data, Split)
-            else ShardPool(data, "train")
+            else ShardPool(data, "train", lanes=batching.lanes)
         )
         self._batching, self._seed = batching, seed
         # A split in memory has no tokenizers, and is not segmented again.
@@ -130,15 +136,18 @@ class Batches:
             self._resegment = resegmenter(data, batching, (dev.source, dev.target))
         room = self._resegment.room if self._resegment else 1.0
         self._tokens = int(batching.max_padded_tokens / room)
-        self._sizes = np.array([len(self._plan(w)[1]) for w in range(len(self._pool))], np.int64)
-        self.per_epoch = int(self._sizes.sum())
+        sizes = np.array([len(self._plan(w)[1]) for w in range(len(self._pool))], np.int64)
+        self.per_epoch = int(sizes.sum())
         if not self.per_epoch:
             part = f" in a subset of {batching.subset:g}" if batching.subset < 1 else ""
             fix = ". Fix: raise batch.subset" if part else ""
             raise DataError(f"{self._pool.name}: 0 rows{part}; nothing to train on{fix}")
-        self._epoch = -1
-        self._order = self._ends = self._sizes
-        self._shuffled: _Shuffled | None = None
+        self._lanes = [_Lane(chunks, sizes[chunks]) for chunks in dealt(sizes, batching.lanes)]
+        if not all(len(lane) for lane in self._lanes):
+            raise DataError(
+                f"{self._pool.name}: {len(sizes)} chunks of a block of rows or more, too few for "
+                f"{batching.lanes} lanes. Fix: lower batch.lanes"
+            )
 
     def _plan(self, chunk: int) -> tuple[Histogram, Plan]:
         """Return the cells of a chunk's subset, and how they are cut."""
@@ -150,21 +159,23 @@ class Batches:
 
     def _at(self, index: int) -> tuple["_Shuffled", int]:
         """Return the shuffled chunk of a batch, and its place there."""
-        epoch, at = divmod(index, self.per_epoch)
-        if epoch != self._epoch:
-            self._order = _random(self._seed, epoch).permutation(len(self._sizes))
-            self._ends = np.cumsum(self._sizes[self._order])
-            self._epoch = epoch
-        slot = int(np.searchsorted(self._ends, at, side="right"))
-        number = int(self._order[slot])
-        shuffled = self._shuffled
-        if shuffled is None or (shuffled.epoch, shuffled.number) != (epoch, number):
+        index, number = divmod(index, len(self._lanes))
+        lane = self._lanes[number]
+        epoch, at = divmod(index, len(lane))
+        if epoch != lane.epoch:
+            lane.order = _random(self._seed, epoch, 0, number).permutation(len(lane.sizes))
+            lane.ends = np.cumsum(lane.sizes[lane.order])
+            lane.epoch = epoch
+        slot = int(np.searchsorted(lane.ends, at, side="right"))
+        place = int(lane.order[slot])
+        chunk, shuffled = int(lane.chunks[place]), lane.shuffled
+        if shuffled is None or (shuffled.epoch, shuffled.number) != (epoch, chunk):
             # Buckets already read are kept for the next epoch if it starts with the same chunk.
-            is_same = shuffled is not None and shuffled.number == number
-            chunk = shuffled.chunk if shuffled and is_same else self._pool.open(number)
-            shuffled = _Shuffled(chunk, *self._plan(number), self._seed, epoch, number)
-            self._shuffled = shuffled
-        return shuffled, at - int(self._ends[slot] - self._sizes[number])
+            is_same = shuffled is not None and shuffled.number == chunk
+            opened = shuffled.chunk if shuffled and is_same else self._pool.open(chunk)
+            shuffled = _Shuffled(opened, *self._plan(chunk), self._seed, epoch, chunk)
+            lane.shuffled = shuffled
+        return shuffled, at - int(lane.ends[slot] - lane.sizes[place])
 
     def rows(self, index: int) -> Ints:
         """Return row numbers of a batch. A new epoch or chunk costs its plan, not its rows."""
@@ -194,6 +205,36 @@ class Batches:
         if not 0 <= rank < of or at < 0:
             raise ValueError(f"rank {rank} of {of} at {at}: expected 0 <= rank < of and at >= 0")
         return (self[index] for index in itertools.count(at * of + rank, of))
+
+
+def dealt(sizes: Ints, lanes: int) -> list[Ints]:
+    """Deal chunks out to lanes, the largest first to the lane with the fewest batches.
+
+    Args:
+        sizes: (chunks,) batches of each.
+        lanes: how many.
+
+    Returns:
+        The chunks of each lane, ascending.
+    """
+    held, batches = [list[int]() for _ in range(lanes)], np.zeros(lanes, dtype=np.int64)
+    for chunk in np.argsort(-sizes, kind="stable").tolist():
+        least = int(batches.argmin())
+        held[least].append(chunk)
+        batches[least] += sizes[chunk]
+    return [np.array(sorted(chunks), dtype=np.int64) for chunks in held]
+
+
+class _Lane:
+    """Some chunks in the order of the present epoch, and the one that is being read."""
+
+    def __init__(self, chunks: Ints, sizes: Ints) -> None:
+        self.chunks, self.sizes, self.epoch = chunks, sizes, -1
+        self.order = self.ends = sizes
+        self.shuffled: _Shuffled | None = None
+
+    def __len__(self) -> int:
+        return int(self.sizes.sum())
 
 
 def _random(*key: int) -> np.random.Generator:

@@ -4,10 +4,13 @@ A line ends at "\n" alone. Python's `splitlines` also breaks at U+2028, \x0b, \x
 shifts one side of a parallel corpus against the other without an error.
 """
 
+import contextlib
 import itertools
+import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +20,22 @@ from vinedresser.data.corpora.inputs import (
     Codec,
     Stamp,
     codec_of,
+    is_remote,
     lines_in,
     open_raw,
     read_range,
     stamp,
 )
-from vinedresser.errors import DataError
+from vinedresser.errors import DataError, MachineError
+from vinedresser.workspace.commit import digest_of
+from vinedresser.workspace.storage import read_json, user_cache, write_file
 
+# Smaller files are inspected in 0.2 s.
+REMEMBERED_BYTES = 64 << 20
+# Raised when the same file would give other facts.
+_INSPECTION = 1
+# A disk's clock advances in steps of a few seconds at worst.
+_SETTLED_NS = 10_000_000_000
 # Problems of a corpus that one error lists.
 MAX_LISTED = 20
 _BOM = b"\xef\xbb\xbf"
@@ -226,7 +238,35 @@ def inspect_each(names: Iterable[str], inspect: Callable[[str], Facts]) -> dict[
 
 def inspect_all(names: Iterable[str]) -> dict[str, Facts]:
     """Inspect several text files and report the problems of all together."""
-    return inspect_each(names, inspect_text)
+    return inspect_each(names, _remembered)
+
+
+def _remembered(name: str) -> Facts:
+    """Inspect a text file, or return what was found in a large one that is the same file still.
+
+    The same is a file of the same path, inode, size, and times of change to the nanosecond, which
+    nobody can set back; an object in storage has size and time alone. A file that changed in the
+    last seconds is not remembered: the clock of a disk may stand still meanwhile.
+    """
+    size, changed_ns = stamp(name)
+    if size < REMEMBERED_BYTES:
+        return inspect_text(name)
+    found = None if is_remote(name) else Path(name).stat()
+    identity = [found.st_ino, found.st_ctime_ns] if found else []
+    path = name if is_remote(name) else str(Path(name).resolve())
+    key = digest_of([_INSPECTION, path, size, changed_ns, identity, row.BLOCK_ROWS])
+    stored = user_cache() / "inspections" / f"{key}.json"
+    with contextlib.suppress(MachineError, TypeError, KeyError):
+        plain = read_json(stored)
+        if plain:
+            lists = {key: tuple(plain[key]) for key in ("stamp", "notes", "marks")}
+            return Facts(**{**plain, **lists, "name": name})
+    facts = inspect_text(name)
+    last = max(changed_ns, found.st_ctime_ns if found else 0)
+    if time.time_ns() - last > _SETTLED_NS:
+        with contextlib.suppress(MachineError, OSError):  # the next command inspects again
+            write_file(stored, json.dumps(asdict(facts)))
+    return facts
 
 
 def refuse(problems: Sequence[str], name: str = "", total: int = 0) -> None:
