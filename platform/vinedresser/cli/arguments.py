@@ -174,9 +174,7 @@ def open_model(name: str, workspace: Path) -> "Bundle":
 
     if name.startswith("models:/"):
         # Not in the workspace, which its readers may have no right to write.
-        return load_bundle(
-            fetch(name, store=existing_store(workspace), cache=user_cache() / "bundles")
-        )
+        return load_bundle(fetch(name, store=existing_store(workspace), cache=user_cache().bundles))
     folder = Path(name)
     if not folder.is_dir():
         found = tagged_folder(existing_store(workspace), name) if "/" not in name else None

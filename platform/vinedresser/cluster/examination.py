@@ -21,7 +21,7 @@ _SECONDS = 5.0
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What was found on a node.
+    """Findings of one node.
 
     Attributes:
         node: address and the beginning of Ray's id.

@@ -185,7 +185,7 @@ def open_shards(folder: Path, *, task: Task | None = None, digest: str = "") -> 
         DataError: written by another version, tokenized in another way, or of another digest.
     """
     if digest and (cache := node_cache()) is not None:
-        folder = _copy_on_node(folder, cache / "shards")
+        folder = _copy_on_node(folder, cache.shards)
     shards = _shard_set(folder, _verified(folder) if digest else verify(folder))
     if digest and shards.digest != digest:
         raise DataError(

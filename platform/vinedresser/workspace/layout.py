@@ -38,6 +38,14 @@ class BundleFolder(_Folder):
     scores = _Entry("scores.json")
 
 
+class CacheFolder(_Folder):
+    """Folder outside of the workspace for what can be made again."""
+
+    shards = _Entry("shards")
+    bundles = _Entry("bundles")
+    inspections = _Entry("inspections")
+
+
 class SpoolFolder(_Folder):
     """Folder of what a run has still to deliver to its tracking store: one file per start."""
 

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from vinedresser.errors import MachineError
+from vinedresser.workspace.layout import CacheFolder
 
 MANIFEST = "manifest.json"
 _FIXES = {
@@ -120,16 +122,17 @@ def follow_mode(folder: Path) -> None:
         os.umask(~folder.stat().st_mode & 0o077)
 
 
-def node_cache() -> Path | None:
+def node_cache() -> CacheFolder | None:
     """Return the folder on a local disk that the user has named for this node."""
     named = os.environ.get(NODE_CACHE)
-    return Path(named) if named else None
+    return CacheFolder(Path(named)) if named else None
 
 
-def user_cache() -> Path:
+def user_cache() -> CacheFolder:
     """Return the user's folder for what can be made again: bundles, inspections of corpora."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return node_cache() or (Path(base) if base else Path.home() / ".cache") / "vinedresser"
+    home = Path(os.environ.get("HOME") or tempfile.gettempdir())
+    base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
+    return node_cache() or CacheFolder(Path(base) / "vinedresser")
 
 
 def sync(path: Path) -> None:

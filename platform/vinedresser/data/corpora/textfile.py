@@ -244,9 +244,9 @@ def inspect_all(names: Iterable[str]) -> dict[str, Facts]:
 def _remembered(name: str) -> Facts:
     """Inspect a text file, or return what was found in a large one that is the same file still.
 
-    The same is a file of the same path, inode, size, and times of change to the nanosecond, which
-    nobody can set back; an object in storage has size and time alone. A file that changed in the
-    last seconds is not remembered: the clock of a disk may stand still meanwhile.
+    The same is a file of the same path, inode, size, and times of change to the nanosecond; of an
+    object in storage, size and time alone. A file that changed in the last seconds is not
+    remembered: the clock of a disk may stand still meanwhile.
     """
     size, changed_ns = stamp(name)
     if size < REMEMBERED_BYTES:
@@ -255,7 +255,7 @@ def _remembered(name: str) -> Facts:
     identity = [found.st_ino, found.st_ctime_ns] if found else []
     path = name if is_remote(name) else str(Path(name).resolve())
     key = digest_of([_INSPECTION, path, size, changed_ns, identity, row.BLOCK_ROWS])
-    stored = user_cache() / "inspections" / f"{key}.json"
+    stored = user_cache().inspections / f"{key}.json"
     with contextlib.suppress(MachineError, TypeError, KeyError):
         plain = read_json(stored)
         if plain:
