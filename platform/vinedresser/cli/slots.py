@@ -12,6 +12,7 @@ from vinedresser.schedule.definition import Schedule
 from vinedresser.schedule.record import Ledger, Record, State
 from vinedresser.schedule.when import is_overdue, next_slot, written
 from vinedresser.schedule.work import untracked
+from vinedresser.workspace.layout import SpoolFolder, Workspace
 
 
 def print_records(records: Sequence[Record], *, as_json: bool) -> None:
@@ -76,10 +77,11 @@ def track_slots(schedule: Schedule, ledger: Ledger, workspace: Path) -> None:
     for record in untracked(ledger):
         tracker = open_run(
             store,
+            SpoolFolder(Workspace(workspace.absolute()).tracking / f"slot-{record.name}"),
             key=f"slot-{record.name}",
-            name=f"{schedule.name} {written(record.slot)}",
             params={"pipeline": schedule.pipeline, "overrides": dict(schedule.overrides)},
             tags={
+                "mlflow.runName": f"{schedule.name} {written(record.slot)}",
                 "vinedresser.kind": "slot",
                 "vinedresser.schedule": schedule.name,
                 "vinedresser.verdict": record.state,
@@ -98,10 +100,9 @@ def track_slots(schedule: Schedule, ledger: Ledger, workspace: Path) -> None:
         }
         tracker.log({**numbers, **costs}, 1)
         tracker.text(json.dumps(record.to_json(), indent=1) + "\n", "record.json")
-        is_tracked = bool(tracker.run_id)
         tracker.close("FAILED" if record.state == "failed" else "FINISHED", record.reason)
-        if is_tracked:
-            ledger.folder.tracked(record.name).touch()
+        # What the store did not take waits in the spool.
+        ledger.folder.tracked(record.name).touch()
 
 
 def _compared(record: Record) -> dict[str, Any]:
