@@ -27,9 +27,15 @@ HEAD = """
 import sys
 from ray.cluster_utils import Cluster
 ports = {"dashboard_port": int(sys.argv[2]), "dashboard_agent_listen_port": 0}
-cluster = Cluster(initialize_head=True, head_node_args={
-    "num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": True,
-    "temp_dir": sys.argv[1], **ports})
+for number in (1, 2):  # Ray gives up after some seconds, which a busy machine can miss once
+    try:
+        cluster = Cluster(initialize_head=True, head_node_args={
+            "num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": True,
+            "temp_dir": f"{sys.argv[1]}/{number}", **ports})
+        break
+    except Exception:
+        if number == 2:
+            raise
 print("ready", flush=True)
 sys.stdin.read()
 cluster.shutdown()
@@ -70,8 +76,8 @@ class Head:
 
     def log(self, job_id: str) -> str:
         """Return what a job has printed, from the file of the head node."""
-        file = self.folder / "session_latest" / "logs" / f"job-driver-{job_id}.log"
-        return file.read_text() if file.exists() else ""
+        files = self.folder.glob(f"*/session_latest/logs/job-driver-{job_id}.log")
+        return "".join(file.read_text() for file in files)
 
 
 def client_environment(token: str) -> dict[str, str]:
