@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scheduling import processes, simulation
+from benchmarks.scheduling import processes, simulation, week
 
 
 def main() -> None:
@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--restarts", type=int, default=1000)
     parser.add_argument("--slots", type=int, default=1000, help="of the race of two schedulers")
     parser.add_argument("--points", type=int, default=50, help="kills")
+    parser.add_argument("--week", action="store_true", help="14 days with real trainings as well")
     parser.add_argument("--only", nargs="*", help="simulation race kills notices unchanged")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -31,6 +32,8 @@ def main() -> None:
         "kills": lambda folder: processes.kills(folder, options.points),
         "simulation": lambda _: simulation.main(options.ticks, options.restarts),
     }
+    if options.week:
+        parts["week"] = week.week
     figures: dict[str, Any] = {}
     for name, part in parts.items():
         if options.only and name not in options.only:

@@ -69,7 +69,7 @@ def tick(folder: Path) -> None:
     try:
         Ticker(value, folder / "space", work, source=str(folder / "schedule.json")).tick()
     finally:
-        work.after_tick()
+        work.after_tick([])
 
 
 def serve(folder: Path) -> None:

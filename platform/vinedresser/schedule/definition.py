@@ -19,9 +19,11 @@ from pydantic import (
     model_validator,
 )
 
-from vinedresser.config import SafeName, Section
+from vinedresser.config import MetricName, SafeName, Section
 from vinedresser.schedule.cron import checked_cron
 
+# One form of a model's name: the part before @ is a SafeName.
+_CHAMPION = r"^models:/[A-Za-z0-9][A-Za-z0-9._-]{0,127}@champion$"
 CONFIGURATION_FILES = (".yaml", ".yml", ".json")
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
@@ -90,7 +92,8 @@ class CatchUp(Section):
 class Drift(Section):
     """Loss of quality of the champion on fresh data that is the condition of a run."""
 
-    metric: str
+    # The task's own metric; the model is that of the pipeline.
+    metric: MetricName
     # Points of the metric, towards the worse.
     worse_by: NonNegativeFloat
 
@@ -107,6 +110,7 @@ class When(Section):
     settle: Duration = timedelta(0)
     # A file of this name in each folder of the corpus, not older than the others in it.
     success_file: Annotated[str, Field(pattern=r"^[^/\x00]{0,255}$")] = ""
+    # Measured by decoding, after all other conditions and after the first good run.
     drift: Drift | None = None
 
 
@@ -138,12 +142,13 @@ class Notice(Section):
 
 
 class Keep(Section):
-    """Results to keep; `gc` removes older ones."""
+    """Results to keep in the workspace: `gc` runs after each slot that ran, and removes others."""
 
+    # Shard sets of each task, the last used ones.
     shard_sets: PositiveInt = 3
-    # Records, logs and notices of slots.
-    runs: Duration = timedelta(days=30)
-    # Bundles of a sweep.
+    # Runs outside of sweeps, and records, logs and notices of slots; at least a day.
+    runs: Annotated[Duration, Field(ge=timedelta(days=1))] = timedelta(days=30)
+    # Models of each sweep.
     top: PositiveInt = 10
 
 
@@ -177,8 +182,8 @@ class Schedule(Section):
     overlap: Literal["skip", "queue_one", "replace"] = "skip"
     catch_up: CatchUp = CatchUp()
     when: When = When()
-    # Model whose weights the first training starts from, as models:/name@champion.
-    warm_start: str | None = None
+    # After the first good run: train on from the champion in the place of sweep and finalist.
+    warm_start: Annotated[str, Field(pattern=_CHAMPION)] | None = None
     # Wall time of one attempt; then SIGTERM, and SIGKILL after the grace period.
     deadline: Annotated[Duration, Field(gt=timedelta(0))] = timedelta(hours=8)
     grace: Duration = timedelta(seconds=30)
@@ -192,7 +197,7 @@ class Schedule(Section):
     notify: tuple[Notice, ...] = ()
     # Each slot is a run of the tracking store, written after a run of the pipeline.
     track: bool = True
-    keep: Keep = Keep()
+    keep: Keep | None = None
 
     @model_validator(mode="after")
     def _has_one_clock(self) -> Self:

@@ -132,6 +132,11 @@ class State(Value):
     paused: Pause | None = None
 
     @property
+    def has_run(self) -> bool:
+        """Return True after the first run that ended well."""
+        return self.seconds > 0
+
+    @property
     def pending(self) -> list[Record]:
         """Slots that run or are to run, in their order."""
         return [record for record in self.open if not record.has_ended]

@@ -52,11 +52,22 @@ class Conditions:
     rows: int | None = None
 
 
-def retrain_words(schedule: Schedule, workspace: Path, *more: str) -> list[str]:
-    """Return the command that runs the pipeline of a schedule."""
-    changes = [f"{key}={json.dumps(value)}" for key, value in schedule.overrides.items()]
+def retrain_words(
+    schedule: Schedule, workspace: Path, *more: str, changes: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Return the command that runs the pipeline of a schedule, with values replaced in it."""
+    changes = {**schedule.overrides, **(changes or {})}
+    texts = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     words = [*PROGRAM, "retrain", *more, "--json", "-w", str(workspace)]
-    return [*words, "--", schedule.pipeline, *changes]
+    return [*words, "--", schedule.pipeline, *texts]
+
+
+def warm_start(schedule: Schedule, state: State) -> dict[str, Any]:
+    """Return the values of a pipeline that trains on from the champion; none for the first run."""
+    if schedule.warm_start is None or not state.has_run:
+        return {}
+    name = schedule.warm_start.removeprefix("models:/").removesuffix("@champion")
+    return {"steps": ["prepare", "finetune", "prune", "register"], "model_name": name}
 
 
 def conditions(

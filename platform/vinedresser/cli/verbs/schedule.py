@@ -16,7 +16,6 @@ from vinedresser.workspace.layout import Workspace
 if TYPE_CHECKING:
     from vinedresser.schedule.definition import Schedule
     from vinedresser.schedule.record import Ledger, Record, State
-    from vinedresser.schedule.work import PipelineWork
 
 app = typer.Typer(help="Run pipelines at their times, one at a time, with a record per slot.")
 
@@ -52,17 +51,17 @@ def _find(
     return schedule, Ledger(place.schedule(schedule.name)), source
 
 
-def _tick(
-    schedule: "Schedule", source: str, workspace: Path
-) -> tuple[list["Record"], "PipelineWork"]:
+def _tick(schedule: "Schedule", source: str, workspace: Path) -> list["Record"]:
     from vinedresser.schedule.tick import Ticker
     from vinedresser.schedule.work import PipelineWork
 
     work = PipelineWork(schedule, workspace)
+    records: list[Record] = []
     try:
-        return Ticker(schedule, workspace, work, source=source).tick(), work
+        records = Ticker(schedule, workspace, work, source=source).tick()
     finally:
-        work.after_tick()
+        work.after_tick(records)
+    return records
 
 
 @app.command()
@@ -85,7 +84,7 @@ def tick(
     from vinedresser.cli.slots import print_records
 
     value, ledger, source = _find(schedule, overrides, workspace)
-    records = _tick(value, source, workspace)[0]
+    records = _tick(value, source, workspace)
     print_records(records, as_json=as_json)
     if exit_code:
         state = ledger.state()
@@ -276,7 +275,7 @@ def _run_slots(
 
     if new:
         ledger.change(with_slots)
-    print_records(_tick(value, source, workspace)[0], as_json=as_json)
+    print_records(_tick(value, source, workspace), as_json=as_json)
 
 
 def _has_run(ledger: "Ledger", record: "Record") -> bool:
