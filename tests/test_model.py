@@ -141,6 +141,10 @@ def test_a_shared_embedding_cannot_be_on_two_devices():
         ({"devices": {"encoder": "cpu"}}, "decoder"),
         ({"devices": {"encoder": "cpu", "decoder": "cpu"}, "device": "cpu"}, "both set"),
         ({"devices": {"encoder": "cpu", "decoder": "cpu"}, "workers": 2}, "set workers to 1"),
+        ({"gpus": 1.5}, "whole number"),
+        ({"gpus": 1, "device": "cpu"}, "set gpus to 0"),
+        ({"gpus": 0, "device": "cuda"}, "set gpus to auto"),
+        ({"gpus": -1}, "gpus"),
     ],
 )
 def test_what_cannot_be_placed_is_refused(changes, message):
@@ -154,7 +158,7 @@ def test_devices_are_resolved_on_this_machine():
     assert (where.encoder_device, where.primary) == (CPU, CPU)
     assert resolve_device(Compute(device="cpu")).encoder_device == CPU
     far = Compute.from_json({"devices": {**both, "encoder": "cuda:99"}})
-    assert far.needs_gpu
+    assert far.cuda_devices == 100
     with pytest.raises(MachineError, match=r"compute\.devices names cuda:99"):
         resolve_device(far)
 

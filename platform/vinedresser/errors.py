@@ -84,3 +84,7 @@ class InterruptedRunError(VinedresserError):
 
     exit_code = 75
     topic = "STOPPED"
+
+
+class PreemptedError(InterruptedRunError):
+    """The run wrote a checkpoint because its node is about to be lost; it continues elsewhere."""

@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeInt
 
 from vinedresser.bundle import Bundle, load_bundle
 from vinedresser.cluster.admission import require_shared_store
-from vinedresser.cluster.connect import connect
+from vinedresser.cluster.connect import connect, is_named
 from vinedresser.config import Experiment, SafeName, Section
 from vinedresser.config.study import Study
 from vinedresser.data.shards import prepare
@@ -226,7 +226,7 @@ def retrain(pipeline: Pipeline, workspace: Path, *, watch: Watch = unwatched) ->
         )
         with ending(tracker):
             tracker.wait_for_opening()
-            context = RunContext(shards, place, store, parent=key)
+            context = RunContext(shards, place, store, parent=key, is_remote=is_named())
             done = _run_steps(pipeline, context, tracker, watch)
             seconds = round(time.perf_counter() - started, 1)
             result = Retrained(*done, held_out(shards), seconds)

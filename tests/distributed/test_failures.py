@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
@@ -11,8 +12,14 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
-from vinedresser.distributed.failures import ProgressPolicy, final_error
-from vinedresser.errors import DataError, MachineError, TrainingError
+from vinedresser.distributed.failures import (
+    MAX_DEATHS,
+    ProgressPolicy,
+    add_death,
+    final_error,
+    refuse_repeated_deaths,
+)
+from vinedresser.errors import DataError, MachineError, PreemptedError, TrainingError
 from vinedresser.training.run import RolledBackError
 from vinedresser.workspace.layout import RunFolder
 
@@ -48,6 +55,32 @@ def test_what_the_user_must_change_is_not_tried_again(tmp_path: Path) -> None:
     assert final_error(both, RunFolder(tmp_path)) is wrong
     back = WorkerGroupError("x", {0: RolledBackError("diverged; rollback 1 of 2")})
     assert ProgressPolicy(RunFolder(tmp_path)).make_decision(back) is AGAIN
+
+
+def test_an_announced_loss_is_not_counted(tmp_path: Path) -> None:
+    moved = WorkerGroupError("x", {0: PreemptedError("a node is about to be lost")})
+    lost = RayActorError(preempted=True)
+    too_late = WorkerGroupError("x", {0: lost, 1: RuntimeError("connection closed by peer")})
+    for error in [moved, too_late] * 5:
+        assert ProgressPolicy(RunFolder(tmp_path)).make_decision(error) is AGAIN
+    assert not (tmp_path / "history.json").exists()
+
+
+def test_an_error_of_the_controller_keeps_its_reason(tmp_path: Path) -> None:
+    error = final_error(ControllerError(KeyError("resources")), RunFolder(tmp_path))
+    assert error.args[0] == f"{tmp_path.name}: KeyError: 'resources'"
+
+
+def test_a_process_that_dies_again_and_again_is_not_started_a_fourth_time(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert [add_death(folder) for _ in range(2)] == [1, 2]
+    checkpoint(folder.path, 4)
+    assert [add_death(folder) for _ in range(2)] == [1, 2]
+    refuse_repeated_deaths(folder)
+    assert add_death(folder) == MAX_DEATHS
+    with pytest.raises(TrainingError, match="died 3 times without a checkpoint after step 4"):
+        refuse_repeated_deaths(folder)
+    refuse_repeated_deaths(folder)  # who was told may try again
 
 
 def test_a_group_that_does_not_start_ends_in_the_end(tmp_path: Path) -> None:

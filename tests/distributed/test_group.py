@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +24,15 @@ from vinedresser.config import Compute, Experiment
 from vinedresser.config.study import Study
 from vinedresser.data.batching.reader import stream
 from vinedresser.data.shards import ShardSet, tokenizers
+from vinedresser.distributed import resources
 from vinedresser.distributed.context import RunContext
-from vinedresser.distributed.resources import num_groups, require
+from vinedresser.distributed.notices import RayStop, receiving_notices
+from vinedresser.distributed.resources import (
+    num_groups,
+    num_groups_to_come,
+    require,
+    worker_resources,
+)
 from vinedresser.distributed.train import train
 from vinedresser.errors import InterruptedRunError, MachineError, TrainingError
 from vinedresser.objective import Objective, target_nll
@@ -34,6 +42,7 @@ from vinedresser.training.listener import Listener, Progress
 from vinedresser.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from vinedresser.training.outcome import Outcome, finished
 from vinedresser.workspace.layout import RunFolder, Workspace
+from vinedresser.workspace.stopping import StopRequest
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -283,9 +292,10 @@ def _is_over(process: psutil.Process) -> bool:
     return True
 
 
-# Two nodes on this host; one is killed after the first checkpoint.
+# Two nodes on this host; one is killed after the first checkpoint, or announced as lost and another
+# one added.
 NODES = """
-import json, logging, sys, threading, time
+import json, logging, subprocess, sys, threading, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
@@ -297,7 +307,7 @@ from vinedresser.training.outcome import run_folder
 from vinedresser.data.shards import open_shards
 from vinedresser.workspace.layout import Workspace
 
-plain, shards, workspace = sys.argv[1:]
+plain, shards, workspace, *drain = sys.argv[1:]
 node = {"num_cpus": 1, "object_store_memory": 80_000_000}
 cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
 lost = cluster.add_node(**node)
@@ -309,7 +319,12 @@ folder = run_folder(experiment, open_shards(Path(shards)), Workspace(Path(worksp
 def lose():
     while not list((folder / "checkpoints").glob("step-*")):
         time.sleep(0.01)
-    cluster.remove_node(lost, allow_graceful=False)
+    if not drain:
+        return cluster.remove_node(lost, allow_graceful=False)
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    subprocess.run([*drain, "drain-node", "--address", cluster.address, "--node-id", lost.node_id,
+                    *reason, "--deadline-remaining-seconds", "120"], check=True)
+    cluster.add_node(**node)
 
 threading.Thread(target=lose).start()
 store = tracking.store_for(Path(workspace), "reversal")
@@ -336,6 +351,24 @@ def test_t07_a_lost_node_leaves_the_run_to_the_workers_that_there_is_room_for(
     assert_close(outcome, whole)
     said = (Path(outcome.folder) / "workers.log").read_text()
     assert "not bit-exact from here on: workers 2 -> 1" in said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_an_announced_loss_moves_the_workers_after_a_checkpoint(
+    long: Experiment, whole: Outcome, reversal: ShardSet, tmp_path: Path
+) -> None:
+    words = [json.dumps(long.to_json()), str(reversal.folder), str(tmp_path)]
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    command = [sys.executable, "-c", NODES, *words, ray_command]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    outcome = finished(folder_of(long, reversal, tmp_path))
+    assert outcome is not None
+    assert_same(outcome, whole)
+    lines = (Path(outcome.folder) / "workers.log").read_text()
+    (resumed,) = re.findall(r"resumed \S+ at step (\d+)", lines)
+    assert int(resumed) >= 4
+    assert not (Path(outcome.folder) / "history.json").exists()
 
 
 def writer_pid(folder: Path) -> int:
@@ -499,17 +532,74 @@ def test_what_the_cluster_can_never_give_is_refused_at_once() -> None:
         require(Compute(workers=8, threads=8), "a trial")
     with pytest.raises(MachineError, match="2 GPU"):
         require(Compute(workers=2, device="cuda"), "a trial")
+    begun = time.monotonic()
+    with pytest.raises(MachineError, match="1 GPU, the cluster has 0"):
+        require(Compute(gpus=1, start_seconds=1.5), "a trial")
+    assert 1.5 <= time.monotonic() - begun < 30
     require(Compute(workers=2), "a trial")
     assert num_groups(Compute(workers=2)) == 1
     assert num_groups(Compute()) == 2
 
 
-def test_fewer_gpus_than_workers_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker takes a GPU where there is any; Ray would wait for the second."""
-    have = {"CPU": 8.0, "GPU": 1.0}
-    monkeypatch.setattr("vinedresser.distributed.resources.of_cluster", lambda: have)
-    with pytest.raises(MachineError, match=r"needs 2 GPU, the cluster has 1 .* compute.device=cpu"):
-        require(Compute(workers=2), "a run")
-    assert num_groups(Compute(workers=2)) == 0
-    require(Compute(workers=2, device="cpu"), "a run")
-    assert num_groups(Compute(workers=2, device="cpu")) == 4
+@pytest.mark.parametrize(
+    ("compute", "expected"),
+    [
+        # A worker takes a GPU where there is any; Ray would wait for more.
+        ({}, 4),
+        ({"gpus": 0.5}, 8),
+        ({"gpus": 0}, 16),
+        ({"device": "cpu"}, 16),
+        ({"devices": {"encoder": "cuda:0", "decoder": "cuda:1"}}, 1),
+        ({"accelerator": "T4"}, 3),
+        ({"threads": 4}, 3),
+        # Three GPUs beside one: groups of two, on any nodes, on one node, on two nodes.
+        ({"workers": 2}, 2),
+        ({"workers": 2, "placement": "strict_pack"}, 1),
+        ({"workers": 2, "placement": "strict_spread"}, 1),
+        ({"workers": 3, "placement": "strict_spread"}, 0),
+        ({"workers": 5}, 0),
+    ],
+    ids=str,
+)
+def test_trials_and_groups_are_counted_by_what_fits_on_nodes(
+    monkeypatch: pytest.MonkeyPatch, compute: dict[str, Any], expected: int
+) -> None:
+    have = [
+        {"CPU": 12.0, "GPU": 3.0, "accelerator_type:T4": 1.0},
+        {"CPU": 3.0, "GPU": 1.0},
+        {"CPU": 1.0},
+    ]
+    monkeypatch.setattr(resources, "nodes", lambda: have)
+    monkeypatch.setattr(resources, "autoscaler_limits", dict)
+    assert num_groups(Compute.from_json(compute)) == expected
+
+
+def test_what_an_autoscaler_may_add_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "nodes", lambda: [{"CPU": 4.0}])
+    monkeypatch.setattr(resources, "autoscaler_limits", lambda: {"CPU": 100.0, "GPU": 8.0})
+    assert worker_resources(Compute()) == {"CPU": 1.0, "GPU": 1.0}
+    assert (num_groups(Compute()), num_groups_to_come(Compute())) == (0, 8)
+    assert num_groups_to_come(Compute(workers=3)) == 2
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_stop_and_an_announced_loss_reach_the_process_of_a_run(tmp_path: Path) -> None:
+    """Without files: on NFS another host sees a new file after up to 30 s."""
+    import ray
+
+    should_stop, stop = StopRequest(RunFolder(tmp_path)), RayStop()
+    with receiving_notices([ray.get_runtime_context().get_node_id()]):
+        assert not should_stop()
+        stop.request()
+        end = time.monotonic() + 20
+        while not should_stop() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert should_stop()
+        assert should_stop.is_requested
+    assert stop.confirmed() == set()
+    stop.confirm("one")
+    assert stop.confirmed() == {"one"}
+    stop.clear()
+    assert not stop.is_requested()
+    assert not stop.confirmed()
+    assert not StopRequest(RunFolder(tmp_path))()

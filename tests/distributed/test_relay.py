@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vinedresser.distributed import relay
-from vinedresser.distributed.relay import GroupListener, log_to_folder, relaying
+from vinedresser.distributed.relay import GroupListener, logging_to, relaying
 from vinedresser.training.listener import Best, Listener, Progress
 from vinedresser.workspace.layout import RunFolder
 
@@ -34,14 +34,13 @@ class Seen(Listener):
 
 @pytest.mark.parametrize("in_trial", [False, True])
 def test_evaluations_cross_too_unless_ray_forwards_them(tmp_path: Path, in_trial: bool):
-    seen, handed, log = Seen([]), [], logging.getLogger("vinedresser")
+    seen, handed = Seen([]), []
     worker = GroupListener(RunFolder(tmp_path), handed.append)
-    with relaying(RunFolder(tmp_path), seen, reports=not in_trial):
-        log_to_folder(RunFolder(tmp_path), 0)
+    folder = RunFolder(tmp_path)
+    with relaying(folder, seen, reports=not in_trial), logging_to(folder, 0):
         worker.evaluated({"dev/per": 12.5, "step": 8.0})
         worker.evaluated({})
         worker.finished({"dev/per": 12.5, "is_last": 1.0})
-        log.removeHandler(log.handlers[-1])
     assert handed == [{"dev/per": 12.5, "step": 8.0}, {}, {"dev/per": 12.5, "is_last": 1.0}]
     assert seen.reports == ([] if in_trial else handed[:1])
     assert seen.final == ([] if in_trial else handed[2:])
@@ -110,9 +109,8 @@ def test_words_are_heard_to_the_last_and_older_ones_are_not(
     words.write_text('{"rank": 0, "level": 40, "text": "older"}\n')
     with caplog.at_level(logging.INFO, "vinedresser"):
         with relaying(RunFolder(tmp_path), Listener(), reports=True):
-            log_to_folder(RunFolder(tmp_path), 1)
-            log.warning("a disk is slow")
-            log.removeHandler(log.handlers[-1])
+            with logging_to(RunFolder(tmp_path), 1):
+                log.warning("a disk is slow")
             with words.open("a") as stream:
                 stream.write('{"rank": 0, "lev')
         said = [(record.levelno, record.getMessage()) for record in caplog.records]

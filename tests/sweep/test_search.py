@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from optuna.trial import TrialState, create_trial
 from tests.short_run import a_run, experiment
 from vinedresser import tracking
 from vinedresser.bundle import load_bundle
+from vinedresser.cluster.connect import ENVIRONMENT
 from vinedresser.config.study import Study
 from vinedresser.data.shards import ShardSet
 from vinedresser.distributed.context import RunContext
@@ -657,3 +659,63 @@ def test_told_to_stop_trials_write_checkpoints_and_go_on_from_them(
     proposed = [{line.split(" with ")[1] for line in lines(f"log-{i}", " with ")} for i in (0, 1)]
     assert proposed[0] == proposed[1]
     assert {path.name for path in runs.iterdir()} == stored
+
+
+# Two nodes with one declared GPU each, beside a head without CPUs; the first is killed once a trial
+# on it has a checkpoint.
+NODES = """
+import json, logging, sys, threading, time
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from vinedresser import tracking
+from vinedresser.cluster.connect import ENVIRONMENT
+from vinedresser.config.study import Study
+from vinedresser.data.shards import open_shards
+from vinedresser.distributed.context import RunContext
+from vinedresser.sweep import sweep
+from vinedresser.workspace.layout import Workspace
+
+plain, shards, workspace = sys.argv[1:]
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+head = {"num_cpus": 0, "object_store_memory": 80_000_000, "include_dashboard": False}
+node = {**head, "num_cpus": 1, "num_gpus": 1}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+lost, _ = cluster.add_node(**node), cluster.add_node(**node)
+ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+cluster.wait_for_nodes()
+
+def lose():
+    while len(list(Path(workspace).glob("runs/*/checkpoints/step-*"))) < 2:
+        time.sleep(0.01)
+    cluster.remove_node(lost, allow_graceful=False)
+    cluster.add_node(**node)
+
+threading.Thread(target=lose).start()
+store = tracking.store_for(Path(workspace), "reversal")
+context = RunContext(open_shards(Path(shards)), Workspace(Path(workspace)), store, kind="trial")
+outcome = sweep(Study.from_json(json.loads(plain)), context)
+print("states", sorted(trial.state for trial in outcome.trials))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_trials_of_a_lost_node_start_again_from_their_checkpoints(
+    tmp_path: Path, reversal: ShardSet, tiny_study: dict[str, Any]
+) -> None:
+    study = {**tiny_study, "num_trials": 3, "stopping": None}
+    study["base"] = {**study["base"], "steps": 400, "checkpoint_every": 20, "compute": {}}
+    words = [json.dumps(study), str(reversal.folder), str(tmp_path / "space")]
+    command = [sys.executable, "-c", NODES, *words]
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert "states ['complete', 'complete', 'complete']" in done.stdout
+    (again,) = re.findall(r"trial \d: [a-z ]+; starts again at step (\d+)", done.stderr)
+    assert int(again) >= 20
+    logs = [path.read_text() for path in (tmp_path / "space").glob("runs/*/workers.log")]
+    assert len(logs) == 3
+    assert sum(f"at step {again}" in log for log in logs) == 1

@@ -203,6 +203,7 @@ def prepare_context(task: Any, workspace: Path, *, kind: str = "train") -> "RunC
     that of a training is opened while the training begins.
     """
     from vinedresser.cluster.admission import require_shared_store
+    from vinedresser.cluster.connect import is_named
     from vinedresser.data import shards
     from vinedresser.distributed.context import RunContext
     from vinedresser.tracking import prepare_store, store_for
@@ -212,7 +213,8 @@ def prepare_context(task: Any, workspace: Path, *, kind: str = "train") -> "RunC
     prepared = shards.prepare(task, layout.Workspace(workspace).shards)
     if kind != "train":
         prepare_store(store)
-    return RunContext(prepared, layout.Workspace(workspace.absolute()), store, kind=kind)
+    place = layout.Workspace(workspace.absolute())
+    return RunContext(prepared, place, store, kind=kind, is_remote=is_named())
 
 
 def print_plan(value: Section, *, as_json: bool) -> None:

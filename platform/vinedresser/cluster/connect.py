@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import json
 import logging
 import os
 import shutil
@@ -32,15 +33,21 @@ _CONNECT_SECONDS = 10
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker resolves the environment again
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a process that was given no GPU sees none
     "RAY_DEDUP_LOGS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no TensorBoard, CSV and JSON copies
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial without its metric fails alone
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # the searcher limits them, by the size of the cluster
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Ctrl-C marks the sweep as finished
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+
+
+def is_named() -> bool:
+    """Return True if the user named a cluster, to which all work goes."""
+    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def is_connected() -> bool:
@@ -129,7 +136,7 @@ def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address != "local":
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, runtime_env={"env_vars": _for_workers()}, **quiet)
         except Exception as error:  # Ray raises many kinds here
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MachineError(
@@ -150,6 +157,17 @@ def _start(address: str, cpus: int | None, dashboard: bool) -> Path | None:
     finally:
         os.umask(previous)
     return folder
+
+
+def _for_workers() -> dict[str, str]:
+    """Return the variables that workers on other nodes get from this process.
+
+    Those that `ray job submit` has set are theirs already, and Ray refuses to set them twice.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    given = job.get("runtime_env", {}).get("env_vars", {})
+    names = {"VINEDRESSER_PACKAGES", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"} - given.keys()
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def require_listener(address: str, name: str) -> None:

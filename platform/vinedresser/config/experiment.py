@@ -1,5 +1,6 @@
 """Experiment: one run as one frozen value, and the sections it is made of."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -131,6 +132,18 @@ class Compute(Section):
     min_workers: PositiveInt | None = None
     # CPU threads per worker.
     threads: PositiveInt = 1
+    # GPUs that Ray reserves per worker; 0.5 lets two workers share one. auto: one (of `devices`,
+    # those it names) where the cluster has GPUs or may add some, unless device is cpu. A worker
+    # without a GPU sees none.
+    gpus: Literal["auto"] | NonNegativeFloat = "auto"
+    # Kind of those GPUs in Ray's names: T4, A100, H100, ...; by default any.
+    accelerator: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    # Nodes of a group's workers: as few as possible, one, as many as possible, or one per worker.
+    placement: Literal["pack", "strict_pack", "spread", "strict_spread"] = "pack"
+    # Seconds to wait for resources: nodes that take the place of lost ones, or that the cluster is
+    # still to add. By default 180 after a loss; a start that needs more than the cluster has is
+    # refused at once, or waits 900 where Ray's autoscaler may add it.
+    start_seconds: NonNegativeFloat | None = None
     # auto: cuda where there is one, else cpu.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # Instead of `device`, for one worker: `{encoder: cuda:0, decoder: cpu}` (methods.md 36).
@@ -142,6 +155,20 @@ class Compute(Section):
     # their stacks in the run's folder; 0 never. The limit is at least ten times the longest update
     # so far, times 10 at checkpoints and times 30 at evaluations.
     hang_seconds: NonNegativeFloat = 60.0
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> Self:
+        if self.gpus == "auto":
+            return self
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus {self.gpus:g}: more than one GPU is a whole number")
+        if math.ceil(self.gpus) < self.cuda_devices:
+            raise ValueError(
+                f"gpus {self.gpus:g}, but the devices name {self.cuda_devices}; set gpus to auto"
+            )
+        if self.gpus and not self.may_use_gpu:
+            raise ValueError(f"gpus {self.gpus:g}, but the devices name none; set gpus to 0")
+        return self
 
     @model_validator(mode="after")
     def _check_devices(self) -> Self:
@@ -157,10 +184,18 @@ class Compute(Section):
         return self
 
     @property
-    def needs_gpu(self) -> bool:
-        """Return True if a GPU is required."""
-        names = [self.devices.encoder, self.devices.decoder] if self.devices else [self.device]
-        return any(name.startswith("cuda") for name in names)
+    def cuda_devices(self) -> int:
+        """Return the number of GPUs that the devices of one worker name; `auto` names none."""
+        if self.devices is None:
+            return int(self.device == "cuda")
+        names = [self.devices.encoder, self.devices.decoder]
+        indices = [int(name.partition(":")[2] or 0) for name in names if name != "cpu"]
+        return max(indices, default=-1) + 1
+
+    @property
+    def may_use_gpu(self) -> bool:
+        """Return True if a worker computes on a GPU where there is one."""
+        return self.cuda_devices > 0 or (self.device == "auto" and self.devices is None)
 
 
 class Experiment(Section):

@@ -18,6 +18,7 @@ class RunContext:
         parent: key of the tracking run that new runs are part of, of a sweep or pipeline; None for
             none.
         kind: kind of the runs in the tracking store: train, trial or prune.
+        is_remote: true where the user named a cluster: then work of one process goes there too.
     """
 
     shards: ShardSet
@@ -25,3 +26,4 @@ class RunContext:
     store: Store
     parent: str | None = None
     kind: str = "train"
+    is_remote: bool = False

@@ -8,7 +8,7 @@ checkpoint in between, kept in the run's folder, and hangs at one step.
 from typing import Any
 
 from vinedresser.distributed.ray_internals import FailureConfig, FailureDecision, FailurePolicy
-from vinedresser.errors import MachineError, TrainingError, VinedresserError
+from vinedresser.errors import MachineError, PreemptedError, TrainingError, VinedresserError
 from vinedresser.training.run import RolledBackError
 from vinedresser.training.watchdog import Hang, archive_hangs, hangs
 from vinedresser.workspace.history import RunHistory
@@ -16,11 +16,11 @@ from vinedresser.workspace.layout import RunFolder, checkpoint_step
 
 # Deaths of workers in a row without a new checkpoint: the first may be an accident, the second a
 # coincidence.
-_DEATHS = 3
+MAX_DEATHS = 3
 # Hangs at one step: a network recovers, a deadlock does not.
 _HANGS = 2
 # Starts of a group that fail or find no room in a minute each.
-STARTS = 3
+_STARTS = 3
 _NO_ROOM = {"WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"}
 
 
@@ -31,7 +31,7 @@ class NoRoomError(MachineError):
 class ProgressPolicy(FailurePolicy):
     """Retry after deaths and hangs while the run makes progress; never after a VinedresserError."""
 
-    def __init__(self, folder: RunFolder, *, starts: int = STARTS) -> None:
+    def __init__(self, folder: RunFolder, *, starts: int = _STARTS) -> None:
         """Args: the run's folder, and how often a group may fail to start."""
         super().__init__(FailureConfig())
         self._folder, self._starts_left = folder, starts
@@ -39,7 +39,9 @@ class ProgressPolicy(FailurePolicy):
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         """Return Ray's decision after a failure; called by Ray's controller."""
         failures = _failures(training_failed_error)
-        if any(isinstance(one, RolledBackError) for one in failures):
+        if any(isinstance(one, RolledBackError | PreemptedError) for one in failures):
+            return FailureDecision.RETRY
+        if any(getattr(one, "preempted", False) for one in failures):  # no time for a checkpoint
             return FailureDecision.RETRY
         if any(isinstance(one, VinedresserError) for one in failures):
             return FailureDecision.RAISE
@@ -50,10 +52,34 @@ class ProgressPolicy(FailurePolicy):
         elif _repeated_hang(self._folder) is not None:
             is_retried = False
         else:
-            checkpoints = sorted(self._folder.checkpoints.glob("step-????????"))
-            newest = checkpoint_step(checkpoints[-1]) if checkpoints else 0
-            is_retried = RunHistory(self._folder.history).add_death(newest) < _DEATHS
+            is_retried = add_death(self._folder) < MAX_DEATHS
         return FailureDecision.RETRY if is_retried else FailureDecision.RAISE
+
+
+def newest_step(folder: RunFolder) -> int:
+    """Return the step of a run's newest checkpoint, 0 without one."""
+    return max(map(checkpoint_step, folder.checkpoints.glob("step-????????")), default=0)
+
+
+def add_death(folder: RunFolder) -> int:
+    """Note that a process of the run died; return the deaths since its newest checkpoint."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return RunHistory(folder.history).add_death(newest_step(folder))
+
+
+def refuse_repeated_deaths(folder: RunFolder) -> None:
+    """Refuse to start a run that died too often without a new checkpoint; resets the count.
+
+    Raises:
+        TrainingError: where it died.
+    """
+    history, newest = RunHistory(folder.history), newest_step(folder)
+    if sum(step == newest for step in history.deaths) >= MAX_DEATHS:
+        deaths = history.take_deaths()
+        raise TrainingError(
+            f"its process died {len(deaths)} times without a checkpoint after step {newest}; too "
+            "little memory is the usual reason"
+        )
 
 
 def _failures(error: BaseException) -> list[BaseException]:
@@ -87,12 +113,15 @@ def final_error(error: Exception, folder: RunFolder) -> VinedresserError:
             f"{folder.name}: the cluster has no room for its workers any more; run the same "
             "command when it has, or with fewer compute.workers"
         )
-    text = str(failures[0] if failures else error).strip() or type(error).__name__
+    cause = failures[0] if failures else controller or error
+    text = str(cause).strip() or type(cause).__name__
     line = text.splitlines()[-1 if text.startswith("Traceback") else 0]
+    if cause is controller:  # Ray's own text is "Training failed due to controller error:"
+        line = f"{type(controller).__name__}: {line}"
     history = RunHistory(folder.history)
     if deaths := history.take_deaths():
         history.forget_failures()  # of other ranks, by the same deaths
-    if len(deaths) >= _DEATHS:
+    if len(deaths) >= MAX_DEATHS:
         return TrainingError(
             f"{folder.name}: workers died {len(deaths)} times without a checkpoint after step "
             f"{deaths[-1]}; check memory and the system's log. Last: {line}"

@@ -1,7 +1,8 @@
 """Ray Train: a group of N workers, restarted after deaths, ended by errors that would recur."""
 
+import contextlib
 import logging
-import os
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,15 +19,24 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from vinedresser.config import Experiment
 from vinedresser.data.shards import open_shards
 from vinedresser.distributed.context import RunContext
-from vinedresser.distributed.failures import STARTS, NoRoomError, ProgressPolicy, final_error
+from vinedresser.distributed.failures import NoRoomError, ProgressPolicy, final_error
+from vinedresser.distributed.notices import forwarding_stop, receiving_notices
 from vinedresser.distributed.ray_internals import GroupTrainer, group_start_callback
-from vinedresser.distributed.relay import GroupListener, log_to_folder, relaying
-from vinedresser.distributed.resources import GROUP, TRIAL_CPUS, is_on_gpus, num_groups, require
+from vinedresser.distributed.relay import GroupListener, logging_to, relaying
+from vinedresser.distributed.resources import (
+    GROUP,
+    START_SECONDS,
+    TRIAL_CPUS,
+    num_groups,
+    require,
+    start_seconds,
+    worker_resources,
+)
 from vinedresser.distributed.train import run_worker
-from vinedresser.errors import InterruptedRunError, VinedresserError
+from vinedresser.errors import InterruptedRunError, PreemptedError, VinedresserError
 from vinedresser.training.listener import Listener
 from vinedresser.workspace.layout import RunFolder
-from vinedresser.workspace.stopping import request_stop, stop_on_sigterm
+from vinedresser.workspace.stopping import stop_on_sigterm
 from vinedresser.workspace.storage import follow_mode
 
 _log = logging.getLogger(__name__)
@@ -34,7 +44,6 @@ _log = logging.getLogger(__name__)
 # Ray's stubs describe the first version of Train; at run time these are the second's classes.
 _API: Any = ray.train
 _FORWARD: Any = TuneReportCallback
-_PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
 def train_in_group(
@@ -46,17 +55,21 @@ def train_in_group(
         MachineError: the cluster has too little for the group, or no longer enough.
         VinedresserError: an error of a worker that would recur.
         TrainingError: workers died or hung too often at one step.
+        InterruptedRunError: a stop was requested; there is a checkpoint.
     """
     require(experiment.compute, folder.name)
     while True:
         try:
-            return _fit(experiment, context, folder, listener)
+            if _fit(experiment, context, folder, listener):
+                raise InterruptedRunError("stopped on request; run the same command to resume")
         except NoRoomError as error:
             fewer = _with_fewer_workers(experiment)
             if fewer is None:
                 raise
             _log.warning("%s. Continuing with %d now", error.args[0], fewer.compute.workers)
             experiment = fewer
+        else:
+            return
 
 
 def _with_fewer_workers(experiment: Experiment) -> Experiment | None:
@@ -71,23 +84,21 @@ def _with_fewer_workers(experiment: Experiment) -> Experiment | None:
 
 def _fit(
     experiment: Experiment, context: RunContext, folder: RunFolder, listener: Listener
-) -> None:
+) -> bool:
+    """Train with exactly as many workers as configured; return whether they stopped on request."""
     compute = experiment.compute
-    is_cuda = is_on_gpus(compute)
+    resources = worker_resources(compute)
+    gpus = resources.get("GPU", 0.0)
     tune_context = ray.tune.get_context()
     in_trial = tune_context is not None and bool(tune_context.get_trial_id())
     # The trial holds a share of a CPU itself: without room for it the group would wait for ever.
-    threads = compute.threads - (TRIAL_CPUS if in_trial else 0.0)
-    resources = {"CPU": threads} | ({"GPU": 1.0} if is_cuda else {})
+    resources["CPU"] -= TRIAL_CPUS if in_trial else 0.0
+    starts = 1 if compute.min_workers else math.ceil(start_seconds(compute) / START_SECONDS)
     # Ray Train's own files, by which it resumes: they start empty, checkpoints are the run's.
     shutil.rmtree(folder.ray_scratch, ignore_errors=True)
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if _PREEMPTION_WATCHER not in os.environ and len(nodes) == 1:
-        # One machine cannot be announced as lost while its driver lives; the watcher costs 1 s.
-        os.environ[_PREEMPTION_WATCHER] = "0"
     trainer = GroupTrainer(
         work,
-        policy=ProgressPolicy(folder, starts=1 if compute.min_workers else STARTS),
+        policy=ProgressPolicy(folder, starts=max(starts, 1)),
         # Signals arrive in a worker's main thread, which is Ray's; the run has another one.
         callback=group_start_callback(stop_on_sigterm),
         train_loop_config={
@@ -95,9 +106,13 @@ def _fit(
             "context": context,
             "folder": folder,
         },
-        torch_config=TorchConfig(backend="nccl" if is_cuda else "gloo"),
+        # NCCL refuses two ranks on one GPU.
+        torch_config=TorchConfig(backend="nccl" if gpus >= 1 else "gloo"),
         scaling_config=_API.ScalingConfig(
-            num_workers=compute.workers, use_gpu=is_cuda, resources_per_worker=resources
+            num_workers=compute.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker=resources,
+            placement_strategy=compute.placement.upper(),
         ),
         run_config=_API.RunConfig(
             name=folder.ray_scratch.name,
@@ -106,8 +121,10 @@ def _fit(
         ),
     )
     try:
-        with relaying(folder, listener, reports=not in_trial):
-            trainer.fit()
+        # The command of a sweep sends the request to the workers of its trials itself.
+        forwarding = contextlib.nullcontext() if in_trial else forwarding_stop(folder)
+        with relaying(folder, listener, reports=not in_trial), forwarding:
+            return bool(trainer.fit().return_value)
     except Exception as error:
         if isinstance(error, VinedresserError):
             raise
@@ -116,24 +133,31 @@ def _fit(
         shutil.rmtree(folder.ray_scratch, ignore_errors=True)
 
 
-def work(config: Mapping[str, Any]) -> None:
-    """Run one Ray Train worker. Every rank reports equally often: a report is a barrier."""
+def work(config: Mapping[str, Any]) -> bool:
+    """Run one Ray Train worker; return whether it stopped on request.
+
+    Every rank reports equally often: a report is a barrier.
+    """
     rank = _API.get_context().get_world_rank()
     group = ray.util.get_current_placement_group()
     group_key = {} if group is None else {GROUP: group.id.hex()}
     folder, context = config["folder"], config["context"]
-    log_to_folder(folder, rank)
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     follow_mode(context.workspace.path)
-    shards = open_shards(context.shards.folder, digest=context.shards.digest)
+    nodes = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
     listener = GroupListener(folder, lambda report: _API.report({**report, **group_key}))
-    experiment = Experiment.from_json(config["experiment"])
     try:
-        run_worker(
-            experiment, replace(context, shards=shards), folder, rank=rank, listener=listener
-        )
+        with logging_to(folder, rank), receiving_notices(nodes):
+            shards = open_shards(context.shards.folder, digest=context.shards.digest)
+            experiment = Experiment.from_json(config["experiment"])
+            run_worker(
+                experiment, replace(context, shards=shards), folder, rank=rank, listener=listener
+            )
+    except PreemptedError:
+        raise  # the policy starts the group again
     except InterruptedRunError:
-        # Ray would restart a group that ends with an error; the driver reads the request.
-        request_stop(folder)
+        return True
+    return False

@@ -4,6 +4,7 @@ A failure policy of one's own, a callback at the start of a worker group, and Ct
 with the command. `make test` names each of them, so that a new version of Ray shows what moved.
 """
 
+import os
 from typing import Any
 
 import ray
@@ -35,6 +36,7 @@ _OVERRIDDEN = (
     "_register_sigint_handler",
     "_initialize_and_run_controller",
 )
+_PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _MISSING = [name for name in _OVERRIDDEN if not hasattr(TorchTrainer, name)]
 if _MISSING:
     raise MachineError(
@@ -60,9 +62,18 @@ class GroupTrainer(_BASE):  # type: ignore[misc]
         """Leave Ctrl-C to the command, which stops gracefully; Ray's handler aborts, exit 1."""
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        return super()._initialize_and_run_controller(
-            **{**settings, "failure_policy": self._policy}
-        )
+        # Ray's own watcher of announced losses would end the group when the node is gone; ours
+        # ends it after a checkpoint (notices.py). Ray copies the variable for the controller only.
+        before = os.environ.get(_PREEMPTION_WATCHER)
+        os.environ[_PREEMPTION_WATCHER] = "0"
+        try:
+            return super()._initialize_and_run_controller(
+                **{**settings, "failure_policy": self._policy}
+            )
+        finally:
+            os.environ.pop(_PREEMPTION_WATCHER)
+            if before is not None:
+                os.environ[_PREEMPTION_WATCHER] = before
 
 
 def group_start_callback(run_on_workers: Any) -> WorkerGroupCallback:

@@ -73,12 +73,38 @@ class _Line(logging.Formatter):
         return json.dumps(entry, ensure_ascii=False)
 
 
-def log_to_folder(folder: RunFolder, rank: int) -> None:
-    """Append what this worker logs to the run's worker log, for the life of the process."""
+@contextlib.contextmanager
+def logging_to(folder: RunFolder, rank: int) -> Iterator[None]:
+    """Append what this worker logs inside the block to the run's worker log."""
+    folder.path.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder.worker_log)
     handler.setFormatter(_Line(rank))
     _root.addHandler(handler)
     _root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _root.removeHandler(handler)
+        handler.close()
+
+
+class LogTail:
+    """Lines that are appended to a run's worker log after the tail was opened."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._path = folder.worker_log
+        self._position = self._path.stat().st_size if self._path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the entries that were appended since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as stream:
+            stream.seek(self._position)
+            # A line that is still being written is left for the next read.
+            whole = stream.read().rpartition(b"\n")[0]
+        self._position += len(whole) + 1 if whole else 0
+        return [parsed_object(line) for line in whole.splitlines()]
 
 
 @contextlib.contextmanager
@@ -112,14 +138,14 @@ def relaying(folder: RunFolder, listener: Listener, *, reports: bool) -> Iterato
 
 
 class _Relay:
-    """Position in both files; progress of an earlier group is removed, its log lines skipped."""
+    """Progress and log of one group; progress of an earlier group is removed, its log skipped."""
 
     def __init__(self, folder: RunFolder, listener: Listener, *, reports: bool) -> None:
         self._folder, self._listener, self._reports = folder, listener, reports
         folder.progress.unlink(missing_ok=True)
         self._seen: dict[str, Any] = {}
         self._logged_step = -1
-        self._position = folder.worker_log.stat().st_size if folder.worker_log.exists() else 0
+        self._log = LogTail(folder)
 
     def read_progress(self) -> None:
         """Hand the progress of rank 0 on, if it is new."""
@@ -139,14 +165,7 @@ class _Relay:
 
     def read_log(self) -> None:
         """Hand the lines that were appended on."""
-        if not self._folder.worker_log.exists():
-            return
-        with self._folder.worker_log.open("rb") as stream:
-            stream.seek(self._position)
-            # A line that is still being written is left for the next read.
-            whole = stream.read().rpartition(b"\n")[0]
-        self._position += len(whole) + 1 if whole else 0
-        for entry in map(parsed_object, whole.splitlines()):
+        for entry in self._log.read():
             if "report" in entry and self._reports:
                 report = entry["report"]
                 is_last = report.get("is_last") == 1.0

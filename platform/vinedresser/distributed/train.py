@@ -1,4 +1,4 @@
-"""Train one experiment on N workers. One worker runs in this process, without a worker group.
+"""Train one experiment on N workers. One worker runs in this process, or on a named cluster.
 
 Importing imports no ray.
 """
@@ -7,7 +7,7 @@ import logging
 
 from vinedresser.config import Experiment
 from vinedresser.distributed.context import RunContext
-from vinedresser.errors import DivergedError, InterruptedRunError, TrainingError
+from vinedresser.errors import DivergedError, TrainingError
 from vinedresser.figures.corpus import log_corpus
 from vinedresser.health.monitor import RunMonitor
 from vinedresser.health.series import RunFacts
@@ -18,7 +18,7 @@ from vinedresser.training.outcome import Outcome, clear, finished, record_experi
 from vinedresser.training.run import RolledBackError, Run
 from vinedresser.workspace.layout import RunFolder, SpoolFolder
 from vinedresser.workspace.lease import leased
-from vinedresser.workspace.stopping import graceful_stop, stop_requested
+from vinedresser.workspace.stopping import graceful_stop
 
 _log = logging.getLogger(__name__)
 
@@ -60,15 +60,13 @@ def train(
             record_experiment(experiment, folder)
         if (outcome := finished(folder)) is not None:  # of the command that held the lease
             listener.finished(outcome.final_report)
-        elif experiment.compute.workers == 1:
+        elif experiment.compute.workers == 1 and not context.is_remote:
             outcome = run_worker(experiment, context, folder, rank=0, listener=listener)
         else:
             from vinedresser.distributed.group import train_in_group
 
             train_in_group(experiment, context, folder, listener=listener)
             outcome = finished(folder)
-            if outcome is None and stop_requested(folder):
-                raise InterruptedRunError("stopped on request; run the same command to resume")
     if outcome is None:
         raise TrainingError(f"{folder.name} ended without an outcome; see its run for the reason")
     return outcome

@@ -65,7 +65,7 @@ class Pruner:
     convergence.
     """
 
-    def __init__(self, name: str, pruning: Pruning, whole: Bundle, *, context: RunContext) -> None:
+    def __init__(self, name: str, pruning: Pruning, whole: Bundle, context: RunContext) -> None:
         self.name, self.pruning, self.whole = name, pruning, whole
         shards = context.shards
         self.shards, self.context = shards, context
@@ -110,11 +110,22 @@ class Pruner:
 
     def finish(self, pruned: TrialRow) -> Bundle:
         """Remove heads, prove parity, score both models on the held-out split; return the model."""
-        gated, whole, shards = load_bundle(Path(pruned.bundle)), self.whole, self.shards
+        gated = load_bundle(Path(pruned.bundle))
         target = self.context.workspace.model(self.name, gated.digest)
         if is_committed(target):
             _log.info("compact: %s unchanged", target.name)
-            return load_bundle(target)
+        elif self.context.is_remote:
+            from vinedresser.distributed.remote import on_cluster
+
+            words = (self.name, self.pruning, str(self.whole.folder), self.context, pruned)
+            on_cluster(_finish, *words, cpus=gated.experiment.compute.threads)
+        else:
+            self._compact(gated, target)
+        return load_bundle(target)
+
+    def _compact(self, gated: Bundle, target: Path) -> None:
+        """Write the bundle of the model without the closed heads of a gated one."""
+        whole, shards = self.whole, self.shards
         vocabulary = vocabulary_of(
             gated.source_tokenizer,
             gated.target_tokenizer,
@@ -156,7 +167,6 @@ class Pruner:
             tokenizers=(gated.source_tokenizer, gated.target_tokenizer),
             scores=scores,
         )
-        return load_bundle(target)
 
     def _score(self, bundle: Bundle, split: str) -> dict[str, Any]:
         evaluated = evaluate(
@@ -166,3 +176,10 @@ class Pruner:
             Scoring(self.metric, bundle.experiment.decoding, self.shards.task.max_target_length),
         )
         return evaluated.scores.to_json()
+
+
+def _finish(*words: Any) -> None:
+    """Run `Pruner.finish` in a task: with the model by its folder, on this node."""
+    name, pruning, whole, context, pruned = words
+    pruner = Pruner(name, pruning, load_bundle(Path(whole)), replace(context, is_remote=False))
+    pruner.finish(pruned)

@@ -64,7 +64,8 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
                 _log.info("%s: %d of %d trials known", folder.name, count, study.num_trials)
             if len(known_trials) < study.num_trials:
                 tracker.wait_for_opening()
-                children = replace(context, parent=key[:12])
+                # A trial is on the cluster already.
+                children = replace(context, parent=key[:12], is_remote=False)
                 try:
                     run_trials(
                         study, children,

@@ -1,7 +1,8 @@
 """Searcher: Optuna's proposals for Ray Tune, and the true end of each trial for Optuna."""
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
@@ -13,6 +14,8 @@ from vinedresser.sweep.journal import FAILURE, OUTCOME
 
 # A trial reports its own exceptions; Tune alone sees the end of its process.
 DIED = "its process died; too little memory is the usual reason"
+# Between two looks at the size of the cluster; Tune asks for proposals several times per second.
+_ROOM_SECONDS = 1.0
 
 
 class Searcher(tune.search.Searcher):
@@ -26,15 +29,32 @@ class Searcher(tune.search.Searcher):
     """
 
     def __init__(
-        self, study: optuna.Study, space: Mapping[str, BaseDistribution], keys: list[str]
+        self,
+        study: optuna.Study,
+        space: Mapping[str, BaseDistribution],
+        keys: list[str],
+        room: Callable[[], float] = lambda: math.inf,
     ) -> None:
-        """Propose values of `space`; `keys` are the objectives' names in the reports of trials."""
+        """Propose values of a space.
+
+        Args:
+            study: the record of proposals and ends.
+            space: distributions of the values.
+            keys: names of the objectives in the reports of trials.
+            room: returns how many trials may be open at a time, on the cluster as it is now.
+        """
         super().__init__()
         self._study, self._space, self._keys = study, dict(space), keys
         self._open: dict[str, optuna.Trial] = {}
+        self._find_room, self._room, self._room_from = room, 0.0, -math.inf
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Return the next proposal."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Return the next proposal; None while the cluster has no room for another trial."""
+        now = time.monotonic()
+        if now - self._room_from > _ROOM_SECONDS:
+            self._room, self._room_from = self._find_room(), now
+        if len(self._open) >= self._room:
+            return None
         trial = self._open[trial_id] = self._study.ask(fixed_distributions=self._space)
         return {"number": trial.number, "params": trial.params}
 

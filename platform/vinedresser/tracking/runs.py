@@ -185,8 +185,8 @@ def prepare_store(store: Store) -> None:
         _log.warning("%s; runs keep their metrics until they can be delivered", error.args[0])
 
 
-def end_children(store: Store, parent: str, reason: str) -> None:
-    """Close the RUNNING children of a run as KILLED, whatever process owned them.
+def end_children(store: Store, parent: str, reason: str, *, key: str = "") -> None:
+    """Close the RUNNING children of a run, or the one with a key, as KILLED, also those of others.
 
     Where the store does not answer they stay RUNNING, with a warning.
 
@@ -194,6 +194,7 @@ def end_children(store: Store, parent: str, reason: str) -> None:
         store: of the runs.
         parent: key of the parent.
         reason: kept as a tag.
+        key: of one child; "" for all.
     """
     try:
         if not is_reachable(store):
@@ -203,6 +204,7 @@ def end_children(store: Store, parent: str, reason: str) -> None:
             found = run_of_key(client, experiment, parent)
             parent_id = found.info.run_id if found else ""
             query = f"attributes.status = 'RUNNING' and tags.`mlflow.parentRunId` = '{parent_id}'"
+            query += f" and tags.`{KEY}` = '{key}'" if key else ""
             for run in pages(client, experiment, query):
                 client.set_tag(run.info.run_id, REASON_TAG, reason)
                 client.set_terminated(run.info.run_id, "KILLED")

@@ -115,7 +115,7 @@ def resolve_device(compute: Compute, *, rank: int = 0) -> Device:
     if compute.device == "cuda" and not has_cuda:
         raise MachineError("compute.device is cuda but no GPU is here; use compute.device=cpu")
     device = torch.device("cpu")
-    if has_cuda and compute.device != "cpu":
+    if has_cuda and compute.device != "cpu" and compute.gpus != 0:
         # The one assigned to this process: workers of a group see all GPUs of their machine.
         device = torch.device("cuda", torch.cuda.current_device())
     if compute.devices:

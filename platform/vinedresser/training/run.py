@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,13 @@ from vinedresser.config import Experiment
 from vinedresser.data.batching.prefetch import prefetched
 from vinedresser.data.batching.reader import Batches
 from vinedresser.data.shards import ShardSet, tokenizers
-from vinedresser.errors import BusyError, DivergedError, InterruptedRunError, MachineError
+from vinedresser.errors import (
+    BusyError,
+    DivergedError,
+    InterruptedRunError,
+    MachineError,
+    PreemptedError,
+)
 from vinedresser.objective import Objective
 from vinedresser.special_ids import PAD
 from vinedresser.tracking import Tracker
@@ -155,6 +161,7 @@ class Run:
 
         Raises:
             InterruptedRunError: a stop was requested; there is a checkpoint.
+            PreemptedError: likewise, because a node is about to be lost.
             BusyError: a later start has taken over.
             RolledBackError: diverged, and the next Run may resume from the last checkpoint.
             TrainingError: diverged, or failed before in the same way.
@@ -199,9 +206,7 @@ class Run:
                 if due.checkpoint:
                     self._checkpoint(step.index)
                 if step.stop:
-                    raise InterruptedRunError(
-                        f"stopped on request at step {step.index}; run the same command to resume"
-                    )
+                    self._stop(step.index)
             return self._finish() if device.rank == 0 else None
 
     @contextlib.contextmanager
@@ -261,18 +266,18 @@ class Run:
 
     def _evaluate(self, step: int) -> None:
         """Evaluate the averaged weights on rank 0 while other ranks wait; report on all ranks."""
-        is_first, stopped = self.device.rank == 0, None
+        is_first, is_stopped = self.device.rank == 0, False
         self.watchdog.reset(step, pause=Watchdog.EVALUATION)
         logged: dict[str, float] = {}
         if is_first:
             self._report_progress(step, is_evaluating=True)
             try:
                 logged = self.evaluator.evaluate(self.ema.tensors, step, self.should_stop)
-            except InterruptedRunError as error:
-                stopped = error
+            except InterruptedRunError:
+                is_stopped = True
                 self._checkpoint(step)
-        if self.device.all_sum(torch.tensor(float(stopped is not None))) > 0:
-            raise stopped or InterruptedRunError("stopped on request while rank 0 evaluated")
+        if self.device.all_sum(torch.tensor(float(is_stopped))) > 0:
+            self._stop(step)
         if is_first:
             self._emit(logged, step)
             # A resumed or recognised run is compared at the evaluation where it is.
@@ -286,6 +291,18 @@ class Run:
             self.listener.evaluated(self.last_report if is_first else {})
         self._report_progress(step)
         self.window.restart()
+
+    def _stop(self, step: int) -> NoReturn:
+        """End the run on all ranks, once rank 0 has written its checkpoint.
+
+        The sum is a barrier: Ray ends the other workers as soon as one of them has failed.
+        """
+        is_requested = torch.tensor(float(self.should_stop.is_requested))
+        if self.device.all_sum(is_requested) > 0:
+            raise InterruptedRunError(
+                f"stopped on request at step {step}; run the same command to resume"
+            )
+        raise PreemptedError(f"a node is about to be lost; stopped at step {step}")
 
     def _emit(self, metrics: Mapping[str, float], step: int) -> None:
         """Log metrics, on rank 0 only."""

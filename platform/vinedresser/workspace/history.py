@@ -77,9 +77,14 @@ class RunHistory:
             self._change("deaths", lambda old: [*(s for s in old if s == checkpoint), checkpoint])
         )
 
+    @property
+    def deaths(self) -> list[int]:
+        """Deaths of workers, each as the step of the newest checkpoint before it."""
+        return self._entries("deaths")
+
     def take_deaths(self) -> list[int]:
-        """Return and forget the deaths, each as the step of the newest checkpoint before it."""
-        deaths = self._entries("deaths")
+        """Return and forget the deaths."""
+        deaths = self.deaths
         self._change("deaths", lambda _: [])
         return deaths
 

@@ -1,7 +1,8 @@
 """Graceful stop: stop requests as files in run folders, and every signal handler of the package.
 
 A stop request is a file in the folder of a run: the run may be in another process, on another
-node, or in another thread. The run removes the file once it has stopped.
+node, or in another thread. The run removes the file once it has stopped. On a cluster the request
+goes through Ray too (distributed/notices.py), which sets the flags of the run's own process here.
 """
 
 import contextlib
@@ -10,8 +11,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import FrameType
+from typing import Protocol
 
 from vinedresser.errors import InterruptedRunError
 from vinedresser.workspace.layout import RunFolder
@@ -23,8 +25,17 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds between two looks at the file: a look costs some microseconds, on NFS more.
 _POLL_SECONDS = 0.2
 
-# Set in a process whose SIGTERM stops the run that it hosts in another thread.
+# Seconds that runs have for a checkpoint after SIGTERM; schedulers of clusters kill after 30.
+_GRACE_SECONDS = 20.0
+# Of these, what the process itself needs to end.
+_END_SECONDS = 2.0
+# Ray Jobs kill three seconds after SIGTERM by default.
+_JOB_SECONDS = 3.0
+
+# Flags of the run that this process hosts in another thread: a stop is requested, and the node is
+# about to be lost.
 _stop_here = threading.Event()
+_loss_announced = threading.Event()
 
 
 def request_stop(folder: RunFolder) -> None:
@@ -49,12 +60,33 @@ class StopRequest:
         self._folder, self._next, self._is_requested = folder, 0.0, False
 
     def __call__(self) -> bool:
-        """Return True from the first time on that the request was found."""
+        """Return True from the first time on that a request or an announced loss was found."""
         now = time.monotonic()
         if not self._is_requested and now >= self._next:
             self._next = now + _POLL_SECONDS
             self._is_requested = _stop_here.is_set() or stop_requested(self._folder)
+        return self._is_requested or _loss_announced.is_set()
+
+    @property
+    def is_requested(self) -> bool:
+        """Return whether a stop was requested: false for an announced loss alone."""
         return self._is_requested
+
+
+def stop_here() -> None:
+    """Stop the run that this process hosts in another thread."""
+    _stop_here.set()
+
+
+def announce_loss() -> None:
+    """Stop the run that this process hosts, because its node is about to be lost."""
+    _loss_announced.set()
+
+
+def notices_withdrawn() -> None:
+    """Reset both flags: the next run in this process starts without them."""
+    _stop_here.clear()
+    _loss_announced.clear()
 
 
 def stop_on_sigterm() -> None:
@@ -63,6 +95,24 @@ def stop_on_sigterm() -> None:
     Writes no request: a worker that Ray ends gets a SIGTERM too, and its run continues elsewhere.
     """
     signal.signal(signal.SIGTERM, lambda _number, _frame: _stop_here.set())
+
+
+def grace_seconds() -> float:
+    """Return the seconds that runs have for a checkpoint after SIGTERM.
+
+    VINEDRESSER_GRACE_SECONDS is the time until a pod is killed; RAY_JOB_STOP_WAIT_TIME_S that of a
+    Ray job, which has 3 s without it.
+    """
+    environment = os.environ
+    is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment
+    default = _JOB_SECONDS if is_job else _GRACE_SECONDS + _END_SECONDS
+    names = ("VINEDRESSER_GRACE_SECONDS", "RAY_JOB_STOP_WAIT_TIME_S")
+    given = [environment[name] for name in names if name in environment]
+    try:
+        seconds = float(given[0]) if given else default
+    except ValueError:
+        seconds = default
+    return max(seconds - _END_SECONDS, 1.0)
 
 
 @contextlib.contextmanager
@@ -121,25 +171,49 @@ def graceful_stop(folder: RunFolder) -> Iterator[None]:
         confirm_stop(folder)
 
 
+class StopChannel(Protocol):
+    """Another way than by files to request a stop of all runs, and to learn which have stopped."""
+
+    def request(self) -> None:
+        """Request the stop."""
+
+    def confirmed(self) -> Collection[str]:
+        """Return the names of the folders of the runs that have stopped."""
+
+
 @contextlib.contextmanager
 def stopping_runs_first(
-    folders: Callable[[], Iterable[RunFolder]], *, grace: float
+    folders: Callable[[], Iterable[RunFolder]], channel: StopChannel
 ) -> Iterator[None]:
     """Give runs elsewhere time for a checkpoint before SIGTERM and Ctrl-C take their usual effect.
 
     Args:
-        folders: return the folders of the runs that train at the moment of the signal.
-        grace: seconds to wait for all of them to stop.
+        folders: return the folders of the runs that train at the moment of the signal, at once.
+        channel: to the hosts of the runs, faster than files on NFS.
     """
     before = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def stop_runs(number: int, frame: FrameType | None) -> None:
-        running = [folder for folder in folders() if folder.path.is_dir()]
-        for folder in running:
+        until = time.monotonic() + grace_seconds()
+        stopped, ended = set[str](), threading.Event()
+
+        def ask() -> None:
+            # Without an answer the files remain.
+            with contextlib.suppress(Exception):
+                channel.request()
+                while not ended.wait(_POLL_SECONDS):
+                    stopped.update(channel.confirmed())
+
+        # In a thread: the interrupted code may be inside of the channel itself.
+        threading.Thread(target=ask, daemon=True).start()
+        running = {folder.name: folder for folder in folders() if folder.path.is_dir()}
+        for folder in running.values():
             request_stop(folder)
-        until = time.monotonic() + grace
-        while any(map(stop_requested, running)) and time.monotonic() < until:
+        while time.monotonic() < until and any(
+            name not in stopped and stop_requested(folder) for name, folder in running.items()
+        ):
             time.sleep(_POLL_SECONDS / 2)
+        ended.set()
         handler = before[signal.Signals(number)]
         if callable(handler):
             handler(number, frame)

@@ -39,10 +39,10 @@ def train(
     if dry_run:
         return print_plan(value, as_json=as_json)
     from vinedresser.cli.progress import watching
-    from vinedresser.cluster.connect import connect
+    from vinedresser.cluster.connect import connect, is_named
     from vinedresser.distributed import train as distributed
 
-    with connect() if value.compute.workers > 1 else contextlib.nullcontext():
+    with connect() if value.compute.workers > 1 or is_named() else contextlib.nullcontext():
         context = prepare_context(value.task, workspace)
         with watching(value) as listener:
             outcome = distributed.train(
