@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import types
@@ -438,3 +439,31 @@ def test_a_bundle_travels_through_a_server(mlflow_server: str, tmp_path: Path) -
     assert not register(bundle(tmp_path, 0.4), name="m", store=server, gate=GATE).is_champion
     got = fetch("models:/m@champion", store=server, cache=tmp_path / "cache")
     assert verify(got.folder).digest == good.digest
+
+
+def test_who_may_only_read_a_workspace_can_fetch_its_models(
+    tmp_path: Path, with_database: Any
+) -> None:
+    """As root, without the rights to pass over modes."""
+    shared = with_database(tmp_path / "shared")
+    there = tracking.store_for(shared, "export")
+    good = bundle(tmp_path, 0.3)
+    register(good, name="m", store=there, gate=GATE)
+    for path in (shared, *shared.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o222)
+    code = (
+        "import sys; from pathlib import Path; from vinedresser import tracking;"
+        "from vinedresser.registry.registration import fetch;"
+        "store = tracking.store_for(Path(sys.argv[1]), 'Default');"
+        "print(fetch('models:/m@champion', store=store, cache=Path(sys.argv[2])).digest)"
+    )
+    words = [sys.executable, "-c", code, str(shared), str(tmp_path / "cache")]
+    if os.getuid() == 0:
+        rights = "-dac_override,-dac_read_search,-fowner"
+        words = ["setpriv", "--bounding-set", rights, *words]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    finally:
+        for path in (shared, *shared.rglob("*")):
+            path.chmod(path.stat().st_mode | 0o200)
+    assert done.stdout.split() == [good.digest], done.stderr

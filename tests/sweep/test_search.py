@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -38,10 +39,11 @@ from vinedresser.sweep import SweepOutcome, TrialRow, sweep
 from vinedresser.sweep.journal import ended_trials, repair_journal
 from vinedresser.sweep.outcome import directions, rank, report_keys
 from vinedresser.sweep.searcher import Searcher
+from vinedresser.sweep.trials import TrialWatch
 from vinedresser.tracking import RunRow, Store
 from vinedresser.training import evaluator
 from vinedresser.workspace.commit import commit
-from vinedresser.workspace.layout import SweepFolder, Workspace
+from vinedresser.workspace.layout import SpoolFolder, SweepFolder, Workspace
 from vinedresser.workspace.lease import leased
 
 # MLflow's and Optuna's own imports warn; none of it is ours to change.
@@ -312,6 +314,27 @@ def test_directions_come_from_the_table_or_the_study(tiny_study: dict[str, Any])
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"dev/speed has no known direction; write \[dev/speed"):
         found("inferred", "dev/speed")
+
+
+def test_a_trial_that_is_not_tracked_is_reported_to_the_driver(
+    tiny_study: dict[str, Any], reversal: ShardSet, tmp_path: Path, caplog: Any
+) -> None:
+    study, context = Study.from_json(tiny_study), site_of(tmp_path, reversal)
+    watch = TrialWatch(study, {"per": "min"}, context)
+    proposal = {"number": 3, "params": {"optim.lr": 2e-3}}
+    trial = SimpleNamespace(trial_id="t", config=proposal, last_result={})
+    watch.on_trial_start(0, [], trial)
+    (folder,) = watch.folders()
+    watch.on_trial_result(0, [], trial, {"step": 1, "dev/per": 9.0})
+    assert not [line for line in caplog.messages if "not tracked" in line]
+    spool = SpoolFolder(folder.tracking)
+    spool.path.mkdir(parents=True)
+    (spool.path / "1-a.jsonl").write_text("{}\n")
+    spool.problem.write_text("tracking store http://x: does not answer\n")
+    for step in (2, 3):
+        watch.on_trial_result(0, [], trial, {"step": step, "dev/per": 9.0})
+    warnings = [line for line in caplog.messages if "not tracked" in line]
+    assert warnings == ["trial 3: not tracked at present: tracking store http://x: does not answer"]
 
 
 # --- searches on Ray -----------------------------------------------------------------------------

@@ -85,7 +85,9 @@ class PosixStorage:
         with disk_errors(path):
             make_folder(path.parent)
             try:
-                with FileLock(guard, timeout=_GUARD_SECONDS, mode=0o666):
+                # Of the permissions of the folder: filelock does not apply the umask.
+                mode = path.parent.stat().st_mode & 0o666
+                with FileLock(guard, timeout=_GUARD_SECONDS, mode=mode):
                     is_expected = self.read(path) == expected
                     if is_expected and content is None:
                         path.unlink(missing_ok=True)

@@ -36,6 +36,11 @@ CHUNK_ROWS = 1_000_000
 # 12 s in 80 bands. Two chunks may be in memory at a time.
 CHUNK_BYTES = 1 << 30
 
+# Chunks of lanes in the place of one: as many are open at a time as a worker has lanes. Of a
+# synthetic corpus of 5 to 60 tokens, 99.8 % of the tokens at a budget of 4096 are real in a chunk
+# of 1,000,000 rows, 99.4 % in one of 250,000, 98.8 % of 100,000 and 95.9 % of 20,000.
+LANE_CHUNKS = 4
+
 # Makes the sequences of a batch anew; as many of them, and within the batch's budget.
 Change = Callable[[Side, Side], tuple[Side, Side]]
 
@@ -156,7 +161,7 @@ class ShardPool:
         Args:
             shards: the set.
             split: which part of it.
-            lanes: chunks that are open at a time; they share the memory of one.
+            lanes: parts that are read side by side; see `chunks_of`.
 
         Raises:
             DataError: the set has no such split.
@@ -256,14 +261,14 @@ def chunks_of(rows_of_block: Ints, at_most: int, lanes: int = 1) -> Ints:
     """Return (blocks,) the chunk of each block: equal parts of about `at_most` rows or fewer.
 
     Equal, because a short last chunk would pad more and be shuffled less than the others. With
-    lanes the parts are as much smaller, but never less than a block, and their number a multiple
-    of the lanes where there are as many blocks.
+    lanes the parts are a quarter of that, or less where there is too little data for it, and their
+    number is a multiple of the lanes; never less than a block.
     """
     total = int(rows_of_block.sum())
     chunks = max(1, -(-total // max(1, at_most)))
     if lanes > 1:
         blocks = int((rows_of_block > 0).sum())
-        chunks = max(1, min(chunks * lanes, blocks // lanes * lanes))
+        chunks = max(1, min(-(-chunks * LANE_CHUNKS // lanes), blocks // lanes) * lanes)
     middles = 2 * np.cumsum(rows_of_block) - rows_of_block
     found: Ints = np.minimum(middles * chunks // max(1, 2 * total), chunks - 1)
     return found
