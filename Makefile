@@ -39,5 +39,5 @@ bench-name:
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev,speech]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev,rouge,speech]'
 	touch $@

@@ -17,7 +17,7 @@ from vinedresser.bundle import (
     vocabulary_of,
     warm_start,
 )
-from vinedresser.config import Experiment
+from vinedresser.config import Decoding, Experiment
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.data.tokenizers.tokenizer import NUM_SPECIAL, Symbols
 from vinedresser.decode import beam_search, greedy
@@ -127,7 +127,9 @@ class TestTranslate:
             decoded = (
                 greedy(bundle.model, *source, cap=cap)
                 if beam == 1
-                else beam_search(bundle.model, *source, beam=beam, alpha=alpha, cap=cap)
+                else beam_search(
+                    bundle.model, *source, Decoding(beam=beam, length_alpha=alpha), cap=cap
+                )
             )
             wanted.append(bundle.target_tokenizer.decode(decoded.ids[0]))
         assert bundle.translate(SENTENCES, decoding) == wanted

@@ -9,7 +9,8 @@ from torch import Tensor
 from tests.batches import pad_ids
 from trainables.transformer import Transformer, TransformerConfig
 from vinedresser.batch import Batch
-from vinedresser.evaluate import conditioning_gap, sentence_nll, with_other_sources
+from vinedresser.decode import forced
+from vinedresser.evaluate import conditioning_gap, with_other_sources
 from vinedresser.model import Memory, Vocabulary
 from vinedresser.nn.output import Output
 from vinedresser.objective import target_nll
@@ -118,9 +119,9 @@ def test_single_sentences_have_nobody_to_change_with():
 def test_sentences_sum_up_to_the_loss():
     batch = batch_of([[4, EOS], [5, 6, EOS]], [[6, 7, 8, EOS], [EOS]])
     model = built(Transformer).eval()
-    found_B = sentence_nll(model, batch)
+    found_B = forced(model, batch)
     assert float(found_B.sum()) == pytest.approx(
         float(target_nll(model, model(batch), batch).total)
     )
     alone = batch_of([[5, 6, EOS]], [[EOS]])
-    assert float(found_B[1]) == pytest.approx(float(sentence_nll(model, alone)), rel=1e-5)
+    assert float(found_B[1]) == pytest.approx(float(forced(model, alone)), rel=1e-5)

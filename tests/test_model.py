@@ -14,7 +14,7 @@ import trainables
 from tests.batches import pad_ids
 from tests.trainables.variants import FORMS
 from vinedresser.batch import Batch
-from vinedresser.config import Compute, Terms
+from vinedresser.config import Compute, Decoding, Terms
 from vinedresser.config.kinds import ZOO, ModelConfig, kind_class
 from vinedresser.decode import beam_search, greedy
 from vinedresser.errors import ConfigError, MachineError
@@ -183,7 +183,11 @@ def test_outputs_and_gradients_are_the_same_on_two_devices(name, sides):
         grads = [p.grad.cpu() for p in model.parameters()]
         ids = greedy(model, batch.source_BS, batch.source_lengths_B, cap=8).ids
         beams = beam_search(
-            model, batch.source_BS, batch.source_lengths_B, beam=3, alpha=0.6, cap=8
+            model,
+            batch.source_BS,
+            batch.source_lengths_B,
+            Decoding(beam=3, length_alpha=0.6),
+            cap=8,
         ).ids
         found.append((model(batch).detach().cpu(), float(nats), grads, ids, beams))
     (wanted, nats, grads, *ids), (states, others, theirs, *other_ids) = found

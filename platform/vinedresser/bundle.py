@@ -5,7 +5,7 @@ the registry all take it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from vinedresser.data.tokenizers.tokenizer import (
     load_source,
     load_tokenizer,
 )
-from vinedresser.decode import decode
-from vinedresser.errors import ConfigError, DataError, reworded
+from vinedresser.decode import Hypothesis, decode
+from vinedresser.errors import ConfigError, DataError
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.workspace.commit import Manifest, commit, verify
 from vinedresser.workspace.layout import BundleFolder
@@ -71,10 +71,25 @@ class Bundle:
             DataError: a sentence is empty or over the task's max_source_length, or a recording is
                 not what the model was trained on.
         """
-        decoding = decoding or self.experiment.decoding
-        source, cap = self.read(sentences), self.experiment.task.max_target_length
-        order = np.argsort(source.lengths, kind="stable")
-        result, first = [""] * len(order), 0
+        result = [""] * len(sentences)
+        search = decoding or self.experiment.decoding
+        for rows, found in self.decode(self.read(sentences), search):
+            for row, [best] in zip(rows, found, strict=True):
+                result[row] = self.target_tokenizer.decode(best.ids)
+        return result
+
+    def decode(
+        self, source: Side, decoding: Decoding, *, nbest: int = 1
+    ) -> Iterator[tuple[list[int], list[list[Hypothesis]]]]:
+        """Yield the rows of each batch and their hypotheses, short sources first.
+
+        Args:
+            source: rows as `read` returns them.
+            decoding: search and batch size.
+            nbest: hypotheses per sentence, see `vinedresser.decode.decode`.
+        """
+        order, first = np.argsort(source.lengths, kind="stable"), 0
+        cap = self.experiment.task.max_target_length
         while first < len(order):
             # Sorted by length: the last sentence of a batch is its longest.
             last = first + 1
@@ -83,12 +98,10 @@ class Bundle:
                 and (last + 1 - first) * source.lengths[order[last]] <= decoding.max_padded_tokens
             ):
                 last += 1
-            group = order[first:last]
-            found = decode(self.model, *source.padded(group), decoding, cap=cap)
-            for i, ids in zip(group.tolist(), found.ids, strict=True):
-                result[i] = self.target_tokenizer.decode(ids)
+            rows = order[first:last]
+            found = decode(self.model, *source.padded(rows), decoding, cap=cap, nbest=nbest)
+            yield rows.tolist(), found.hypotheses
             first = last
-        return result
 
     def read(self, sentences: Sequence[str]) -> Side:
         """Tokenize sentences as `translate` takes them.
@@ -96,23 +109,34 @@ class Bundle:
         Raises:
             DataError: see `translate`.
         """
-        tokenizer, limit = self.source_tokenizer, self.experiment.task.max_source_length
-        is_frames, source = bool(tokenizer.features), Side.of([], tokenizer)
-        if not is_frames:
-            source = Side.of(list(sentences), tokenizer)
-        elif sentences:
-            frames = []
-            for number, paths in enumerate(sentences, 1):
-                with reworded(DataError, DataError, f"line {number}: "):
-                    frames.append(Side.of([paths.split("\t")], tokenizer))
-            source = join(frames)
-        for number, length in enumerate(source.lengths.tolist(), 1):
-            if length > limit or (length == 1 and not is_frames):
-                wanted = f"1 to {limit} frames" if is_frames else f"1 to {limit - 1} tokens"
-                found = f"{length} {'frames' if is_frames else 'tokens'}"
-                found = "nothing to read" if length == 1 else found
-                raise DataError(f"line {number}: {found}; wanted {wanted}")
+        source, problems = self.read_lines(sentences)
+        for number, problem in problems.items():
+            raise DataError(f"line {number + 1}: {problem}")
         return source
+
+    def read_lines(self, sentences: Sequence[str]) -> tuple[Side, dict[int, str]]:
+        """Tokenize sentences; return them with a problem for each that cannot be decoded."""
+        tokenizer, limit = self.source_tokenizer, self.experiment.task.max_source_length
+        problems: dict[int, str] = {}
+        if not tokenizer.features:
+            source = Side.of(list(sentences), tokenizer)
+        else:
+            frames = [nothing := Side.of([], tokenizer)]
+            for row, paths in enumerate(sentences):
+                try:
+                    frames.append(Side.of([paths.split("\t")], tokenizer))
+                except DataError as error:
+                    problems[row] = str(error.args[0])
+                    frames.append(Side(nothing.values, np.zeros(2, np.int64), nothing.features))
+            source = join(frames)
+        for row, length in enumerate(source.lengths.tolist()):
+            least = 1 if tokenizer.features else 2
+            if least <= length <= limit or row in problems:
+                continue
+            unit, wanted = ("frames", limit) if tokenizer.features else ("tokens", limit - 1)
+            found = f"{length} {unit}" if length > least else "nothing to read"
+            problems[row] = f"{found}; wanted 1 to {wanted} {unit}"
+        return source, problems
 
 
 def vocabulary_of(source: SourceEncoder, target: TextTokenizer, *, joint: bool) -> Vocabulary:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from vinedresser.batch import Batch
 from vinedresser.config import Decoding, Experiment
@@ -16,7 +16,7 @@ from vinedresser.data.batching.reader import Split, in_order
 from vinedresser.data.batching.side import Side
 from vinedresser.data.corpora.row import SourceItem
 from vinedresser.data.tokenizers.tokenizer import SourceEncoder, TextTokenizer
-from vinedresser.decode import decode
+from vinedresser.decode import decode, forced
 from vinedresser.errors import InterruptedRunError
 from vinedresser.metrics import measure
 from vinedresser.model import Seq2Seq
@@ -55,6 +55,7 @@ class Scores:
         teacher_forced_error: wrong argmax tokens among real ones, given gold prefixes, percent.
         exact_error: the metric `ser`, sentences not exactly right in percent.
         sentences: number of scored sentences.
+        length_ratio: decoded tokens per reference token, EOS included.
     """
 
     metric: str
@@ -64,6 +65,7 @@ class Scores:
     teacher_forced_error: float
     exact_error: float
     sentences: int
+    length_ratio: float
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON with the value under the metric's own name: `{"per": 11.6, ...}`."""
@@ -73,12 +75,28 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Scores and the texts that they were computed from, in the order of the split."""
+    """Scores and what they were computed from, in the order of the split.
+
+    Attributes:
+        scores: of all sentences together.
+        sources: source texts, or paths of recordings.
+        hypotheses: decoded texts.
+        references: texts of the corpus.
+        outputs: decoded ids of each sentence and EOS.
+        targets: reference ids of each sentence, EOS included.
+        is_wrong: whether the most probable token, given the reference's prefix, is another: one
+            flag per id of `targets`.
+        folds_case: capitals and small letters count as equal.
+    """
 
     scores: Scores
     sources: list[str]
     hypotheses: list[str]
     references: list[str]
+    outputs: list[list[int]]
+    targets: list[list[int]]
+    is_wrong: list[list[bool]]
+    folds_case: bool = False
 
     def samples(self, count: int = 20) -> list[tuple[str, str, str]]:
         """Return (source, reference, hypothesis) of the first sentences."""
@@ -136,8 +154,7 @@ def evaluate(
     Raises:
         InterruptedRunError: `should_stop` returned true.
     """
-    rows: list[int] = []
-    texts: list[str] = []
+    found: dict[int, tuple[list[int], list[int], list[bool]]] = {}
     nll = wrong = tokens = 0.0
     batches = in_order(
         split, tokens=scoring.decoding.max_padded_tokens, sentences=scoring.sentences
@@ -153,15 +170,24 @@ def evaluate(
             states_ND, gold_N = model(batch)[is_real_BT], batch.target_BT[is_real_BT]
             log_p_NV = model.output.log_probs(states_ND)
             nll += float(F.nll_loss(log_p_NV, gold_N, reduction="sum"))
-            wrong += float((log_p_NV.argmax(-1) != gold_N).sum())
+            is_wrong_N = log_p_NV.argmax(-1) != gold_N
+            wrong += float(is_wrong_N.sum())
             tokens += len(gold_N)
             decoded = decode(
                 model, batch.source_BS, batch.source_lengths_B, scoring.decoding, cap=scoring.cap
             )
-            rows += host_batch.rows_B.tolist()
-            texts += [tokenizer.decode(ids) for ids in decoded.ids]
-    by_row = sorted(zip(rows, texts, strict=True))
-    order, hypotheses = [row for row, _ in by_row], [text for _, text in by_row]
+            sizes = is_real_BT.sum(1).tolist()
+            of_rows = (
+                [[*ids, EOS] for ids in decoded.ids],
+                [ids.tolist() for ids in torch.split(gold_N, sizes)],
+                [flags.tolist() for flags in torch.split(is_wrong_N, sizes)],
+            )
+            found |= zip(host_batch.rows_B.tolist(), zip(*of_rows, strict=True), strict=True)
+    order = sorted(found)
+    outputs = [found[row][0] for row in order]
+    targets = [found[row][1] for row in order]
+    is_wrong = [found[row][2] for row in order]
+    hypotheses = [tokenizer.decode(ids[:-1]) for ids in outputs]
     references = [split.references[row] for row in order]
     # Hypotheses without capitals are not scored against references with them.
     folds = tokenizer.folds_case
@@ -169,13 +195,15 @@ def evaluate(
     scores = Scores(
         metric=scoring.metric,
         value=measured.value,
-        signature=measured.signature,
+        signature=f"{measured.signature}|{scoring.decoding.signature}|cap:{scoring.cap}",
         teacher_forced_loss=nll / tokens,
         teacher_forced_error=100 * wrong / tokens,
         exact_error=measure("ser", hypotheses, references, folds_case=folds).value,
         sentences=len(references),
+        length_ratio=sum(map(len, outputs)) / tokens,
     )
-    return Evaluated(scores, [split.sources[row] for row in order], hypotheses, references)
+    sources = [split.sources[row] for row in order]
+    return Evaluated(scores, sources, hypotheses, references, outputs, targets, is_wrong, folds)
 
 
 @dataclass(frozen=True)
@@ -220,7 +248,7 @@ def conditioning_gap(model: Seq2Seq, batches: Iterable[Batch]) -> Conditioning:
             if len(host_batch.rows_B) < 2:
                 continue
             batch = host_batch.to(model.device)
-            own_B, other_B = (sentence_nll(model, b) for b in (batch, with_other_sources(batch)))
+            own_B, other_B = (forced(model, b) for b in (batch, with_other_sources(batch)))
             gaps.append((other_B - own_B).double().cpu())
             true.append(own_B.double().cpu())
             counts.append(host_batch.target_lengths_B.double())
@@ -239,12 +267,3 @@ def with_other_sources(batch: Batch) -> Batch:
     shift = len(batch.rows_B) // 2
     lengths_B = batch.source_lengths_B.roll(shift)
     return replace(batch, source_BS=batch.source_BS.roll(shift, 0), source_lengths_B=lengths_B)
-
-
-def sentence_nll(model: Seq2Seq, batch: Batch) -> Tensor:
-    """Return the teacher-forced NLL of each target, EOS included, in nats: (B,)."""
-    is_real_BT = batch.is_real_BT
-    log_p_NV = model.output.log_probs(model(batch)[is_real_BT])
-    nll_N = F.nll_loss(log_p_NV, batch.target_BT[is_real_BT], reduction="none")
-    sentence_N = is_real_BT.nonzero()[:, 0]
-    return nll_N.new_zeros(len(batch.rows_B)).index_add(0, sentence_N, nll_N)

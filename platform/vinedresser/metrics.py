@@ -1,7 +1,8 @@
 """Metrics of decoded text: one table of unit, direction, corpus score and sentence score.
 
 Every metric is a percentage or points, so that the same thresholds mean the same everywhere.
-sacreBLEU and jiwer compute them. A new metric is one line of METRICS.
+sacreBLEU, jiwer and rouge-score compute them. A new metric is one line of METRICS; a learned one,
+as COMET, is a module of its own that calls its library and returns the same two values.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 
-from vinedresser.errors import DataError
+from vinedresser.errors import ConfigError, DataError
 
 # Largest absolute difference between the log-probabilities of a model and of what replaces it.
 PARITY_TOLERANCE = 1e-5
@@ -68,7 +69,10 @@ def _points(unit: str, name: str, *, is_lower_better: bool = False) -> Metric:
 
 
 def _errors(unit: str, per: str) -> Metric:
-    """Return an error rate in percent per reference phone, word, character or sentence."""
+    """Return an error rate in percent per reference phone, word, character or sentence.
+
+    `exact` is the share of sentences without an error.
+    """
 
     def scored(
         hypotheses: Sequence[str], references: Sequence[str], folds_case: bool
@@ -77,17 +81,42 @@ def _errors(unit: str, per: str) -> Metric:
             hypotheses, references = (
                 [text.lower() for text in side] for side in (hypotheses, references)
             )
-        signature = f"nrefs:1{'|case:lc' * folds_case}|unit:{per}"
-        if per == "sentences":
+        signature = (
+            f"nrefs:1{'|case:lc' * folds_case}|unit:{'sentences' if per == 'exact' else per}"
+        )
+        if per in ("sentences", "exact"):
             wrong = sum(h != r for h, r in zip(hypotheses, references, strict=True))
-            return 100 * wrong / len(references), signature
+            share = 100 * wrong / len(references)
+            return share if per == "sentences" else 100 - share, signature
         import jiwer
 
         rate = jiwer.cer if per == "characters" else jiwer.wer
         value = 100 * float(rate(list(references), list(hypotheses)))
         return value, f"{signature}|jiwer:{version('jiwer')}"
 
-    return Metric(unit, True, scored, scored)
+    return Metric(unit, per != "exact", scored, scored)
+
+
+def _overlap(unit: str, name: str) -> Metric:
+    """Return the mean F1 of rouge-score over sentences; it folds case and drops non-ASCII signs."""
+
+    def scored(
+        hypotheses: Sequence[str], references: Sequence[str], _folds_case: bool
+    ) -> tuple[float, str]:
+        try:
+            scorer_class = import_module("rouge_score.rouge_scorer").RougeScorer
+        except ModuleNotFoundError:
+            raise ConfigError(
+                f"metric {name.lower()}: rouge-score is not installed. Fix: pip install "
+                "'vinedresser[rouge]'"
+            ) from None
+        scorer = scorer_class([name])
+        pairs = zip(references, hypotheses, strict=True)
+        total = sum(scorer.score(*pair)[name].fmeasure for pair in pairs)
+        signature = f"nrefs:1|case:lc|stem:no|tok:ascii|version:{version('rouge-score')}"
+        return 100 * total / len(references), signature
+
+    return Metric(unit, False, scored, scored)
 
 
 METRICS: Mapping[str, Metric] = {
@@ -100,6 +129,10 @@ METRICS: Mapping[str, Metric] = {
     "cer": _errors("edits per 100 reference characters", "characters"),
     # What papers on grapheme-to-phoneme conversion call word error rate.
     "ser": _errors("percent of sentences with any error; the WER of pronunciations", "sentences"),
+    "exact": _errors("percent of sentences without any error", "exact"),
+    "rouge1": _overlap("points of ROUGE-1 F1, 0 to 100; needs the extra `rouge`", "rouge1"),
+    "rouge2": _overlap("points of ROUGE-2 F1, 0 to 100; needs the extra `rouge`", "rouge2"),
+    "rougel": _overlap("points of ROUGE-L F1, 0 to 100; needs the extra `rouge`", "rougeL"),
 }
 
 

@@ -26,11 +26,13 @@ _LENGTHS: dict[str, Callable[[str], int]] = {
 
 @dataclass(frozen=True)
 class PairedBootstrap:
-    """Scores of two models on the same sentences, and the spread of their difference.
+    """Scores of two sides on the same sentences, and the spread of their difference.
+
+    A side is a model, or several that were trained alike with other seeds; its score is their mean.
 
     Attributes:
         metric: name of the score.
-        values: corpus scores of the first and the second model.
+        values: corpus scores of the first and the second side.
         gains: by how much the first is better in each sample, whatever the direction of the metric.
     """
 
@@ -44,6 +46,13 @@ class PairedBootstrap:
         low, high = np.percentile(self.gains, [tail, 100 - tail])
         return float(low), float(high)
 
+    @property
+    def p_value(self) -> float:
+        """Return the smallest 1 - confidence whose interval leaves out 0, at most 1."""
+        count = len(self.gains)
+        tails = ((self.gains <= 0).sum(), (self.gains >= 0).sum())
+        return float(min(1.0, 2 * (1 + min(tails)) / (count + 1)))
+
     def share(self, *, at_least: float) -> float:
         """Return the share of samples in which the gain is at least as large."""
         return float((self.gains >= at_least).mean())
@@ -51,17 +60,20 @@ class PairedBootstrap:
 
 def paired_bootstrap(
     metric: str,
-    hypotheses: tuple[Sequence[str], Sequence[str]],
+    hypotheses: tuple[Sequence[Sequence[str]], Sequence[Sequence[str]]],
     references: Sequence[str],
     *,
     folds_case: bool = False,
     samples: int = 1000,
 ) -> PairedBootstrap:
-    """Compare two models by resampling sentences; the same inputs give the same numbers.
+    """Compare two sides by resampling sentences; the same inputs give the same numbers.
+
+    The models of a side are drawn with replacement too, so that the spread between seeds counts.
 
     Args:
         metric: a name of METRICS.
-        hypotheses: of the first and of the second model, in the order of the references.
+        hypotheses: of each model of the first and of the second side, in the order of the
+            references.
         references: text of the corpus.
         folds_case: capitals and small letters count as equal.
         samples: number of draws.
@@ -69,14 +81,29 @@ def paired_bootstrap(
     Raises:
         DataError: no sentences, or not one hypothesis per reference.
     """
-    values = [measure(metric, side, references, folds_case=folds_case).value for side in hypotheses]
-    sides = [_statistics(metric, side, references, folds_case=folds_case) for side in hypotheses]
+    values = [
+        float(
+            np.mean(
+                [measure(metric, texts, references, folds_case=folds_case).value for texts in side]
+            )
+        )
+        for side in hypotheses
+    ]
+    sides = [
+        [_statistics(metric, texts, references, folds_case=folds_case) for texts in side]
+        for side in hypotheses
+    ]
     draw, count = np.random.default_rng(0), len(references)
     gains = np.empty(samples)
     for sample in range(samples):
         times = np.bincount(draw.integers(count, size=count), minlength=count)
-        first, second = (score(times @ rows) for rows, score in sides)
-        gains[sample] = second - first if is_lower_better(metric) else first - second
+        means = []
+        for side in sides:
+            models = draw.integers(len(side), size=len(side)) if len(side) > 1 else (0,)
+            means.append(
+                np.mean([score(times @ rows) for rows, score in (side[m] for m in models)])
+            )
+        gains[sample] = means[1] - means[0] if is_lower_better(metric) else means[0] - means[1]
     return PairedBootstrap(metric, (values[0], values[1]), gains)
 
 
@@ -88,13 +115,15 @@ def _statistics(
         name = _SACREBLEU[metric]
         options = {} if metric == "ter" else {"lowercase": folds_case}
         scorer: Any = getattr(import_module(f"sacrebleu.metrics.{metric}"), name)(**options)
-        rows = scorer._extract_corpus_statistics(list(hypotheses), [list(references)])
+        stats = scorer._extract_corpus_statistics(list(hypotheses), [list(references)])
 
         def points(sums: NDArray[Any]) -> float:
             return float(scorer._compute_score_from_stats([float(each) for each in sums]).score)
 
-        return np.array(rows), points
+        return np.array(stats), points
     length = _LENGTHS.get(metric)
     lengths = np.array([length(text) if length else 1 for text in references], np.float64)
     scores = np.array(sentence_scores(metric, hypotheses, references, folds_case=folds_case))
-    return np.stack([scores * lengths, lengths], 1), lambda sums: float(sums[0] / sums[1])
+    # Of an empty reference, an error rate is 100 per inserted token, as in jiwer.
+    rows = np.stack([scores * np.maximum(lengths, 1), lengths], 1)
+    return rows, lambda sums: float(sums[0] / max(sums[1], 1))

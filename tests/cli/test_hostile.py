@@ -269,7 +269,7 @@ def test_hostile_options_of_decoding(run: Run, files: None, bundle: Path, verb: 
         (b"a b\nc \xe9 d\n", "standard input:2:3: byte 0xe9"),
         ("ä ".encode() + b"\xc3", "standard input:1:4: byte 0xc3"),
         (b"a\n\nb\0c\n", "standard input:3:2: NUL"),
-        (b"a " * 100_000, "line 1"),
+        (b"a " * 100_000, "standard input:1: 100001 tokens"),
     ],
 )
 def test_hostile_lines_to_translate(run: Run, bundle: Path, stdin: bytes, place: str) -> None:

@@ -415,9 +415,10 @@ def test_evaluate_and_translate_search_alike(
     )
     found, search = [], decode.beam_search
 
-    def recorded(*given: Any, beam: int, alpha: float, cap: int) -> Any:
-        found.append((beam, alpha))
-        return search(*given, beam=beam, alpha=alpha, cap=cap)
+    def recorded(model: Any, *source: Any, **more: Any) -> Any:
+        decoding = source[2]
+        found.append((decoding.beam, decoding.length_alpha))
+        return search(model, *source, **more)
 
     monkeypatch.setattr(decode, "beam_search", recorded)
     for words in (["evaluate", changed, files("task.json"), "split=dev"], ["translate", changed]):
@@ -433,6 +434,10 @@ def test_evaluate_and_translate_search_alike(
     [
         (["split=dev"], "split: unknown key"),
         (["length_alpha=0.5"], "length_alpha: no effect on greedy search; set beam=2 or more"),
+        (["beam_spread=3"], "beam_spread: no effect without beams; Fix: beam=2 or more"),
+        (["top_k=5"], "top_k: no effect on a search; Fix: sample=true"),
+        (["sample=true", "beam=2"], "sample: no search, but beam is 2; Fix: beam=1"),
+        (["nbest=3", "beam=2"], "nbest: 3 hypotheses of a beam of 2; Fix: beam=3, or sample=true"),
     ],
 )
 def test_translate_refuses_options_without_effect(
@@ -443,11 +448,98 @@ def test_translate_refuses_options_without_effect(
     assert message in err
 
 
+def test_translate_shows_hypotheses_and_scores(
+    in_process: Any, bundle: Path, monkeypatch: Any
+) -> None:
+    def lines(*options: str) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b c\n\nd e\n")))
+        code, out, err = in_process("translate", bundle, *options)
+        assert (code, err) == (0, "")
+        return out.split("\n")[:-1]
+
+    plain = lines("beam=4")
+    rows = [line.split("\t") for line in lines("beam=4", "nbest=3", "scores=true")]
+    assert [number for number, *_ in rows] == ["1"] * 3 + ["2"] + ["3"] * 3
+    assert [rows[i][2] for i in (0, 3, 4)] == plain
+    assert rows[3][1] == ""
+    scores = [float(row[1]) for row in rows if row[1]]
+    assert scores == [*sorted(scores[:3], reverse=True), *sorted(scores[3:], reverse=True)]
+    as_json = [json.loads(line) for line in lines("beam=4", "nbest=3", "scores=true", "--json")]
+    assert [row["output"] for row in as_json] == plain
+    assert [each["output"] for each in as_json[2]["nbest"]] == [row[2] for row in rows[4:]]
+    assert as_json[0]["score"] == pytest.approx(scores[0], abs=1e-4)
+    drawn = lines("sample=true", "temperature=3", "nbest=2")
+    assert drawn == lines("sample=true", "temperature=3", "nbest=2")
+    assert drawn != lines("sample=true", "temperature=3", "nbest=2", "seed=1")
+
+
+def test_a_bad_line_is_one_error_and_the_others_come_out(
+    in_process: Any, bundle: Path, monkeypatch: Any
+) -> None:
+    bad = {2: b"a \xff", 4: b"b\0c", 6: b"a " * 100, 1003: b"\xc3"}
+    # Two windows of 65,536 bytes.
+    rows = [
+        bad.get(number, b"a b " + b"c " * 10 * (number % 2) + b" " * 60)
+        for number in range(1, 1101)
+    ]
+    shown = {}
+    for options in ((), ("--strict",), ("--json",)):
+        stdin = io.BytesIO(b"".join(row + b"\n" for row in rows))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
+        shown[options] = in_process("translate", bundle, *options)
+    code, out, err = shown[()]
+    assert code == 2
+    assert [i for i, line in enumerate(out.split("\n")[:-1], 1) if not line] == list(bad)
+    assert len(out.split("\n")[:-1]) == 1100
+    errors = err.splitlines()
+    assert [line.split(":")[1] for line in errors] == [str(number) for number in bad]
+    assert errors[0].startswith("error[E-DATA] standard input:2:3: byte 0xff is not UTF-8")
+    assert "4:2: NUL character" in errors[1]
+    assert "6: 101 tokens; wanted 1 to 19 tokens" in errors[2]
+    code, out, err = shown[("--strict",)]
+    assert (code, len(out.splitlines()), err.splitlines()) == (2, 1, errors[:1])
+    code, out, err = shown[("--json",)]
+    assert ["error" in json.loads(line) for line in out.splitlines()[:6]] == [0, 1, 0, 1, 0, 1]
+
+
+def test_translate_streams(bundle: Path, root: Path) -> None:
+    """A line comes out before the next goes in; a reader that leaves ends it quietly."""
+    code = "import sys; from vinedresser.cli import main; sys.exit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "translate", str(bundle)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for _ in range(2):
+            process.stdin.write(b"a b c\n")
+            process.stdin.flush()
+            assert process.stdout.readline().strip()
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            for _ in range(200):
+                process.stdin.write(b"a b c\n" * 100)
+                process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) in (0, 141)
+
+
 def test_evaluate_scores_a_split(in_process: Any, bundle: Path, files: Any) -> None:
     code, out, _ = in_process("evaluate", bundle, files("task.json"), "split=dev", "--json")
     scores = json.loads(out)
     assert code == 0
     assert (scores["split"], scores["sentences"]) == ("dev", 40)
+    assert scores["signature"].endswith("|search:greedy|cap:20")
+    assert sum(scores["by_length"]["sentences"]) == 40
+    assert scores["by_position"]["position"][0] == "1-5"
+    code, out, _ = in_process(
+        "evaluate", bundle, files("task.json"), "split=dev", "--json", "beam=3", "beam_spread=9"
+    )
+    assert "|beam:3|alpha:0.6|spread:9|" in json.loads(out)["signature"]
+    assert code == 0
     trained = json.loads((bundle.parent / "outcome.json").read_text())["scores"]
     assert scores["per"] == pytest.approx(trained["per"])
     code, out, err = in_process("evaluate", bundle, files("task.json"), "--json")

@@ -8,6 +8,7 @@ from tests.batches import pad_ids
 from tests.trainables.variants import ATTENTION_RNN
 from trainables.attention_rnn import PRESETS, AttentionRnn, AttentionRnnConfig
 from vinedresser.batch import Batch
+from vinedresser.config import Decoding
 from vinedresser.decode import beam_search
 from vinedresser.errors import ConfigError
 from vinedresser.model import Vocabulary
@@ -150,7 +151,9 @@ def test_beam_search_encodes_a_source_once(order):
     model, calls = build(**ORDERS[order]), []
     model.encoder.register_forward_hook(lambda *_: calls.append(1))
     model.attend.score.key.register_forward_hook(lambda *_: calls.append(2))
-    beam_search(model, BATCH.source_BS, BATCH.source_lengths_B, beam=3, alpha=1, cap=20)
+    beam_search(
+        model, BATCH.source_BS, BATCH.source_lengths_B, Decoding(beam=3, length_alpha=1), cap=20
+    )
     assert calls == [1, 2]
 
 

@@ -26,7 +26,7 @@ from tests.batches import pad_ids
 from tests.processes import Forked
 from tests.trainables.variants import FORMS
 from vinedresser.batch import Batch
-from vinedresser.config import Experiment, ModelConfig, Terms
+from vinedresser.config import Decoding, Experiment, ModelConfig, Terms
 from vinedresser.config.kinds import ZOO, kind_class
 from vinedresser.decode import beam_search, greedy
 from vinedresser.model import Memory, Seq2Seq, Vocabulary
@@ -476,7 +476,9 @@ def test_overfits_one_batch_and_decodes_it(config, batch):
     assert loss < 0.03
     spoken = [ids[:-1] for ids in TARGET]
     assert greedy(model, batch.source_BS, batch.source_lengths_B, cap=20).ids == spoken
-    beams = beam_search(model, batch.source_BS, batch.source_lengths_B, beam=3, alpha=0, cap=20)
+    beams = beam_search(
+        model, batch.source_BS, batch.source_lengths_B, Decoding(beam=3, length_alpha=0), cap=20
+    )
     assert beams.ids == spoken
 
 

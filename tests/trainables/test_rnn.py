@@ -10,6 +10,7 @@ from torch import nn
 from tests.batches import pad_ids
 from trainables.rnn import Rnn, RnnConfig
 from vinedresser.batch import Batch
+from vinedresser.config import Decoding
 from vinedresser.decode import beam_search, greedy
 from vinedresser.model import Memory, Vocabulary
 from vinedresser.objective import target_nll
@@ -133,7 +134,9 @@ def test_nothing_attends_and_a_source_is_encoded_once():
     model, calls = build(), []
     assert model.attention(BATCH) == {}
     model.source_embedding.register_forward_hook(lambda *_: calls.append(1))
-    beam_search(model, BATCH.source_BS, BATCH.source_lengths_B, beam=3, alpha=1, cap=20)
+    beam_search(
+        model, BATCH.source_BS, BATCH.source_lengths_B, Decoding(beam=3, length_alpha=1), cap=20
+    )
     assert calls == [1]
 
 

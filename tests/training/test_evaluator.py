@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.memory_tracker import MemoryTracker
 from tests.short_run import a_run, experiment
 from vinedresser.bundle import load_bundle
 from vinedresser.data.batching.reader import load_split
 from vinedresser.data.shards import ShardSet, tokenizers
 from vinedresser.errors import DivergedError, TrainingError
 from vinedresser.evaluate import Evaluated, Scores, Scoring, evaluate, measure_exposure_gap
+from vinedresser.metrics import measure
 from vinedresser.nn.gates import head_gates
 from vinedresser.special_ids import EOS
 from vinedresser.training import evaluator
@@ -131,8 +133,8 @@ def test_gated_runs_report_the_best_and_ship_the_last(reversal, tmp_path, monkey
 
 
 def texts(hypotheses: list[str], references: list[str], **scores: Any) -> Evaluated:
-    found = Scores("cer", 12.5, "", 0.0, scores["error"], 0.0, len(references))
-    return Evaluated(found, references, hypotheses, references)
+    found = Scores("cer", 12.5, "", 0.0, scores["error"], 0.0, len(references), 1.0)
+    return Evaluated(found, references, hypotheses, references, [], [], [])
 
 
 def test_the_exposure_gap_counts_tokens_on_both_sides(reversal):
@@ -169,3 +171,29 @@ def distance(a: list[int], b: list[int]) -> int:
         for j, y in enumerate(b, 1):
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
     return row[-1]
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_the_last_evaluation_stores_what_the_model_that_ships_decodes(
+    is_resumed, reversal, tmp_path, monkeypatch
+):
+    """A run that resumed after its best evaluation decodes dev again."""
+    tracker = MemoryTracker()
+    config = experiment(reversal, **{"evaluation.sentences": 0})
+    run = a_run(config, reversal, tmp_path, tracker=tracker)
+    log_tables = run.evaluator._log_tables
+
+    def resumed(*given: Any) -> None:
+        run.evaluator._shipping = None if is_resumed else run.evaluator._shipping
+        log_tables(*given)
+
+    monkeypatch.setattr(run.evaluator, "_log_tables", resumed)
+    outcome = run.execute()
+    assert outcome is not None
+    found = tracker.artifacts["dev/sentences.json"]
+    assert len(found["source"]) == 40
+    value = measure("per", found["hypothesis"], found["reference"]).value
+    assert value == pytest.approx(outcome.scores["per"])
+    assert len(tracker.artifacts["dev/worst.json"]["source"]) == 20
+    assert sum(tracker.artifacts["dev/by_length.json"]["sentences"]) == 40
+    assert "decoded_error" in tracker.artifacts["dev/by_position.json"]

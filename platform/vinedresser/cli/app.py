@@ -119,8 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = app(words, standalone_mode=False)
     except KeyboardInterrupt:
         return _exit_code(interrupt)
-    except BrokenPipeError:
-        sys.stdout = None
+    except SystemExit:  # of Typer when the reader of stdout has left; it has muted the streams
         return 0
     except typer.Exit as error:
         return error.exit_code

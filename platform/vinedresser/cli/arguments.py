@@ -113,6 +113,18 @@ def split_options(words: Sequence[str], *sections: Section) -> list[dict[str, An
     return parts
 
 
+def check_decoding(values: Mapping[str, Any]) -> None:
+    """Refuse an option of Decoding that no bundle accepts, before one is read.
+
+    Raises:
+        ConfigError: an unknown or bad option.
+    """
+    for key, value in values.items():
+        is_of_draws = key in ("seed", "temperature", "top_k", "top_p")
+        base = Decoding(sample=is_of_draws, beam=2 if key == "beam_spread" else 1)
+        base.override({key: value})
+
+
 def decoding_of(default: Decoding, values: Mapping[str, Any]) -> Decoding:
     """Return a bundle's decoding with the options of a command.
 

@@ -22,7 +22,7 @@ def compare(
     split = load_split(shards, split_name)
     return paired_bootstrap(
         shards.task.metric,
-        (hypotheses(challenger, shards, split), hypotheses(champion, shards, split)),
+        ([hypotheses(challenger, shards, split)], [hypotheses(champion, shards, split)]),
         split.references,
         folds_case=challenger.target_tokenizer.folds_case or champion.target_tokenizer.folds_case,
     )

@@ -6,12 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
+from vinedresser.breakdown import by_length, by_position, sentences
 from vinedresser.bundle import vocabulary_of
 from vinedresser.config import Experiment
 from vinedresser.data.batching.reader import in_order, load_split
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import TrainingError
-from vinedresser.evaluate import Scores, Scoring, conditioning_gap, evaluate, measure_exposure_gap
+from vinedresser.evaluate import (
+    Evaluated,
+    Scoring,
+    conditioning_gap,
+    evaluate,
+    measure_exposure_gap,
+)
 from vinedresser.figures.attention_maps import AttentionWatch, Tokenizers
 from vinedresser.metrics import is_better, worst
 from vinedresser.nn.gates import head_gates
@@ -49,6 +56,7 @@ class Evaluator:
         self.best_step = 0
         self.best_scores: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
+        self._shipping: Evaluated | None = None
         self._watch: AttentionWatch | None = None
         if device.rank > 0:
             return
@@ -117,7 +125,7 @@ class Evaluator:
         evaluated = evaluate(self.model, self._dev, target, scoring, should_stop=should_stop)
         gates = head_gates(self.model)
         open_heads = float(sum(int((g.deterministic() > 0).sum()) for g in gates))
-        self._keep(evaluated.scores, weights, step, {"heads": open_heads} if gates else {})
+        self._keep(evaluated, weights, step, {"heads": open_heads} if gates else {})
         rows = ["source\treference\thypothesis", *("\t".join(r) for r in evaluated.samples())]
         self._tracker.text("\n".join(rows) + "\n", f"samples/step-{step:08d}.tsv")
         best = self.best_so_far
@@ -127,6 +135,7 @@ class Evaluator:
             "dev/teacher_forced_loss": evaluated.scores.teacher_forced_loss,
             "dev/teacher_forced_error": evaluated.scores.teacher_forced_error,
             "dev/exposure_gap": measure_exposure_gap(evaluated, target),
+            "dev/length_ratio": evaluated.scores.length_ratio,
         }
         tokens = experiment.decoding.max_padded_tokens
         slice_ = in_order(self._dev, tokens=tokens, sentences=_EXCHANGED)
@@ -138,12 +147,19 @@ class Evaluator:
             metrics |= self._watch.look(self.model, self._tracker, step)
         if gates:
             metrics["dev/heads"] = open_heads
+        if step == experiment.steps and not isinstance(self._tracker, NullTracker):
+            self._log_tables(scoring, should_stop)
         return {**metrics, "dev/parameters": float(sum(p.numel() for p in self.model.parameters()))}
 
     def _keep(
-        self, scores: Scores, weights: Mapping[str, Tensor], step: int, heads: Mapping[str, float]
+        self,
+        evaluated: Evaluated,
+        weights: Mapping[str, Tensor],
+        step: int,
+        heads: Mapping[str, float],
     ) -> None:
         """Add an evaluation to the history; keep its weights if they are the best so far."""
+        scores = evaluated.scores
         entry = {
             "step": float(step),
             "value": scores.value,
@@ -159,9 +175,28 @@ class Evaluator:
         if is_best and math.isfinite(scores.teacher_forced_loss):
             self.best = {name: t.clone() for name, t in weights.items()}
             self.best_step, self.best_scores = step, scores.to_json()
+            self._shipping = evaluated
         if step == self._experiment.steps and not self.best:
             raise TrainingError(
                 f"step {step}: no model to ship, the teacher-forced loss on dev was finite at none "
                 f"of {len(self.history)} evaluations; lower optim.lr or optim.clip_norm, or "
                 "lengthen optim.warmup_steps"
             )
+
+    def _log_tables(self, scoring: Scoring, should_stop: Callable[[], bool]) -> None:
+        """Store what the weights that ship decode, sentence by sentence, and where they err."""
+        if self._shipping is None:  # evaluated before this process resumed the run
+            last = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.model.load_state_dict(self.best)
+            target = self._tokenizers[1]
+            self._shipping = evaluate(
+                self.model, self._dev, target, scoring, should_stop=should_stop
+            )
+            self.model.load_state_dict(last)
+        for name, columns in {
+            "sentences": sentences(self._shipping),
+            "worst": sentences(self._shipping, worst=20),
+            "by_position": by_position(self._shipping),
+            "by_length": by_length(self._shipping),
+        }.items():
+            self._tracker.table(columns, f"dev/{name}.json")

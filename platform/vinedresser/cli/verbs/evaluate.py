@@ -11,6 +11,7 @@ from vinedresser.cli.arguments import (
     Overrides,
     SplitOption,
     WorkspaceFolder,
+    check_decoding,
     decoding_of,
     open_model,
     split_options,
@@ -25,8 +26,12 @@ def evaluate(
     workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Score a model on a task. Its options are `split=dev`, `beam=4`, `length_alpha=0.6`."""
+    """Score a model on a task. Its options are `split=dev` and those of `translate`'s search.
+
+    With --json, the errors by target position and the scores by length are printed too.
+    """
     from vinedresser import evaluate as scoring
+    from vinedresser.breakdown import by_length, by_position
     from vinedresser.config import Decoding, Frames, Task, resolve
     from vinedresser.data.corpora.corpus import read
     from vinedresser.errors import ConfigError
@@ -34,7 +39,7 @@ def evaluate(
     value = resolve(task, [Task])
     parts = split_options(overrides or [], SplitOption(), Decoding(), value)
     options, value = SplitOption().override(parts[0]), value.override(parts[2])
-    Decoding().override(parts[1])  # a bad option is refused before the model is read
+    check_decoding(parts[1])
     bundle = open_model(model, workspace)
     is_of_frames = isinstance(value.source_tokenizer, Frames)
     if is_of_frames != bool(bundle.source_tokenizer.features):
@@ -52,7 +57,8 @@ def evaluate(
     )
     result = {"split": options.split, "beam": decoding.beam, **evaluated.scores.to_json()}
     if as_json:
-        return print_json(result)
+        parts_of = {"by_position": by_position(evaluated), "by_length": by_length(evaluated)}
+        return print_json(result | parts_of)
     for key, item in result.items():
         print(f"{key:22} {item:.4f}" if isinstance(item, float) else f"{key:22} {item}")
     return None

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from vinedresser.batch import Batch
-from vinedresser.decode import greedy
-from vinedresser.evaluate import sentence_nll
+from vinedresser.decode import forced, greedy
 from vinedresser.health.preflight.check import CheckResult
 from vinedresser.health.preflight.sentences import Sentence, collated, with_filled_padding
 from vinedresser.model import Seq2Seq
@@ -142,7 +141,7 @@ def _drift(nats_B: Tensor, own_B: Tensor) -> float:
 
 def _nats(model: Seq2Seq, batch: Batch) -> Tensor:
     """Return the nats per token of each sentence, (B,)."""
-    return sentence_nll(model, batch.to(model.device)).cpu() / batch.target_lengths_B
+    return forced(model, batch.to(model.device)).cpu() / batch.target_lengths_B
 
 
 def _greedy(model: Seq2Seq, batch: Batch, cap: int) -> list[list[int]]:
