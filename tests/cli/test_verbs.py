@@ -29,7 +29,8 @@ from vinedresser.workspace.commit import read_manifest
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 VERBS = (
-    "prepare", "train", "sweep", "prune", "export", "retrain", "evaluate", "translate", "runs",
+    "prepare", "train", "sweep", "prune", "export", "retrain", "evaluate", "compare", "translate",
+    "runs",
     "ui", "doctor", "describe", "attend", "check",
 )  # fmt: skip
 
@@ -545,6 +546,34 @@ def test_evaluate_scores_a_split(in_process: Any, bundle: Path, files: Any) -> N
     code, out, err = in_process("evaluate", bundle, files("task.json"), "--json")
     assert (code, out) == (2, "")
     assert "test" in err
+
+
+def test_compare_gives_a_verdict(in_process: Any, bundle: Path, files: Any, tmp_path: Path) -> None:
+    loaded = load_bundle(bundle)
+    spoilt = save_bundle(
+        tmp_path / "spoilt",
+        experiment=loaded.experiment,
+        weights={name: tensor * 0.5 for name, tensor in loaded.model.state_dict().items()},
+        tokenizers=(loaded.source_tokenizer, loaded.target_tokenizer),
+        scores=loaded.scores,
+    )
+    words = [bundle, bundle, spoilt, f"{bundle},{spoilt}", files("task.json"), "split=dev"]
+    code, out, err = in_process("compare", *words, "--json")
+    assert (code, err) == (0, "")
+    same, worse, mixed = json.loads(out)
+    assert same["verdict"] == "not distinguishable at 1,000 resamples"
+    assert (same["p"], same["better_by"]) == (1, [0, 0])
+    assert worse["verdict"] == "worse, p < 0.05"
+    assert worse["better_by"][1] < 0
+    assert worse["value"] > worse["value_against"] == same["value"]
+    assert mixed["value"] == pytest.approx((worse["value"] + same["value"]) / 2)
+    code, out, err = in_process("compare", *words, "metric=chrf", "beam=2", "resamples=100")
+    assert (code, err) == (0, "")
+    assert "dev chrf" in out
+    assert len(out.splitlines()) == 3
+    code, out, err = in_process("compare", bundle, files("task.json"))
+    assert (code, out) == (2, "")
+    assert "expected two models or more, then a task" in err
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "rnn-small", "listener", "conv-small", "rnn"])

@@ -12,6 +12,7 @@ import typer
 from vinedresser.cli.verbs import jobs, schedule
 from vinedresser.cli.verbs.attend import attend
 from vinedresser.cli.verbs.check import check
+from vinedresser.cli.verbs.compare import compare
 from vinedresser.cli.verbs.describe import describe
 from vinedresser.cli.verbs.doctor import doctor
 from vinedresser.cli.verbs.evaluate import evaluate
@@ -44,8 +45,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (
-    prepare, train, check, sweep, prune, export, retrain, evaluate, translate, describe, attend,
-    runs, sync, ui, doctor, submit,
+    prepare, train, check, sweep, prune, export, retrain, evaluate, compare, translate, describe,
+    attend, runs, sync, ui, doctor, submit,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(schedule.app, name="schedule")

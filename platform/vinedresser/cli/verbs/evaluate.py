@@ -1,6 +1,7 @@
 """`evaluate`: scores of a model on a split of a task's corpus."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +18,13 @@ from vinedresser.cli.arguments import (
     split_options,
 )
 from vinedresser.cli.render import print_json
+from vinedresser.config import Decoding, Frames, Task, resolve
+from vinedresser.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vinedresser.bundle import Bundle
+    from vinedresser.data.corpora.row import SourceItem
+    from vinedresser.evaluate import Evaluated
 
 
 def evaluate(
@@ -30,31 +38,17 @@ def evaluate(
 
     With --json, the errors by target position and the scores by length are printed too.
     """
-    from vinedresser import evaluate as scoring
     from vinedresser.breakdown import by_length, by_position
-    from vinedresser.config import Decoding, Frames, Task, resolve
     from vinedresser.data.corpora.corpus import read
-    from vinedresser.errors import ConfigError
 
     value = resolve(task, [Task])
     parts = split_options(overrides or [], SplitOption(), Decoding(), value)
     options, value = SplitOption().override(parts[0]), value.override(parts[2])
     check_decoding(parts[1])
     bundle = open_model(model, workspace)
-    is_of_frames = isinstance(value.source_tokenizer, Frames)
-    if is_of_frames != bool(bundle.source_tokenizer.features):
-        kinds = ("recordings", "text") if is_of_frames else ("text", "recordings")
-        raise ConfigError(
-            f"{task}: the source is {kinds[0]}, the input of model {model} is {kinds[1]}"
-        )
-    decoding = decoding_of(bundle.experiment.decoding, parts[1])
     rows = [(row.source, row.target) for row in read(value, options.split)]
-    evaluated = scoring.evaluate(
-        bundle.model,
-        scoring.tokenized(rows, bundle.source_tokenizer, bundle.target_tokenizer),
-        bundle.target_tokenizer,
-        scoring.Scoring(value.metric, decoding, value.max_target_length),
-    )
+    decoding = decoding_of(bundle.experiment.decoding, parts[1])
+    evaluated = evaluate_rows(bundle, value, rows, decoding)
     result = {"split": options.split, "beam": decoding.beam, **evaluated.scores.to_json()}
     if as_json:
         parts_of = {"by_position": by_position(evaluated), "by_length": by_length(evaluated)}
@@ -62,3 +56,28 @@ def evaluate(
     for key, item in result.items():
         print(f"{key:22} {item:.4f}" if isinstance(item, float) else f"{key:22} {item}")
     return None
+
+
+def evaluate_rows(
+    bundle: "Bundle", task: Task, rows: "Sequence[tuple[SourceItem, str]]", decoding: Decoding
+) -> "Evaluated":
+    """Decode and score the rows of a task's split.
+
+    Raises:
+        ConfigError: one of task and bundle is of recordings, the other of text.
+    """
+    from vinedresser.evaluate import Scoring, evaluate, tokenized
+
+    is_of_frames = isinstance(task.source_tokenizer, Frames)
+    if is_of_frames != bool(bundle.source_tokenizer.features):
+        kinds = ("recordings", "text") if is_of_frames else ("text", "recordings")
+        raise ConfigError(
+            f"{task.name}: the source is {kinds[0]}, the input of model {bundle.folder} is "
+            f"{kinds[1]}"
+        )
+    return evaluate(
+        bundle.model,
+        tokenized(rows, bundle.source_tokenizer, bundle.target_tokenizer),
+        bundle.target_tokenizer,
+        Scoring(task.metric, decoding, task.max_target_length),
+    )

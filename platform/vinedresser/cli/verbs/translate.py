@@ -32,7 +32,7 @@ _WINDOW = 65_536
 
 
 class Shown(Section):
-    """What `translate` prints of a line; its other keys are those of Decoding."""
+    """Options of `translate` on its output; its other keys are those of Decoding."""
 
     # Hypotheses per line, at most the beam; with `sample=true`, the number of draws. Above 1, each
     # is printed on a line of its own, after the number of its source line and a tab.
