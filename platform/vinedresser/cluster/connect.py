@@ -8,8 +8,10 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ _OBJECT_STORE_BYTES = 300_000_000
 
 # Timeout for a connection to RAY_ADDRESS.
 _CONNECT_SECONDS = 10
+# Between two looks at the head node, and without an answer until the command ends: Ray ends it
+# after 60, a head node that is restarted in between is not missed.
+_HEAD_LOOK_SECONDS, _HEAD_SECONDS = 5.0, 45.0
 
 # Read by Ray when it starts and by its child processes. Set unless the user has set them.
 # RAY_AUTH_MODE is not among them: a private cluster asks for a token by default, and setting the
@@ -109,11 +114,39 @@ def connect(
     try:
         if address != "local" and not admit_any:
             require_same_versions()
-        yield
+        with contextlib.nullcontext() if address == "local" else watching_head(address):
+            yield
     finally:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def watching_head(address: str) -> Iterator[None]:
+    """End the process with the code of the environment, 3, once the head node does not answer.
+
+    Ray itself ends it after a minute without an answer: with code 1 and no message.
+    """
+    ended = threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not ended.wait(_HEAD_LOOK_SECONDS):
+            try:
+                require_listener(address, "RAY_ADDRESS")
+                answered = time.monotonic()
+            except MachineError as error:
+                if time.monotonic() - answered > _HEAD_SECONDS:
+                    sys.stderr.write(f"{error}; then run the same command to resume\n")
+                    sys.stderr.flush()
+                    os._exit(error.exit_code)
+
+    threading.Thread(target=watch, name="head", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 @contextlib.contextmanager
