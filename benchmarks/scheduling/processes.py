@@ -169,6 +169,7 @@ def kills(folder: Path, points: int) -> dict[str, Any]:
     time.sleep(20)
     process.send_signal(signal.SIGTERM)
     process.wait()
+    time.sleep(10)
     lines = (folder / "evidence").read_text().splitlines()
     kinds = Counter(line.split()[0] for line in lines)
     records = stored(folder)

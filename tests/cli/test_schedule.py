@@ -51,7 +51,9 @@ def test_a_failed_slot_and_what_the_verbs_print_of_it(run: Run, tmp_path: Path) 
     assert attempt["seconds"] > 0
     assert "slots in a row failed" in shown["reason"]
     assert "failed" in run("show", "nightly")[1]
+    assert run("check", "nightly")[0] == 4  # paused by failures
     assert run("resume", "nightly")[0] == 0
+    assert run("check", "nightly")[0] == 0
     code, rows = run("ls", "--json")
     assert (code, [row["schedule"] for row in rows]) == (0, ["nightly"])
     assert rows[0]["failures"] == 0

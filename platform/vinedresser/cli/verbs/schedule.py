@@ -305,7 +305,7 @@ def check(
         for row in rows:
             good = f"last good slot {row['last_good']}" if row.get("last_good") else "no good slot"
             print_lines(f"{row['schedule']}: {row['state']}, {good}")
-    if any(row["overdue"] for row in rows):
+    if any(row["overdue"] or (row["state"] == "paused" and row["failures"]) for row in rows):
         raise typer.Exit(4)
 
 
