@@ -10,7 +10,7 @@ from collections.abc import Iterator
 FAULTS = {
     *(f"D{i:02d}" for i in range(1, 26) if i != 24),
     *(f"S{i:02d}" for i in range(5, 10)),
-    *(f"P{i:02d}" for i in (1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 14)),
+    *(f"P{i:02d}" for i in range(1, 15) if i != 10),
     *(f"T{i:02d}" for i in range(1, 23)),
 }
 

@@ -1,6 +1,7 @@
 """Ticks on a real workspace, with a clock and a run that the test drives."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -203,3 +204,22 @@ def test_overdue_is_an_event_once(tmp_path: Path) -> None:
         world.now = START + timedelta(hours=hour)
         tick.tick()
     assert [event for event, _ in world.events if event == "overdue"] == ["overdue"]
+
+
+@pytest.mark.fault("P04")
+def test_two_schedulers_at_once_run_each_slot_once(tmp_path: Path) -> None:
+    last = START + timedelta(hours=15)
+    worlds = [World(), World()]
+
+    def serve(world: World) -> None:
+        tick = ticker(world, tmp_path)
+        while (state := tick.ledger.state()) is None or state.through < last or state.open:
+            if state is not None:
+                world.now = state.through + timedelta(hours=not state.open)
+            tick.tick()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(serve, worlds))
+    runs = sorted(slot for world in worlds for slot in world.runs)
+    assert runs == [START + timedelta(hours=hour) for hour in range(16)]
+    assert len(stored(ticker(worlds[0], tmp_path))) == 16
