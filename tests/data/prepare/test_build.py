@@ -1,5 +1,6 @@
 """Preparation in one direction: every row is read and cleaned once, every file hashed once."""
 
+import dataclasses
 import json
 import pickle
 from collections import Counter
@@ -139,3 +140,18 @@ def test_a_worker_verifies_once_per_node_and_content(
     path.write_bytes(content)
     with pytest.raises(DamagedError, match="train-00000"):
         open_shards(shards.folder, digest=shards.digest)
+
+
+def test_a_worker_reads_a_copy_on_its_node_that_is_made_again_when_damaged(
+    text_task, tmp_path, monkeypatch
+):
+    shards = prepare(text_task(), tmp_path / "out")
+    monkeypatch.setattr(shards_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("VINEDRESSER_CACHE", str(tmp_path / "disk"))
+    copy = tmp_path / "disk" / "shards" / shards.folder.name
+    for _ in range(2):
+        opened = open_shards(shards.folder, digest=shards.digest)
+        assert opened == dataclasses.replace(shards, folder=copy)
+        damaged = copy / "train-00000.parquet"
+        damaged.write_bytes(damaged.read_bytes()[:-9])
+    assert open_shards(shards.folder) == shards  # a command reads the workspace
