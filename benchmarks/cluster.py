@@ -396,8 +396,17 @@ def nfs(folder: Path, tool: Path) -> dict[str, Any]:
     store = ["--object-store-memory", str(STORE_BYTES), "--block"]
     nodes = [on(0, ray, "start", "--head", "--port", port, "--num-cpus", "0",
                 "--include-dashboard", "false", *store)]  # fmt: skip
-    time.sleep(30)
+
+    def wait_for(count: int) -> None:
+        for _ in range(300):
+            time.sleep(1)
+            with contextlib.suppress(Exception):  # not up yet
+                if len(GcsClient(address).get_all_node_info(timeout=5)) >= count:
+                    return
+
+    wait_for(1)
     nodes.append(on(1, ray, "start", "--address", address, "--num-cpus", "4", *store))
+    wait_for(2)
     study = here.study(trials=4, steps=3000, checkpoint_every=3000, device="cpu", pause=0.05)
     path = here.folder / "study.json"
     path.write_text(json.dumps(study))
