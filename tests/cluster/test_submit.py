@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,19 +23,21 @@ MAIN = [sys.executable, "-c", "import sys; from vinedresser.cli import main; sys
 CANARY = "canary-5ecret-value"
 # Ports of its own: those that Ray takes by default may belong to another cluster.
 HEAD = """
-import sys
+import socket, sys
 from ray.cluster_utils import Cluster
-ports = {"dashboard_port": int(sys.argv[2]), "dashboard_agent_listen_port": 0}
-for number in (1, 2):  # Ray gives up after some seconds, which a busy machine can miss once
+for number in (1, 2, 3):  # Ray gives up after 30 s, which a busy machine can miss
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        ports = {"dashboard_port": probe.getsockname()[1], "dashboard_agent_listen_port": 0}
     try:
         cluster = Cluster(initialize_head=True, head_node_args={
             "num_cpus": 2, "object_store_memory": 100_000_000, "include_dashboard": True,
             "temp_dir": f"{sys.argv[1]}/{number}", **ports})
         break
     except Exception:
-        if number == 2:
+        if number == 3:
             raise
-print("ready", flush=True)
+print(ports["dashboard_port"], flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
@@ -107,19 +108,17 @@ def head(tmp_path_factory: pytest.TempPathFactory, reversal: Any) -> Iterator[He
     }  # fmt: skip
     (project / "experiment.json").write_text(json.dumps(experiment))
     (project / "task.json").write_text(json.dumps(experiment["task"]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="vd-test-", dir="/tmp") as folder:
         process = subprocess.Popen(
-            [sys.executable, "-c", HEAD, folder, str(port)], text=True,
+            [sys.executable, "-c", HEAD, folder], text=True,
             env=client_environment(token := "ab" * 16), stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            assert process.stdout.readline() == "ready\n"
+            port = process.stdout.readline().strip()
+            assert port.isdecimal()
             workspace = tmp_path_factory.mktemp("space")
             yield Head(f"http://127.0.0.1:{port}", token, Path(folder), project, workspace)
         finally:
