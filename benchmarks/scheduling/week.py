@@ -93,7 +93,7 @@ def week(folder: Path, days: int = DAYS, patience: float = 3600.0) -> dict[str, 
     _write(folder, 0)
     words = [*PROGRAM, "schedule", "serve", str(folder / "week.json"), "-w", str(space)]
     server = subprocess.Popen([*words, "--port", "-1"], cwd=Path(__file__).parents[2])
-    day, seen, harmed, loadable = 0, 0, set[int](), []
+    day, seen, harmed, loadable = 0, set[str](), set[int](), []
     ended: list[Record] = []
     while day < days and time.monotonic() < until:
         time.sleep(1)
@@ -102,8 +102,8 @@ def week(folder: Path, days: int = DAYS, patience: float = 3600.0) -> dict[str, 
             is_harmful = FAULTS.get(day) in ("crash", "lost node") and day not in harmed
             if record.state == "running" and is_harmful and _harm(day, record, folder):
                 harmed.add(day)
-        names = ledger.names()
-        for name in names[seen:]:
+        for name in [name for name in ledger.names() if name not in seen]:
+            seen.add(name)
             record = ledger.record(name)
             if record.state == "skipped" or (
                 record.state == "unchanged"
@@ -125,7 +125,6 @@ def week(folder: Path, days: int = DAYS, patience: float = 3600.0) -> dict[str, 
             print(json.dumps(table), flush=True)
             day += 1
             _write(folder, day)
-        seen = len(names)
     server.send_signal(signal.SIGTERM)
     server.wait()
     records = [ledger.record(name) for name in ledger.names()]
