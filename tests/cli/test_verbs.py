@@ -548,6 +548,35 @@ def test_evaluate_scores_a_split(in_process: Any, bundle: Path, files: Any) -> N
     assert "test" in err
 
 
+@pytest.mark.parametrize("beam", [1, 3])
+def test_evaluate_equals_translate_and_the_command_lines_of_the_libraries(
+    beam: int, in_process: Any, bundle: Path, files: Any, tmp_path: Path, tiny_study: Any,
+    monkeypatch: Any,
+) -> None:  # fmt: skip
+    dev = tiny_study["base"]["task"]["corpus"]["dev"]
+    stdin = io.TextIOWrapper(io.BytesIO(Path(dev["source"]).read_bytes()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, said, err = in_process("translate", bundle, f"beam={beam}")
+    assert (code, err) == (0, "")
+    (tmp_path / "said").write_text(said)
+    scored = {}
+    for metric in ("bleu", "per"):
+        words = (f"metric={metric}", "split=dev", f"beam={beam}", "--json")
+        code, out, err = in_process("evaluate", bundle, files("task.json"), *words)
+        assert (code, err) == (0, "")
+        scored[metric] = json.loads(out)[metric]
+    files_of = (dev["target"], str(tmp_path / "said"))
+    for metric, words in {
+        "bleu": ("sacrebleu", files_of[0], "-i", files_of[1], "-b", "-w", "6"),
+        "per": ("jiwer", "-r", files_of[0], "-h", files_of[1]),
+    }.items():
+        tool = str(Path(sys.executable).with_name(words[0]))
+        done = subprocess.run([tool, *words[1:]], capture_output=True, text=True, check=True)
+        value = float(done.stdout) * (100 if metric == "per" else 1)
+        assert scored[metric] == pytest.approx(value, abs=1e-5)
+        assert scored[metric] > 0
+
+
 def test_compare_gives_a_verdict(in_process: Any, bundle: Path, files: Any, tmp_path: Path) -> None:
     loaded = load_bundle(bundle)
     spoilt = save_bundle(
