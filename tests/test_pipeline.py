@@ -119,6 +119,54 @@ def test_the_finalist_goes_on_from_the_best_trial(tiny_study: dict[str, Any]) ->
         Pipeline.from_json({**plain, "finalist": {"stepps": 5}}).finalist_experiment(best)
 
 
+def check_grown_corpus(cli: Cli, place: Path) -> None:
+    """With a champion in the workspace: its corpus grows, is explained, scored and trained on."""
+    plain = json.loads((place / "mirror.json").read_text())
+
+    def written(name: str, *steps: str) -> Path:
+        changes = {"name": name, "steps": steps, "finalist": {"steps": 60, "optim.lr": 2e-3}}
+        (place / f"{name}.json").write_text(json.dumps({**plain, **changes}))
+        return place / f"{name}.json"
+
+    def table(*words: object, code: int = 0) -> dict[str, Any]:
+        done = cli("retrain", *words, "--json")
+        assert done.returncode == code, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    refresh = written("refresh", "prepare", "finetune", "prune", "register")
+    evaluate = written("fresh", "prepare", "evaluate")
+    same = table(refresh)
+    assert (same["verdict"], same["reason"]) == ("unchanged", "is the champion already")
+
+    for side, line in (("source", "a b c d"), ("target", "d c b a")):
+        for split in ("train", "test"):
+            with (place / f"{split}.{side}").open("a") as stream:
+                stream.write(f"{line} {'e' if split == 'test' else ''}\n".replace(" \n", "\n"))
+    rows = json.loads(cli("retrain", place / "mirror.json", "--explain", "--json").stdout)
+    assert "no shard set reversal-" in rows[0]["reason"]
+    assert {row["reason"] for row in rows[1:]} == {"prepare runs before it"}
+    refused = cli("retrain", place / "mirror.json", "--from", "prune")
+    assert refused.returncode == 2
+    assert "--from prune: prepare has to run before it: no shard set" in refused.stderr
+    ended = table(place / "mirror.json", "--until", "prepare")
+    assert (ended["verdict"], ended["reason"]) == (None, "ended after prepare")
+
+    drift = table(evaluate)
+    assert (drift["verdict"], drift["champion_version"]) == ("kept", 1)
+    own = json.loads((place / "workspace" / "mirror.json").read_text())["pruned_per"]
+    assert drift["drift"] == pytest.approx(drift["scores"]["champion"] - own, abs=1e-3)
+    again = table(evaluate)
+    assert (again["verdict"], again["drift"]) == ("unchanged", drift["drift"])
+
+    tuned = table(refresh)
+    assert tuned["verdict"] in ("promoted", "kept")
+    assert tuned["version"] == 2
+    assert f"against the champion's {drift['scores']['champion']:g}" in tuned["reason"]
+    code = {"promoted": 11, "kept": 11}[tuned["verdict"]]
+    assert table(refresh, "--exit-code", "--from", "register", code=code)["verdict"] == "unchanged"
+
+
 @pytest.mark.slow
 def test_the_chain_makes_a_champion_and_recognises_it(
     cli: Cli, place: Path, tiny_study: dict[str, Any]
@@ -172,6 +220,8 @@ def test_the_chain_makes_a_champion_and_recognises_it(
     waiting = cli("sync", MLFLOW_TRACKING_URI="http://127.0.0.1:1")
     assert waiting.returncode == 75, waiting.stderr
     assert "does not answer" in waiting.stderr
+    explained = cli("retrain", file, "--explain", "--json")
+    assert {row["reason"] for row in json.loads(explained.stdout)} == {""}, explained.stdout
 
     words = cli("translate", "models:/mirror@champion", stdin="a b c\n\nf e\n")
     assert words.returncode == 0, words.stderr
@@ -198,3 +248,17 @@ def test_the_chain_makes_a_champion_and_recognises_it(
     registered = json.loads(exported.stdout)
     assert (registered["version"], registered["already"]) == (1, True)
     assert registered["champion_version"] == 1
+    check_grown_corpus(cli, place)
+
+
+def test_a_pipeline_names_the_steps_that_a_step_needs(tiny_study: dict[str, Any]) -> None:
+    plain = pipeline_of(tiny_study, tiny_study["base"]["task"]["corpus"])
+    for steps, problem in (
+        (["sweep"], "begin with prepare"),
+        (["prepare", "prepare"], "each step once"),
+        (["prepare", "finalist"], "finalist needs sweep before it"),
+        (["prepare", "finetune", "register"], "register needs prune before it"),
+        (["prepare", "prune"], "prune needs finalist or finetune before it"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            Pipeline.from_json({**plain, "steps": steps})

@@ -27,6 +27,7 @@ from vinedresser.decode import Hypothesis, decode
 from vinedresser.errors import ConfigError, DataError
 from vinedresser.model import Seq2Seq, Vocabulary
 from vinedresser.workspace.commit import Manifest, commit, verify
+from vinedresser.workspace.holds import hold
 from vinedresser.workspace.layout import BundleFolder
 
 FORMAT = 1
@@ -168,7 +169,7 @@ def save_bundle(
 
 
 def load_bundle(origin: Path | Manifest) -> Bundle:
-    """Verify hashes first, then parse.
+    """Verify hashes first, then parse; the folder is held until this process ends.
 
     Args:
         origin: a folder, or the manifest of a folder that was verified already.
@@ -177,6 +178,7 @@ def load_bundle(origin: Path | Manifest) -> Bundle:
         DamagedError: the folder is incomplete or was changed.
         DataError: not a bundle, of another format, or its weights do not fit its model.
     """
+    hold(origin if isinstance(origin, Path) else origin.folder)
     manifest = verify(origin) if isinstance(origin, Path) else origin
     folder = manifest.folder
     files = BundleFolder(folder)

@@ -17,6 +17,7 @@ from vinedresser.cli.verbs.describe import describe
 from vinedresser.cli.verbs.doctor import doctor
 from vinedresser.cli.verbs.evaluate import evaluate
 from vinedresser.cli.verbs.export import export
+from vinedresser.cli.verbs.gc import gc
 from vinedresser.cli.verbs.prepare import prepare
 from vinedresser.cli.verbs.prune import prune
 from vinedresser.cli.verbs.retrain import retrain
@@ -46,7 +47,7 @@ app = typer.Typer(
 )
 for verb in (
     prepare, train, check, sweep, prune, export, retrain, evaluate, compare, translate, describe,
-    attend, runs, sync, ui, doctor, submit,
+    attend, runs, sync, gc, ui, doctor, submit,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(schedule.app, name="schedule")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from vinedresser.config.cleaning import Cleaning
-from vinedresser.config.corpus import AnyCorpus
+from vinedresser.config.corpus import AnyCorpus, DataPath
 from vinedresser.config.section import Section
 
 # One rule for every name that becomes a folder, a run or a model: no path, no shell, no control
@@ -80,6 +80,9 @@ class Task(Section):
     tokenizer: Tokenizer | None = None
     source_tokenizer: SourceTokenizer | None = None
     target_tokenizer: Tokenizer | None = None
+    # A model folder whose tokenizers are used; by default they are learned from train. Data for a
+    # model that is trained further needs the model's own.
+    tokenizers_of: DataPath | None = None
     metric: MetricName
     cleaning: Cleaning = Cleaning()
     # In tokens, end-of-sentence included. Longer pairs are dropped from train and counted.

@@ -35,6 +35,7 @@ from vinedresser.workspace.commit import (
     staging,
     verify,
 )
+from vinedresser.workspace.holds import hold
 from vinedresser.workspace.layout import content_folder
 from vinedresser.workspace.storage import POSIX, make_folder, node_cache
 
@@ -75,6 +76,45 @@ class ShardSet:
         return str(self.meta["reference_digests"][split])
 
 
+@dataclass(frozen=True)
+class Located:
+    """Inspected corpus of a task, and the shard set that belongs to both.
+
+    Attributes:
+        corpus: inspected.
+        digest: of everything that decides the shards.
+        folder: of the set, complete or absent.
+    """
+
+    corpus: Corpus
+    digest: str
+    folder: Path
+
+
+def locate(task: Task, root: Path) -> Located:
+    """Inspect the corpus of a task, and return the folder of its shard set under `root`.
+
+    Raises:
+        DataError: the corpus is not as expected.
+        ConfigError: a package that the corpus lives in is not installed.
+    """
+    corpus = open_corpus(task)
+    # Everything that decides the shards: paths count by content, names not at all.
+    plain = task.to_json()
+    del plain["name"]
+    plain["corpus"] = corpus.content()
+    if task.tokenizers_of is None:
+        del plain["tokenizers_of"]
+    else:
+        folder = Path(task.tokenizers_of)
+        sides = [load_source(folder, side).digest for side in ("source", "target")]
+        plain["tokenizers_of"] = sides
+    import sentencepiece
+
+    digest = digest_of({"schema": SCHEMA, "task": plain, "pieces": sentencepiece.__version__})
+    return Located(corpus, digest, content_folder(root, task.name, digest))
+
+
 def prepare(
     task: Task, root: Path, *, executor: Executor = "auto", connect: Connect | None = None
 ) -> ShardSet:
@@ -95,20 +135,19 @@ def prepare(
         ConfigError: a package that the corpus lives in is not installed.
         MachineError: disk full, no permission, no object storage, or Ray failed.
     """
-    corpus = open_corpus(task)
-    # Everything that decides the shards: paths count by content, names not at all.
-    plain = task.to_json()
-    del plain["name"]
-    plain["corpus"] = corpus.content()
-    import sentencepiece
-
-    digest = digest_of({"schema": SCHEMA, "task": plain, "pieces": sentencepiece.__version__})
-    folder = content_folder(root, task.name, digest)
+    located = locate(task, root)
+    corpus, folder = located.corpus, located.folder
     if folder.exists() and (shards := _reuse(folder, task, corpus)) is not None:
         return shards
     with commit(folder) as stage:
         build_shards(task, corpus, stage, executor, connect)
-        stage.meta |= {"digest": digest, "schema": SCHEMA, "task": task.to_json()}
+        stage.meta |= {
+            "digest": located.digest,
+            "schema": SCHEMA,
+            "task": task.to_json(),
+            "corpus": digest_of(corpus.content()),
+        }
+    hold(folder)
     shards = _shard_set(folder, read_manifest(folder))
     _log_report(shards, corpus)
     return shards
@@ -168,7 +207,7 @@ def _log_report(shards: ShardSet, corpus: Corpus) -> None:
 
 
 def open_shards(folder: Path, *, task: Task | None = None, digest: str = "") -> ShardSet:
-    """Read the report of a shard set and verify its files.
+    """Read the report of a shard set and verify its files; hold it until this process ends.
 
     A command calls this once, or `prepare`, and passes the value on. With a digest, as a worker
     process passes it, the files are hashed once per node, by one process while the others wait;
@@ -184,8 +223,10 @@ def open_shards(folder: Path, *, task: Task | None = None, digest: str = "") -> 
         DamagedError: incomplete, or a file differs from the manifest.
         DataError: written by another version, tokenized in another way, or of another digest.
     """
+    hold(folder)
     if digest and (cache := node_cache()) is not None:
         folder = _copy_on_node(folder, cache.shards)
+    hold(folder)
     shards = _shard_set(folder, _verified(folder) if digest else verify(folder))
     if digest and shards.digest != digest:
         raise DataError(

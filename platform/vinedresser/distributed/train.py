@@ -16,6 +16,7 @@ from vinedresser.training.device import resolve_device
 from vinedresser.training.listener import Listener
 from vinedresser.training.outcome import Outcome, clear, finished, record_experiment, run_folder
 from vinedresser.training.run import RolledBackError, Run
+from vinedresser.workspace.inputs import write_inputs
 from vinedresser.workspace.layout import RunFolder, SpoolFolder
 from vinedresser.workspace.lease import leased
 from vinedresser.workspace.stopping import graceful_stop
@@ -56,6 +57,7 @@ def train(
     with leased(folder.command_lease, str(folder.path), wait=wait), graceful_stop(folder):
         if from_scratch:
             clear(folder)
+        write_inputs(folder.inputs, context.shards.folder, experiment.init)
         if context.kind == "train":
             record_experiment(experiment, folder)
         if (outcome := finished(folder)) is not None:  # of the command that held the lease

@@ -27,7 +27,8 @@ from vinedresser.pruning.heads import (
 )
 from vinedresser.pruning.parity import certify
 from vinedresser.sweep import SweepOutcome, TrialRow, sweep
-from vinedresser.workspace.commit import is_committed
+from vinedresser.sweep.search import locate_sweep, read_outcome
+from vinedresser.workspace.commit import is_committed, read_manifest
 
 _log = logging.getLogger(__name__)
 
@@ -73,16 +74,25 @@ class Pruner:
 
     def run(self) -> Bundle:
         """Search, choose and compact; return the pruned model."""
-        return self.finish(self.choose(self.search()))
+        if not self.kinds:
+            return self.finish(self.whole)
+        return self.finish(load_bundle(Path(self.choose(self.search()).bundle)))
 
-    def search(self) -> SweepOutcome:
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Attention kinds to prune: those of the configuration that were not pruned before."""
+        pruned = getattr(self.whole.experiment.model, "alive_heads", {})
+        kinds = self.pruning.kinds or tuple(attention_layers(self.whole.model))
+        return tuple(kind for kind in kinds if kind not in pruned)
+
+    @property
+    def study(self) -> Study:
         """Search over the L0 coefficient, each trial from the converged model with open gates."""
         pruning, bundle = self.pruning, self.whole
-        kinds = pruning.kinds or tuple(attention_layers(bundle.model))
         name = f"{self.name}-heads"
-        study = Study(
+        return Study(
             name=name,
-            base=pruning_experiment(bundle, {"name": name, **pruning.overrides}, kinds=kinds),
+            base=pruning_experiment(bundle, {"name": name, **pruning.overrides}, kinds=self.kinds),
             space=pruning.space,
             objectives=(StudyObjective(metric=INFERRED), StudyObjective(metric=HEADS_METRIC)),
             num_trials=pruning.num_trials,
@@ -90,6 +100,22 @@ class Pruner:
             stopping=None,
             seed=bundle.experiment.seed,
         )
+
+    def missing(self) -> str:
+        """Return the first result that is missing; "" where all are known."""
+        digest = self.whole.digest
+        if self.kinds:
+            _, folder = locate_sweep(self.study, self.context)
+            trials = read_outcome(folder, self.context.workspace)
+            if trials is None:
+                return f"no sweep {folder.name} of heads has ended"
+            digest = read_manifest(Path(self.choose(trials).bundle)).digest
+        target = self.context.workspace.model(self.name, digest)
+        return "" if is_committed(target) else f"no model {target.name}"
+
+    def search(self) -> SweepOutcome:
+        """Run the search over the L0 coefficient."""
+        study = self.study
         _log.info("prune: %d trials over %s", study.num_trials, ", ".join(study.space))
         return sweep(study, replace(self.context, kind="prune"))
 
@@ -108,16 +134,24 @@ class Pruner:
         _log.info("prune: taking %.0f heads", chosen.values[HEADS_METRIC])
         return chosen
 
-    def finish(self, pruned: TrialRow) -> Bundle:
-        """Remove heads, prove parity, score both models on the held-out split; return the model."""
-        gated = load_bundle(Path(pruned.bundle))
+    def finish(self, gated: Bundle) -> Bundle:
+        """Remove heads, prove parity, score both models on the held-out split; return the model.
+
+        A model without gates, whose heads were all pruned before, stays as it is.
+        """
         target = self.context.workspace.model(self.name, gated.digest)
         if is_committed(target):
             _log.info("compact: %s unchanged", target.name)
         elif self.context.is_remote:
             from vinedresser.distributed.remote import on_cluster
 
-            words = (self.name, self.pruning, str(self.whole.folder), self.context, pruned)
+            words = (
+                self.name,
+                self.pruning,
+                str(self.whole.folder),
+                self.context,
+                str(gated.folder),
+            )
             on_cluster(_finish, *words, cpus=gated.experiment.compute.threads)
         else:
             self._compact(gated, target)
@@ -131,7 +165,9 @@ class Pruner:
             gated.target_tokenizer,
             joint=shards.task.has_joint_vocabulary,
         )
-        config, small = compact(gated.model, gated.experiment.model, vocabulary)
+        config, small = gated.experiment.model, gated.model
+        if self.kinds:
+            config, small = compact(small, config, vocabulary)
         cap, tokens = shards.task.max_target_length, gated.experiment.decoding.max_padded_tokens
         dev, split = load_split(shards, "dev"), held_out(shards)
 
@@ -151,6 +187,7 @@ class Pruner:
             split: self._score(compacted, split),
             "finalist": self._score(whole, split),
             "reference_digest": shards.reference_digest(split),
+            "corpus": shards.meta.get("corpus"),
             "parity": parity.to_json(),
             "parity_max_abs": parity.max_abs,
             "heads": {kind: asdict(heads) for kind, heads in count_heads(gated.model).items()},
@@ -179,7 +216,7 @@ class Pruner:
 
 
 def _finish(*words: Any) -> None:
-    """Run `Pruner.finish` in a task: with the model by its folder, on this node."""
-    name, pruning, whole, context, pruned = words
+    """Run `Pruner.finish` in a task: with the models by their folders, on this node."""
+    name, pruning, whole, context, gated = words
     pruner = Pruner(name, pruning, load_bundle(Path(whole)), replace(context, is_remote=False))
-    pruner.finish(pruned)
+    pruner.finish(load_bundle(Path(gated)))

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vinedresser.bundle import load_bundle
 from vinedresser.data.shards import ShardSet
@@ -62,7 +62,7 @@ def _decide(
     with downloaded(client, store, champion) as bundle:
         # From its verified bundle: the tag of all its scores is for people.
         best = read_scores(bundle.folder)
-        stored = champion.tags.get(_scores_tag(scores))
+        stored = champion.tags.get(scores_tag(scores.get("reference_digest")))
         if stored and not are_comparable(scores, best):
             best = parsed_object(stored.encode())
         is_known = are_comparable(scores, best) and not gate.confidence
@@ -83,14 +83,17 @@ def _decide(
         for value in resampled.values
     ]
     client.set_model_version_tag(
-        champion.name, champion.version, _scores_tag(both[1]), json.dumps(both[1])
+        champion.name,
+        champion.version,
+        scores_tag(both[1]["reference_digest"]),
+        json.dumps(both[1]),
     )
     return decide(both[0], both[1], gate, resampled)
 
 
-def _scores_tag(scores: StoredScores) -> str:
-    """Return the tag of a version's score on the references that other scores belong to."""
-    return f"{SCORES_TAG}/{str(scores.get('reference_digest'))[:12]}"
+def scores_tag(reference_digest: Any) -> str:
+    """Return the tag of a version that holds its score on references, by their digest."""
+    return f"{SCORES_TAG}/{str(reference_digest)[:12]}"
 
 
 def promote(

@@ -7,6 +7,7 @@ from the registry itself, so that a failure before changes nothing.
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +15,10 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from vinedresser.config import SafeName
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import ConfigError, DamagedError
 from vinedresser.registry.gate import Gate, StoredScores
-from vinedresser.registry.promotion import Challenge, Verdict, promote
+from vinedresser.registry.promotion import KEPT_TAG, PROMOTED_TAG, Challenge, Verdict, promote
 from vinedresser.registry.versions import (
     CHALLENGER,
     CHAMPION,
@@ -29,6 +27,7 @@ from vinedresser.registry.versions import (
     SCORES_TAG,
     downloaded,
     find_version,
+    is_made,
     opened_registry,
     read_scores,
     registered_digest,
@@ -43,6 +42,7 @@ from vinedresser.tracking.store import (
     none_if,
 )
 from vinedresser.workspace.commit import Manifest, is_committed, quarantine, verify
+from vinedresser.workspace.holds import hold
 from vinedresser.workspace.storage import POSIX, make_folder
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def register(
     """Put a bundle into the registry, and make it champion if the gate agrees.
 
     The same bundle is registered once; a second call completes what a killed one left open. A
-    champion that was scored on other references decodes those of `data`, as the challenger does.
-    The score is kept as a tag of its version, `vinedresser.scores/DIGEST` of the references.
+    champion that was scored on other references is scored on those of `data`; see promotion.py.
 
     Args:
         bundle: a verified folder with `scores.json`.
@@ -112,12 +111,10 @@ def register(
         BusyError: another export of this name is running, or changed the champion meanwhile.
         MachineError: the registry does not answer; nothing was promoted, the call can be repeated.
     """
-    try:
-        TypeAdapter(SafeName).validate_python(name)
-    except ValidationError:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
         raise ConfigError(
             f"model name {name!r}: expected letters, digits and ._-, a letter or digit first"
-        ) from None
+        )
     scores = read_scores(bundle.folder)
     with opened_registry(store) as client, locked(store, f"model {name}"):
         none_if(EXISTS, lambda: client.create_registered_model(name))
@@ -149,6 +146,16 @@ def register(
     )
 
 
+def is_decided(digest: str, *, name: str, store: Store) -> bool:
+    """Return whether the gate has decided about a bundle that is a version of a model."""
+    if not is_made(store):
+        return False
+    query = f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'"
+    with opened_registry(store) as client:
+        found = client.search_model_versions(query)
+    return any({PROMOTED_TAG, KEPT_TAG} & set(version.tags) for version in found)
+
+
 def fetch(uri: str, *, store: Store, cache: Path) -> Manifest:
     """Return a registered bundle's verified local folder, downloaded once per content.
 
@@ -165,6 +172,7 @@ def fetch(uri: str, *, store: Store, cache: Path) -> Manifest:
     with opened_registry(store) as client:
         version = find_version(client, uri)
         target = cache / registered_digest(version)
+        hold(target)
         if is_committed(target):
             try:
                 cached = verify(target)

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,12 @@ def read_scores(bundle: Path) -> dict[str, Any]:
     return scores
 
 
+def is_made(store: Store) -> bool:
+    """Return whether a store is a server, or a database that exists."""
+    file = store.uri.removeprefix("sqlite:///")
+    return file == store.uri or Path(file).exists()
+
+
 @contextlib.contextmanager
 def opened_registry(store: Store) -> Iterator["MlflowClient"]:
     """Return a client of a registry that answers; its errors become MachineError."""
@@ -58,6 +64,40 @@ def opened_registry(store: Store) -> Iterator["MlflowClient"]:
     client = open_client(store)
     with server_errors(store):
         yield client
+
+
+def every(search: Callable[..., Any]) -> Iterator[Any]:
+    """Return the results of all pages of a search of MLflow's client."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def registered_bundles(store: Store) -> dict[str, list[str]]:
+    """Return digest of a bundle -> its names in the registry: `NAME@ALIAS`, `NAME/VERSION`.
+
+    Raises:
+        MachineError: the registry does not answer.
+    """
+    found: dict[str, list[str]] = {}
+    if not is_made(store):
+        return found
+    with opened_registry(store) as client:
+        aliases = [
+            (model.name, int(version), f"{model.name}@{alias}")
+            for model in every(client.search_registered_models)
+            for alias, version in sorted(model.aliases.items())
+        ]
+        for version in every(client.search_model_versions):
+            key = version.name, int(version.version)
+            names = [f"{version.name}/{version.version}"]
+            names += [name for model, number, name in aliases if (model, number) == key]
+            if digest := version.tags.get(DIGEST_TAG):
+                found.setdefault(digest, []).extend(names)
+    return found
 
 
 def registered_digest(version: "ModelVersion") -> str:

@@ -66,8 +66,9 @@ class TrialRow:
         values: metric -> value for each objective of the study, NaN where there is none. Several
             values belong to one model, the one that ships. The only value of a study is the best
             of all evaluations: with gates, whose last weights ship, of an earlier model.
-        bundle: folder of the trained model, "" unless complete.
+        bundle: folder of the trained model, "" unless complete and still there.
         reason: error message of a failed trial.
+        run: name of the folder of its run.
     """
 
     number: int
@@ -76,6 +77,7 @@ class TrialRow:
     values: Mapping[str, float]
     bundle: str = ""
     reason: str = ""
+    run: str = ""
 
 
 @dataclass(frozen=True)

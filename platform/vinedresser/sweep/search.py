@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,12 +14,27 @@ from vinedresser.sweep.journal import ended_trials, open_study
 from vinedresser.sweep.outcome import SweepOutcome, TrialRow, directions, rank
 from vinedresser.sweep.trials import run_trials
 from vinedresser.tracking import Tracker, end_children, ending, open_run, sync
+from vinedresser.training.outcome import run_folder
 from vinedresser.workspace.commit import digest_of, read_manifest
+from vinedresser.workspace.inputs import write_inputs
 from vinedresser.workspace.layout import RunFolder, SpoolFolder, SweepFolder, Workspace, runs_of
-from vinedresser.workspace.lease import leased
+from vinedresser.workspace.lease import Lease, leased
 from vinedresser.workspace.storage import read_json, write_file
 
 _log = logging.getLogger(__name__)
+
+# Wait for the processes of trials to end.
+_END_SECONDS = 10.0
+
+
+def locate_sweep(study: Study, context: RunContext) -> tuple[str, SweepFolder]:
+    """Return the key of a study on data, and the folder of its sweep."""
+    content = {**study.model_dump(mode="json"), "name": "", "task": context.shards.digest}
+    if study.base.init is not None:
+        # By content in the place of its path, as in the key of a run.
+        content["base"] = {**content["base"], "init": read_manifest(Path(study.base.init)).digest}
+    key = digest_of(content)
+    return key, context.workspace.sweep_folder(study.name, key)
 
 
 def sweep(study: Study, context: RunContext) -> SweepOutcome:
@@ -29,18 +46,15 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
         BusyError: another process runs this sweep.
         MachineError: one trial needs more than the whole cluster.
     """
-    objectives = directions(study)
-    content = {**study.model_dump(mode="json"), "name": "", "task": context.shards.digest}
-    if study.base.init is not None:
-        # By content in the place of its path, as in the key of a run.
-        content["base"] = {**content["base"], "init": read_manifest(Path(study.base.init)).digest}
-    key, workspace = digest_of(content), context.workspace
-    folder = workspace.sweep_folder(study.name, key)
+    objectives, workspace = directions(study), context.workspace
+    key, folder = locate_sweep(study, context)
+    if (known := read_outcome(folder, workspace)) is not None:
+        _log.info("%s: unchanged, %d trials known", folder.name, len(known.trials))
+        return known
     with leased(folder.lease, f"sweep {folder.name}"):
-        known = read_outcome(folder, workspace)
-        if known is not None:
-            _log.info("%s: unchanged, %d trials known", folder.name, len(known.trials))
+        if (known := read_outcome(folder, workspace)) is not None:  # of who held the lease
             return known
+        write_inputs(folder.inputs, context.shards.folder, study.base.init)
         tracker = open_run(
             context.store,
             SpoolFolder(folder.tracking),
@@ -82,7 +96,11 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
                         "%s: %d runs are not tracked completely (%s); `vinedresser sync` delivers "
                         "the rest", folder.name, len(left), next(iter(left.values())),
                     )  # fmt: skip
-            trials = [_moved(trial, workspace) for trial in ended_trials(opened, objectives)]
+            trials = [
+                replace(_moved(trial, workspace), run=_run_of(trial, study, context).name)
+                for trial in ended_trials(opened, objectives)
+            ]
+            _drop_checkpoints(trials, workspace)
             if len(trials) < study.num_trials:
                 raise InterruptedRunError(
                     f"{folder.name}: stopped after {len(trials)} of {study.num_trials} trials; run "
@@ -96,7 +114,9 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
                     f"{folder.name}: none of {len(trials)} trials ran to its end "
                     f"({'; '.join(reasons[:3])}); widen the space or lower optim.lr"
                 )
-            write_file(folder.outcome, json.dumps(asdict(outcome), indent=1) + "\n")
+            front = [trial.number for trial in outcome.pareto()]
+            content = {**asdict(outcome), "front": front}
+            write_file(folder.outcome, json.dumps(content, indent=1) + "\n")
             _record(outcome, tracker)
     return outcome
 
@@ -118,19 +138,41 @@ def _record(outcome: SweepOutcome, tracker: Tracker) -> None:
     )
 
 
+def _run_of(trial: TrialRow, study: Study, context: RunContext) -> RunFolder:
+    return run_folder(study.base.override(trial.params), context.shards, context.workspace)
+
+
+def _drop_checkpoints(trials: list[TrialRow], workspace: Workspace) -> None:
+    """Remove the checkpoints of trials that were stopped early or failed: none of them resumes.
+
+    Those of a run that another command trains stay. `gc` removes those of processes on other hosts.
+    """
+    until = time.monotonic() + _END_SECONDS
+    for run in (RunFolder(workspace.runs / trial.run) for trial in trials):
+        lease = Lease(run.command_lease)
+        while run.checkpoints.is_dir() and not lease.is_free() and time.monotonic() < until:
+            time.sleep(0.1)
+        if run.checkpoints.is_dir() and lease.is_free():
+            shutil.rmtree(run.checkpoints, ignore_errors=True)
+
+
 def read_outcome(folder: SweepFolder, workspace: Workspace) -> SweepOutcome | None:
-    """Return the outcome of a sweep that ended, if the models of its trials are still there."""
+    """Return the outcome of a sweep that ended, if the best models of its trials are there."""
     plain = read_json(folder.outcome)
     if plain is None:
         return None
+    front = plain.pop("front", [])
     trials = [_moved(TrialRow(**row), workspace) for row in plain.pop("trials")]
     outcome = SweepOutcome(**{**plain, "folder": str(folder.path)}, trials=trials)
-    return outcome if all(Path(trial.bundle).is_dir() for trial in outcome.complete) else None
+    return outcome if all(trial.bundle for trial in trials if trial.number in front) else None
 
 
 def _moved(trial: TrialRow, workspace: Workspace) -> TrialRow:
-    """Return a trial with its bundle's present path: the workspace may have been moved since."""
+    """Return a trial with its bundle's present path, "" if it was removed.
+
+    The workspace may have been moved since.
+    """
     if not trial.bundle:
         return trial
-    run = RunFolder(workspace.runs / Path(trial.bundle).parent.name)
-    return replace(trial, bundle=str(run.bundle))
+    bundle = RunFolder(workspace.runs / Path(trial.bundle).parent.name).bundle
+    return replace(trial, bundle=str(bundle) if bundle.is_dir() else "")

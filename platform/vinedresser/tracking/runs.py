@@ -10,6 +10,7 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vinedresser.errors import BusyError, MachineError
@@ -20,7 +21,9 @@ from vinedresser.tracking.store import (
     open_client,
     server_errors,
 )
-from vinedresser.workspace.process import is_alive
+from vinedresser.workspace.layout import RunFolder
+from vinedresser.workspace.lease import Lease
+from vinedresser.workspace.process import is_alive, this_host
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 KEY, OWNER, RESUMED = "vinedresser.key", "vinedresser.owner", "vinedresser.resumed"
 REASON_TAG, START = "vinedresser.reason", "vinedresser.start"
+# File of the lease of a run's process; by default the command lease in its folder.
+LEASE = "vinedresser.lease"
 # MLflow's limits.
 MAX_KEY = 250
 MAX_PARAM = 6000
@@ -151,8 +156,9 @@ def _write(
 def reap(store: Store) -> list[str]:
     """Close the experiment's runs that are RUNNING although their process is dead.
 
-    They become KILLED with a `vinedresser.reason`; opening one by its key later resumes it.
-    Runs of other hosts, and runs of other programs, are left as they are.
+    They become KILLED with a `vinedresser.reason`; opening one by its key later resumes it. The
+    process of another host is dead once the lease of its run, sweep or pipeline has expired. Runs
+    of other programs are left as they are.
 
     Returns:
         The ids of the runs that were closed.
@@ -164,8 +170,8 @@ def reap(store: Store) -> list[str]:
     closed = []
     with server_errors(store):
         for run in pages(client, experiment, "attributes.status = 'RUNNING'"):
-            owner = run.data.tags.get(OWNER)
-            if owner is not None and not is_alive(owner) and _close(client, run):
+            has_died = _has_died(run.data.tags)
+            if has_died and _close(client, run):
                 closed.append(str(run.info.run_id))
     return closed
 
@@ -183,6 +189,15 @@ def prepare_store(store: Store) -> None:
             _log.info("tracking: run %s of a killed process closed", run_id[:8])
     except (BusyError, MachineError) as error:
         _log.warning("%s; runs keep their metrics until they can be delivered", error.args[0])
+
+
+def _has_died(tags: Mapping[str, str]) -> bool:
+    """Return whether the process that owns a run has ended without closing it."""
+    owner, folder = tags.get(OWNER), RunFolder(Path(tags.get("vinedresser.folder", "")))
+    if owner is None or not is_alive(owner):
+        return owner is not None
+    lease = Path(tags.get(LEASE) or folder.command_lease)
+    return not owner.startswith(f"{this_host()}~") and lease.is_file() and Lease(lease).is_free()
 
 
 def end_children(store: Store, parent: str, reason: str, *, key: str = "") -> None:
@@ -217,7 +232,7 @@ def _close(client: "MlflowClient", run: "Run") -> bool:
     run_id = run.info.run_id
     now = client.get_run(run_id)
     owner = now.data.tags.get(OWNER, "")
-    if now.info.status != "RUNNING" or is_alive(owner):
+    if now.info.status != "RUNNING" or not _has_died(now.data.tags):
         return False
     client.set_tag(run_id, REASON_TAG, f"its process {owner} ended without closing")
     client.set_terminated(run_id, "KILLED")

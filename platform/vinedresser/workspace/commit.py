@@ -11,7 +11,9 @@ import contextlib
 import glob
 import hashlib
 import json
+import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from vinedresser.errors import DamagedError
-from vinedresser.workspace.process import is_alive, this_process
+from vinedresser.workspace.lease import HEARTBEAT_SECONDS, is_abandoned
+from vinedresser.workspace.process import this_process
 from vinedresser.workspace.storage import (
     MANIFEST,
     POSIX,
@@ -79,6 +82,8 @@ def file_digest(path: Path) -> str:
 def staging(target: Path) -> Iterator[Path]:
     """Make a temporary folder on the target's file system; those of killed writers are removed.
 
+    Its time of modification is the heartbeat of the writer, for other hosts.
+
     Raises:
         MachineError: no space, no permission, a read-only or failing disk.
     """
@@ -86,13 +91,24 @@ def staging(target: Path) -> Iterator[Path]:
         make_folder(target.parent)
         prefix = f".{target.name}.tmp-"
         for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-            if not is_alive(left.name.removeprefix(prefix).rsplit("~", 1)[0]):
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # by another process that cleans up
+                process = left.name.removeprefix(prefix).rsplit("~", 1)[0]
+                if is_abandoned(process, left.stat().st_mtime):
+                    shutil.rmtree(left, ignore_errors=True)
         path = target.parent / f"{prefix}{this_process()}~{uuid.uuid4().hex[:8]}"
         path.mkdir()
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(HEARTBEAT_SECONDS):
+                with contextlib.suppress(OSError):
+                    os.utime(path)
+
+        threading.Thread(target=beat, name="staging", daemon=True).start()
         try:
             yield path
         finally:
+            ended.set()
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -79,6 +79,8 @@ class RunFolder(_Folder):
     # Exclusive work on the folder by one command, and the right of one (re)start to write.
     command_lease = _Entry(".command.json")
     writer_lease = _Entry(".writer.json")
+    # Shard set and model that the run needs to resume.
+    inputs = _Entry("inputs.json")
     # Present while a stop is requested.
     stop = _Entry("stop")
     # Metrics, tags and artifacts on their way to the tracking store.
@@ -106,6 +108,8 @@ class SweepFolder(_Folder):
     """Folder of one sweep."""
 
     outcome = _Entry("outcome.json")
+    # Shard set and model that the sweep needs to resume.
+    inputs = _Entry("inputs.json")
     # Optuna's record of trials.
     journal = _Entry("journal.log")
     lease = _Entry(".command.json")
@@ -161,10 +165,14 @@ class Workspace(_Folder):
     sweeps = _Entry("sweeps")
     # Models that are made of others, as by pruning; committed bundles.
     models = _Entry("models")
+    # Champions that pipelines train on from, by digest.
+    champions = _Entry("champions")
     schedules = _Entry("schedules")
     leases = _Entry(".leases")
     # Of runs without a folder, as those of pipelines: one spool per key.
     tracking = _Entry(".tracking")
+    # Folders on their way out; see gc.py.
+    trash = _Entry(".trash")
     database = _Entry("mlflow.db")
     artifacts = _Entry("mlartifacts")
 

@@ -47,13 +47,17 @@ class Lease:
             MachineError: the file cannot be written.
         """
         found = self._storage.read(self.path)
-        while force or self._is_free(_fields(found)):
+        while force or _is_free(_fields(found)):
             token = uuid.uuid4().hex
             if self._storage.replace(self.path, _content(token), expected=found):
                 self.token = token
                 return True
             found = self._storage.read(self.path)
         return False
+
+    def is_free(self) -> bool:
+        """Return whether the lease has no holder; writes nothing."""
+        return _is_free(_fields(self._storage.read(self.path)))
 
     def is_current(self) -> bool:
         """Return whether this lease was taken and neither released nor taken over since."""
@@ -90,15 +94,21 @@ class Lease:
         is_own = bool(self.token) and _fields(found).get("token") == self.token
         return is_own and self._storage.replace(self.path, content, expected=found)
 
-    @staticmethod
-    def _is_free(content: dict[str, str]) -> bool:
-        process = content.get("process", "")
-        if not is_alive(process):
-            return True
-        is_here = process.startswith(f"{this_host()}~")
-        beat = content.get("heartbeat", "")
-        age = time.time() - int(beat) if beat.isdecimal() else math.inf
-        return not is_here and age > EXPIRY_SECONDS
+
+def is_abandoned(process: str, beat: float) -> bool:
+    """Return whether a process has ended, or lives on another host and missed its heartbeats.
+
+    Args:
+        process: its identity; see process.py.
+        beat: time of its last heartbeat, in seconds since the epoch.
+    """
+    is_here = process.startswith(f"{this_host()}~")
+    return not is_alive(process) or (not is_here and time.time() - beat > EXPIRY_SECONDS)
+
+
+def _is_free(fields: dict[str, str]) -> bool:
+    beat = fields.get("heartbeat", "")
+    return is_abandoned(fields.get("process", ""), float(beat) if beat.isdecimal() else -math.inf)
 
 
 def _content(token: str) -> bytes:

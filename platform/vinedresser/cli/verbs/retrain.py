@@ -26,31 +26,54 @@ ExitCode = Annotated[
     bool,
     typer.Option("--exit-code", help="exit with 0 for promoted, 10 for kept, 11 for unchanged"),
 ]
+FromStep = Annotated[
+    str | None,
+    typer.Option("--from", metavar="STEP", help="begin here; earlier steps must have ended"),
+]
+UntilStep = Annotated[
+    str | None, typer.Option("--until", metavar="STEP", help="end after this step")
+]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="print why each step would run, and run none")
+]
 
 
-def retrain(
+def retrain(  # noqa: PLR0913 - the options of a verb
     pipeline: Annotated[str, typer.Argument(help="import path or file of a pipeline")],
     overrides: Overrides = None,
     workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     exit_code: ExitCode = False,
+    first: FromStep = None,
+    last: UntilStep = None,
+    explain: Explain = False,
 ) -> None:
-    """Run all steps of a pipeline: prepare, sweep, finalist, prune, compact, register."""
+    """Run the steps of a pipeline, such as prepare, sweep, finalist, prune, register."""
     from vinedresser import pipeline as chain
 
     value = resolve_value(pipeline, [chain.Pipeline], overrides)
     if dry_run:
         return print_plan(value, as_json=as_json)
+    if explain:
+        steps = chain.explain(value, workspace)
+        if as_json:
+            return print_json([{"step": name, "reason": reason} for name, reason in steps])
+        return print_table(
+            ["", "", ""],
+            [(name, "runs" if why else "skipped", why or "unchanged") for name, why in steps],
+        )
     from vinedresser.cli.progress import watching
 
-    found = chain.retrain(value, workspace, watch=watching).to_json()
+    found = chain.retrain(value, workspace, watch=watching, first=first, last=last)
     if as_json:
         print_json(found)
-    else:
+    elif "parity_max_abs" in found and found["verdict"]:
         _print_table(found, pipeline, workspace)
+    else:
+        print_table(["", ""], [(key, str(value)) for key, value in found.items()])
     if exit_code:
-        raise typer.Exit(EXIT_CODES[found["verdict"]])
+        raise typer.Exit(EXIT_CODES.get(found["verdict"], 0))
     return None
 
 

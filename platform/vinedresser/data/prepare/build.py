@@ -156,7 +156,7 @@ def _clean(blocks: Sequence[Block], job: PrepareJob, run: BlockRunner) -> list[C
 
 
 def _learn_tokenizers(train: Sequence[Block], job: PrepareJob) -> None:
-    """Learn the tokenizers from cleaned blocks of train, and save them.
+    """Learn the tokenizers from cleaned blocks of train, or take a model's, and save them.
 
     SentencePiece gets `training_rows` rows, evenly spread over at most 50 blocks that are evenly
     spread over train, so that learning costs the same whatever the corpus; others get all rows.
@@ -186,4 +186,9 @@ def _learn_tokenizers(train: Sequence[Block], job: PrepareJob) -> None:
             "target": (task.target_tokenizer, ("target",)),
         }
     for name, (config, columns) in sides.items():
-        train_source(config, texts(config, columns)).save(folder, name)
+        if task.tokenizers_of is None:
+            encoder = train_source(config, texts(config, columns))
+        else:  # a bundle names both sides, also of a joint vocabulary
+            side = "source" if name == "joint" else name
+            encoder = load_source(Path(task.tokenizers_of), side)
+        encoder.save(folder, name)
