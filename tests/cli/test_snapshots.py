@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SNAPSHOTS = Path(__file__).parents[1] / "golden" / "cli"
 VERBS = (
     "prepare", "train", "check", "sweep", "prune", "export", "retrain", "evaluate", "compare",
-    "translate", "describe", "attend", "runs", "sync", "ui", "doctor", "submit",
+    "translate", "describe", "attend", "runs", "sync", "gc", "ui", "doctor", "submit",
 )  # fmt: skip
 # Volatile in every command: pattern -> what is printed instead.
 EVERYWHERE = (
