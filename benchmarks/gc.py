@@ -39,7 +39,8 @@ def run(*words: object, cwd: Path) -> tuple[str, float]:
 def random_states(count: int) -> int:
     """Random workspaces in which something needed was removed; the test prints the first."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gc.py",
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=0",
+         "tests/test_gc.py",
          "-k", "nothing_that_is_needed"],
         cwd=ROOT, env={**os.environ, "GC_STATES": str(count)}, check=False,
     )  # fmt: skip
