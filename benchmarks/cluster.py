@@ -47,30 +47,35 @@ WITNESS = """
 import json, os, time
 from pathlib import Path
 import torch
-from trainables.transformer import TransformerConfig
+from trainables.transformer import Transformer, TransformerConfig
+
+seen = {}
+
+class SlowTransformer(Transformer):
+    def encode(self, *args, **settings):
+        if self.training and torch.is_grad_enabled():
+            self.witness()
+        return super().encode(*args, **settings)
+
+    def witness(self):
+        found = seen.setdefault(id(self), {})
+        if not found:
+            import ray
+            context = ray.get_runtime_context() if ray.is_initialized() else None
+            found.update(started=time.time(), calls=0, pid=os.getpid(),
+                         node=context.get_node_id() if context else "",
+                         cuda=os.environ.get("CUDA_VISIBLE_DEVICES"))
+            found["file"] = f"{WITNESSES}/{os.getpid()}-{time.time_ns()}.json"
+        time.sleep(self.pause)
+        found.update(calls=found["calls"] + 1, last=time.time())
+        Path(found["file"]).write_text(json.dumps(found))
 
 class WitnessConfig(TransformerConfig):
     pause: float = 0.0
 
     def build(self, vocabulary):
         model = super().build(vocabulary)
-        encode, seen = model.encode, {}
-
-        def slow_encode(*args, **settings):
-            if model.training and torch.is_grad_enabled():
-                if not seen:
-                    import ray
-                    context = ray.get_runtime_context() if ray.is_initialized() else None
-                    seen.update(started=time.time(), calls=0, pid=os.getpid(),
-                                node=context.get_node_id() if context else "",
-                                cuda=os.environ.get("CUDA_VISIBLE_DEVICES"))
-                    seen["file"] = f"{WITNESSES}/{os.getpid()}-{time.time_ns()}.json"
-                time.sleep(self.pause)
-                seen.update(calls=seen["calls"] + 1, last=time.time())
-                Path(seen["file"]).write_text(json.dumps(seen))
-            return encode(*args, **settings)
-
-        model.encode = slow_encode
+        model.__class__, model.pause = SlowTransformer, self.pause
         return model
 """
 
