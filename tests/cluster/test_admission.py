@@ -35,11 +35,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     words = [sys.executable, "-c", CLUSTER, str(metadata.parents[1])]
     with subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        # A busy machine needs longer than Ray's 30 s to start a raylet.
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "300"},
     ) as process:  # fmt: skip
         assert process.stdin is not None
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        address = process.stdout.readline().strip()
+        assert address, "the cluster did not start"
+        yield address
         process.stdin.close()
 
 
