@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from vinedresser.schedule.definition import Schedule
-from vinedresser.schedule.notify import deliver, enqueue, waiting_notices
+from vinedresser.schedule.notify import deliver_notices, enqueue, waiting_notices
 from vinedresser.workspace.layout import ScheduleFolder
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)
@@ -73,13 +73,13 @@ def test_each_event_arrives_once(
         for _ in range(2):
             enqueue(value, place, "failed", name, {"reason": "it broke"})
             enqueue(value, place, "kept", name, {})
-    ticks = [threading.Thread(target=deliver, args=(value, place, NOW)) for _ in range(4)]
+    ticks = [threading.Thread(target=deliver_notices, args=(value, place, NOW)) for _ in range(4)]
     for tick in ticks:
         tick.start()
     for tick in ticks:
         tick.join()
     enqueue(value, place, "failed", "a", {"reason": "it broke"})
-    deliver(value, place, NOW)
+    deliver_notices(value, place, NOW)
     assert sorted(events(receiver)) == [("failed", "a"), ("failed", "b")]
     assert receiver.events[0]["text"] == "s: failed: it broke"
     assert len({event["id"] for event in receiver.events}) == 2
@@ -94,11 +94,11 @@ def test_a_refused_event_is_sent_again_later(
     value, place = schedule({"on": ["failed"], "url_env": "HOOK"}), ScheduleFolder(tmp_path)
     enqueue(value, place, "failed", "a", {})
     receiver.code = code
-    deliver(value, place, NOW)
+    deliver_notices(value, place, NOW)
     receiver.code = 200
-    deliver(value, place, NOW)  # too early
+    deliver_notices(value, place, NOW)  # too early
     assert events(receiver) == []
-    deliver(value, place, NOW + timedelta(minutes=1))
+    deliver_notices(value, place, NOW + timedelta(minutes=1))
     assert events(receiver) == [("failed", "a")]
 
 
@@ -116,7 +116,7 @@ def test_a_dead_receiver_delays_no_other_and_its_secret_is_nowhere(
         for name in "ab":
             enqueue(value, place, "failed", name, {})
         started = time.monotonic()
-        deliver(value, place, NOW, patience=2.0)
+        deliver_notices(value, place, NOW, patience=2.0)
         assert time.monotonic() - started < 5
     assert events(receiver) == [("failed", "a"), ("failed", "b")]
     assert "the environment variable GONE holds no http(s) URL" in caplog.text
@@ -130,5 +130,5 @@ def test_a_command_gets_the_event_on_its_input(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(tmp_path / "got")]
     value, place = schedule({"on": ["paused"], "command": command}), ScheduleFolder(tmp_path / "s")
     enqueue(value, place, "paused", "x", {"reason": "why"})
-    deliver(value, place, NOW, patience=20.0)
+    deliver_notices(value, place, NOW, patience=20.0)
     assert json.loads((tmp_path / "got").read_text())["reason"] == "why"

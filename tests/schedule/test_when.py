@@ -14,7 +14,7 @@ from vinedresser.config import resolve
 from vinedresser.errors import ConfigError
 from vinedresser.schedule.definition import Schedule
 from vinedresser.schedule.when import (
-    decide,
+    decided_slots,
     due_slots,
     is_overdue,
     next_slot,
@@ -119,7 +119,7 @@ def test_every_due_slot_is_in_one_decision(
     )
     due = [DAY - timedelta(hours=age) for age in sorted(ages, reverse=True)]
     running = [DAY - timedelta(hours=200 - i) for i in range(pending)]
-    decisions = decide(value, due, running, DAY)
+    decisions = decided_slots(value, due, running, DAY)
     spans = sorted((d.first, d.slot) for d in decisions)
     covered = [slot for slot in due for first, last in spans if first <= slot <= last]
     assert covered == due

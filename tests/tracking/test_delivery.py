@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from tests.tracked import open_run, spool_of
-from vinedresser.tracking import Store, Tracker, outbox, spools_of, store_for, sync, undelivered
+from vinedresser.tracking import (
+    Store,
+    Tracker,
+    deliver_spools,
+    outbox,
+    spools_of,
+    store_for,
+    undelivered,
+)
 from vinedresser.tracking.delivery import deliver
 from vinedresser.tracking.spool import starts_of
 from vinedresser.tracking.store import open_client
@@ -131,9 +139,9 @@ def test_what_a_server_missed_arrives_once_and_in_order(
     if away in ("whole", "end"):
         assert "`vinedresser sync` delivers it" in caplog.text
         folders = spools_of(Workspace(tmp_path))
-        assert "does not answer" in str(sync(folders, tmp_path).left)
+        assert "does not answer" in str(deliver_spools(folders, tmp_path).left)
         link.up()
-        done = sync(folders, tmp_path)
+        done = deliver_spools(folders, tmp_path)
         assert (len(done.delivered), done.left) == (1, {})
     require_whole(store, "k", [1, 300], 600)
     assert not spools_of(Workspace(tmp_path))
@@ -203,9 +211,9 @@ def test_a_child_waits_for_its_parent(link: Link, tmp_path: Path) -> None:
     child.close("FINISHED")
     parent.close("FINISHED")
     link.up()
-    first = sync([spool_of(store, "c")], tmp_path)
+    first = deliver_spools([spool_of(store, "c")], tmp_path)
     assert "parent" in str(first.left)
-    assert not sync([spool_of(store, "p"), spool_of(store, "c")], tmp_path).left
+    assert not deliver_spools([spool_of(store, "p"), spool_of(store, "c")], tmp_path).left
     client = open_client(store)
     runs = client.search_runs([client.get_experiment_by_name("family").experiment_id])
     ids = {run.data.tags["vinedresser.key"]: run for run in runs}

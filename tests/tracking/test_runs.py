@@ -18,7 +18,7 @@ from tests.memory_tracker import MemoryTracker
 from tests.tracked import open_run, spool_of
 from vinedresser import tracking
 from vinedresser.errors import BusyError, ConfigError, MachineError
-from vinedresser.tracking import Store, delivery, spools_of, store, sync
+from vinedresser.tracking import Store, deliver_spools, delivery, spools_of, store
 from vinedresser.tracking.outbox import MlflowTracker
 from vinedresser.tracking.runs import flat
 from vinedresser.tracking.spool import Spool
@@ -169,7 +169,7 @@ def test_a_deleted_experiment_ends_no_run_and_gets_everything_once_restored(sqli
     assert "experiments restore" in caplog.text
     assert "vinedresser sync" in caplog.text
     client.restore_experiment(experiment)
-    assert not sync([spool_of(sqlite, "k")], sqlite.leases.parent).left
+    assert not deliver_spools([spool_of(sqlite, "k")], sqlite.leases.parent).left
     (run,) = client.search_runs([experiment])
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"x": 1.0})
 

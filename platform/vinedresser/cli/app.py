@@ -9,25 +9,28 @@ from collections.abc import Sequence
 
 import typer
 
-from vinedresser.cli.verbs import jobs, schedule
-from vinedresser.cli.verbs.attend import attend
-from vinedresser.cli.verbs.check import check
-from vinedresser.cli.verbs.compare import compare
-from vinedresser.cli.verbs.describe import describe
-from vinedresser.cli.verbs.doctor import doctor
-from vinedresser.cli.verbs.evaluate import evaluate
-from vinedresser.cli.verbs.export import export
-from vinedresser.cli.verbs.gc import gc
-from vinedresser.cli.verbs.prepare import prepare
-from vinedresser.cli.verbs.prune import prune
-from vinedresser.cli.verbs.retrain import retrain
-from vinedresser.cli.verbs.runs import runs
-from vinedresser.cli.verbs.submit import submit
-from vinedresser.cli.verbs.sweep import sweep
-from vinedresser.cli.verbs.sync import sync
-from vinedresser.cli.verbs.train import train
-from vinedresser.cli.verbs.translate import translate
-from vinedresser.cli.verbs.ui import ui
+from vinedresser.cli.verbs import (
+    attend,
+    check,
+    compare,
+    describe,
+    doctor,
+    evaluate,
+    export,
+    gc,
+    jobs,
+    prepare,
+    prune,
+    retrain,
+    runs,
+    schedule,
+    submit,
+    sweep,
+    sync,
+    train,
+    translate,
+    ui,
+)
 from vinedresser.config.files import refused
 from vinedresser.errors import ConfigError, InterruptedRunError, MachineError, VinedresserError
 from vinedresser.workspace.stopping import InterruptOnSigterm
@@ -45,11 +48,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (
+for module in (
     prepare, train, check, sweep, prune, export, retrain, evaluate, compare, translate, describe,
     attend, runs, sync, gc, ui, doctor, submit,
 ):  # fmt: skip
-    app.command()(verb)
+    app.command(module.__name__.rpartition(".")[2])(module.verb)
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(jobs.app, name="jobs")
 

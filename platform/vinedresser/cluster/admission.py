@@ -67,7 +67,7 @@ def token_problem() -> str:
     return "the cluster has no token: everybody who reaches it can run code on it"
 
 
-def nodes() -> list[dict[str, Any]]:
+def alive_nodes() -> list[dict[str, Any]]:
     """Return Ray's description of each node that is alive."""
     import ray
 
@@ -77,7 +77,7 @@ def nodes() -> list[dict[str, Any]]:
 
 def hosts() -> set[str]:
     """Return the addresses of the nodes: several raylets of one machine are one host."""
-    return {str(node["NodeManagerAddress"]) for node in nodes()}
+    return {str(node["NodeManagerAddress"]) for node in alive_nodes()}
 
 
 def versions() -> dict[str, str]:
@@ -127,7 +127,7 @@ def on_each_node(call: Any, *words: str) -> dict[str, Any]:
     for module in modules:
         cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
     task = ray.remote(num_cpus=0, max_retries=0)(call)
-    for node in nodes():
+    for node in alive_nodes():
         name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         asked[name] = task.options(scheduling_strategy=strategy).remote(*words)

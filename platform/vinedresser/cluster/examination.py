@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vinedresser.cluster.admission import hosts, nodes, on_each_node, token_problem, versions
+from vinedresser.cluster.admission import alive_nodes, hosts, on_each_node, token_problem, versions
 from vinedresser.tracking.store import Store, sqlite_file
 
 # NFS may hide a new file for up to 60 s; longer than this is too long in any case.
@@ -57,7 +57,7 @@ def examine(workspace: Path, store: Store) -> list[NodeReport]:
         workspace: need not exist; then the folder that it would be made in is tried.
         store: tracking store.
     """
-    gpus = {node["NodeID"][:6]: node["Resources"].get("GPU", 0.0) for node in nodes()}
+    gpus = {node["NodeID"][:6]: node["Resources"].get("GPU", 0.0) for node in alive_nodes()}
     here, reports = versions(), list[NodeReport]()
     uri = store.uri if store.is_server else ""
     with _probes(workspace) as (nonce, held, late):

@@ -11,7 +11,7 @@ from vinedresser.errors import DataError
 from vinedresser.significance import PairedBootstrap, paired_bootstrap
 
 
-def compare(
+def compare_models(
     challenger: Bundle, champion: Bundle, shards: ShardSet, split_name: str
 ) -> PairedBootstrap:
     """Return the scores of both bundles on a split of a shard set, by the metric of its task.

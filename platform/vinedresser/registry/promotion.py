@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vinedresser.bundle import load_bundle
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import BusyError, DataError
-from vinedresser.registry.comparison import compare
+from vinedresser.registry.comparison import compare_models
 from vinedresser.registry.gate import Decision, Gate, StoredScores, are_comparable, decide
 from vinedresser.registry.versions import (
     CHAMPION,
@@ -71,7 +71,7 @@ def _decide(
         try:
             shards = data()
             models = load_bundle(challenge.bundle), load_bundle(bundle)
-            resampled = compare(*models, shards, gate.split)
+            resampled = compare_models(*models, shards, gate.split)
         except DataError as error:
             return Decision(False, f"the champion cannot be scored: {error.args[0]}")
     both = [

@@ -66,7 +66,7 @@ def enqueue(
         POSIX.replace(path, text.encode(), expected=None)
 
 
-def deliver(
+def deliver_notices(
     schedule: Schedule, folder: ScheduleFolder, now: datetime, *, patience: float = PATIENCE
 ) -> None:
     """Send the notices that are not sent yet; by one process at a time."""

@@ -16,7 +16,14 @@ from vinedresser.schedule.child import Ended, end_session
 from vinedresser.schedule.definition import Event, Schedule
 from vinedresser.schedule.record import GOOD, Attempt, Ledger, Pause, Record, State, slot_name
 from vinedresser.schedule.triggers import Conditions
-from vinedresser.schedule.when import PUNCTUAL, decide, due_slots, is_overdue, retry_at, written
+from vinedresser.schedule.when import (
+    PUNCTUAL,
+    decided_slots,
+    due_slots,
+    is_overdue,
+    retry_at,
+    written,
+)
 from vinedresser.workspace.commit import digest_of
 from vinedresser.workspace.layout import Workspace
 from vinedresser.workspace.lease import Lease, leased
@@ -103,7 +110,7 @@ def planned(
         )
         return state.change(open=(*state.open, skipped))
     pending = state.pending
-    for decision in decide(schedule, due, [record.slot for record in pending], now):
+    for decision in decided_slots(schedule, due, [record.slot for record in pending], now):
         record = fresh(decision.slot).change(first=decision.first, count=decision.count)
         if decision.reason:
             record = record.change(state="skipped", reason=decision.reason, ended=now)
@@ -119,7 +126,7 @@ def written_interval(schedule: Schedule) -> float | None:
     return schedule.interval.total_seconds() if schedule.interval else None
 
 
-def finished(schedule: Schedule, record: Record, done: Done, now: datetime) -> Record:
+def after_process(schedule: Schedule, record: Record, done: Done, now: datetime) -> Record:
     """Return a running record after its process has ended: its end, or the time of a retry."""
     ended = done.ended
     attempt = record.attempts[-1].change(
@@ -277,7 +284,7 @@ class Ticker:
 
         done = self.work.run(record, began=began, stop=stop)
         lease.require_current()
-        self._update(finished(self.schedule, present(), done, self.clock()))
+        self._update(after_process(self.schedule, present(), done, self.clock()))
 
     def _interrupted(self, record: Record, now: datetime) -> Record:
         """Note that the tick of a running slot died, and end what is left of its session."""
@@ -298,7 +305,7 @@ class Ticker:
         """End an attempt whose conditions cannot be evaluated, as its process would end."""
         attempts = (*record.attempts, Attempt(started=now))
         done = Done(Ended(error.exit_code, "", 0.0, 0.0, 0.0), {}, error.args[0].splitlines()[0])
-        self._update(finished(self.schedule, record.change(attempts=attempts), done, now))
+        self._update(after_process(self.schedule, record.change(attempts=attempts), done, now))
 
     def _store(self, state: State | None, stored: list[Record]) -> None:
         """Store ended records, act on their ends, and remove them from the state."""

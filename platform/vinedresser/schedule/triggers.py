@@ -62,7 +62,7 @@ def retrain_words(
     return [*words, "--", schedule.pipeline, *texts]
 
 
-def warm_start(schedule: Schedule, state: State) -> dict[str, Any]:
+def warm_start_overrides(schedule: Schedule, state: State) -> dict[str, Any]:
     """Return the values of a pipeline that trains on from the champion; none for the first run."""
     if schedule.warm_start is None or not state.has_run:
         return {}

@@ -55,7 +55,7 @@ class Decision:
     reason: str = ""
 
 
-def decide(
+def decided_slots(
     schedule: Schedule, due: Sequence[datetime], pending: Sequence[datetime], now: datetime
 ) -> list[Decision]:
     """Decide about due slots by catch-up and overlap; every slot is in exactly one decision.

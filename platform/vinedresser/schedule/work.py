@@ -10,10 +10,16 @@ from typing import Any
 from vinedresser.errors import ConfigError, MachineError
 from vinedresser.schedule import child
 from vinedresser.schedule.definition import Drift, Event, Schedule
-from vinedresser.schedule.notify import deliver, enqueue
+from vinedresser.schedule.notify import deliver_notices, enqueue
 from vinedresser.schedule.record import Ledger, Record, State
 from vinedresser.schedule.tick import Done
-from vinedresser.schedule.triggers import PROGRAM, Conditions, conditions, retrain_words, warm_start
+from vinedresser.schedule.triggers import (
+    PROGRAM,
+    Conditions,
+    conditions,
+    retrain_words,
+    warm_start_overrides,
+)
 from vinedresser.schedule.when import written
 from vinedresser.workspace.layout import Workspace
 from vinedresser.workspace.storage import POSIX, parsed_object
@@ -103,7 +109,7 @@ class PipelineWork:
             records: slots that the tick has stored.
         """
         now, ledger, keep = datetime.now(UTC), Ledger(self._folder), self._schedule.keep
-        deliver(self._schedule, self._folder, now)
+        deliver_notices(self._schedule, self._folder, now)
         place = ("-w", str(self._workspace))
         if self._schedule.track and not self._words and any(r.attempts for r in untracked(ledger)):
             # In a process of its own: MLflow takes seconds to import.
@@ -139,7 +145,7 @@ def run_words(schedule: Schedule, workspace: Path, record: Record) -> list[str]:
     A job is named by its slot: a tick that continues after another was killed attaches to it.
     """
     state = Ledger(Workspace(workspace).schedule(schedule.name)).state()
-    changes = warm_start(schedule, state) if state else {}
+    changes = warm_start_overrides(schedule, state) if state else {}
     words = retrain_words(schedule, workspace, changes=changes)
     if schedule.run.where == "here":
         return words

@@ -13,7 +13,7 @@ from vinedresser.errors import InterruptedRunError, TrainingError
 from vinedresser.sweep.journal import ended_trials, open_study
 from vinedresser.sweep.outcome import SweepOutcome, TrialRow, directions, rank
 from vinedresser.sweep.trials import run_trials
-from vinedresser.tracking import Tracker, end_children, ending, open_run, sync
+from vinedresser.tracking import Tracker, deliver_spools, end_children, ending, open_run
 from vinedresser.training.outcome import run_folder
 from vinedresser.workspace.commit import digest_of, read_manifest
 from vinedresser.workspace.inputs import write_inputs
@@ -90,7 +90,9 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
                     end_children(context.store, key[:12], "stopped early")
                 # What the store missed of the trials, if it is back.
                 runs = runs_of(workspace, study.base.name)
-                left = sync((SpoolFolder(run.tracking) for run in runs), workspace.path).left
+                left = deliver_spools(
+                    (SpoolFolder(run.tracking) for run in runs), workspace.path
+                ).left
                 if left:
                     _log.warning(
                         "%s: %d runs are not tracked completely (%s); `vinedresser sync` delivers "

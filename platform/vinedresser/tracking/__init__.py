@@ -4,7 +4,7 @@ Importing does nothing and imports no mlflow; every Ray worker does it. What a r
 waits in a spool in its folder until the store took it.
 """
 
-from vinedresser.tracking.delivery import spools_of, sync
+from vinedresser.tracking.delivery import deliver_spools, spools_of
 from vinedresser.tracking.leaderboard import RunRow, experiments, leaderboard, tagged_folder
 from vinedresser.tracking.outbox import open_run, undelivered
 from vinedresser.tracking.runs import end_children, prepare_store, reap
@@ -17,6 +17,7 @@ __all__ = [
     "RunRow",
     "Store",
     "Tracker",
+    "deliver_spools",
     "end_children",
     "ending",
     "experiments",
@@ -28,7 +29,6 @@ __all__ = [
     "serve_ui",
     "spools_of",
     "store_for",
-    "sync",
     "tagged_folder",
     "undelivered",
 ]

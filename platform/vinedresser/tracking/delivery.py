@@ -207,7 +207,7 @@ def spools_of(workspace: Workspace) -> list[SpoolFolder]:
     return [folder for folder in found if starts_of(folder)]
 
 
-def sync(folders: Iterable[SpoolFolder], workspace: Path) -> Synced:
+def deliver_spools(folders: Iterable[SpoolFolder], workspace: Path) -> Synced:
     """Deliver spools to the stores of their runs; a store that does not answer is called once.
 
     Args:

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from vinedresser.errors import ConfigError
 from vinedresser.metrics import METRICS, is_lower_better
 from vinedresser.tracking.runs import pages
-from vinedresser.tracking.store import Store, open_client, reading, server_errors, sqlite_file
+from vinedresser.tracking.store import (
+    Store,
+    open_client,
+    opened_database,
+    server_errors,
+    sqlite_file,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -115,7 +121,7 @@ def leaderboard(store: Store, *, experiment: str | None = None, limit: int = 20)
     if name not in names:
         raise ConfigError(f"no experiment {name}; there are {', '.join(sorted(names)) or 'none'}")
     if (database := sqlite_file(store)) is not None:
-        with reading(database) as opened:
+        with opened_database(database) as opened:
             rows = [_row_of(found) for found in opened.execute(_ROWS, (names[name],))]
     else:
         client = open_client(store)
@@ -145,7 +151,7 @@ def _candidates(client: "MlflowClient", experiment: str, limit: int) -> "Iterabl
 def _experiment_ids(store: Store) -> dict[str, str]:
     """Return name -> id of the store's experiments."""
     if (database := sqlite_file(store)) is not None:
-        with reading(database) as opened:
+        with opened_database(database) as opened:
             query = "SELECT name, experiment_id FROM experiments WHERE lifecycle_stage = 'active'"
             return {name: str(identity) for name, identity in opened.execute(query)}
     client = open_client(store)
@@ -168,7 +174,7 @@ def tagged_folder(store: Store, run_id: str) -> Path | None:
     if not re.fullmatch("[0-9a-f]{1,32}", run_id):
         pass
     elif database is not None:
-        with reading(database) as opened:
+        with opened_database(database) as opened:
             found = opened.execute(_FOLDERS, (FOLDER, f"{run_id}*")).fetchmany(2)
     else:
         client = open_client(store)

@@ -151,7 +151,7 @@ def sqlite_file(store: Store) -> Path | None:
 
 
 @contextlib.contextmanager
-def reading(database: Path) -> Iterator[sqlite3.Connection]:
+def opened_database(database: Path) -> Iterator[sqlite3.Connection]:
     """Open an SQLite database for reading alone; its user needs no right to write.
 
     Raises:

@@ -28,9 +28,9 @@ from vinedresser.workspace.storage import (
     MANIFEST,
     POSIX,
     disk_errors,
+    force_to_disk,
     make_folder,
     parsed,
-    sync,
     write_whole,
 )
 
@@ -129,7 +129,7 @@ def commit(target: Path) -> Iterator[Staging]:
         files = {}
         (path / MANIFEST).unlink(missing_ok=True)  # of a committed folder that was copied in
         for entry in sorted(p for p in path.rglob("*") if p.is_file() or p.is_dir()):
-            sync(entry)
+            force_to_disk(entry)
             if entry.is_file():
                 size, digest = entry.stat().st_size, file_digest(entry)
                 files[entry.relative_to(path).as_posix()] = [size, digest]
@@ -149,9 +149,9 @@ def repair(folder: Path, names: Sequence[str], source: Path) -> None:
     """
     with disk_errors(folder):
         for name in names:
-            sync(source / name)
+            force_to_disk(source / name)
             (source / name).replace(folder / name)
-        sync(folder)
+        force_to_disk(folder)
 
 
 def is_committed(folder: Path) -> bool:

@@ -107,7 +107,7 @@ class PosixStorage:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             return False
-        sync(target.parent)
+        force_to_disk(target.parent)
         return True
 
 
@@ -137,7 +137,7 @@ def user_cache() -> CacheFolder:
     return node_cache() or CacheFolder(Path(base) / "vinedresser")
 
 
-def sync(path: Path) -> None:
+def force_to_disk(path: Path) -> None:
     """Force a file or the names in a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -155,7 +155,7 @@ def write_whole(path: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
-        sync(path.parent)
+        force_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

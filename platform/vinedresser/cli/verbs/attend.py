@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _FROM_TO = {"source": "source to itself", "cross": "output to source", "output": "output to itself"}
 
 
-def attend(
+def verb(
     model: ModelName,
     source: Annotated[
         str, typer.Argument(help="a sentence, or paths of recordings as for `translate`")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _WORDS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("open", "yellow")}
 
 
-def check(
+def verb(
     experiment: Annotated[str, typer.Argument(help="import path or file; a study gives its base")],
     overrides: Overrides = None,
     workspace: WorkspaceFolder = HERE,

@@ -28,7 +28,7 @@ class Resampling(Section):
     resamples: Annotated[int, Field(ge=100, le=100_000)] = 1000
 
 
-def compare(
+def verb(
     words: Annotated[
         list[str],
         typer.Argument(help="models, a task and key=value options", metavar="MODEL... TASK"),

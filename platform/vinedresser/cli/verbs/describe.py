@@ -31,7 +31,7 @@ _MAX_PASS = 400_000_000
 _SPLITS = ("train", "dev", "test")
 
 
-def describe(
+def verb(
     what: Annotated[
         str, typer.Argument(help="model or preset, experiment, bundle folder, or shard folder")
     ],

@@ -19,7 +19,7 @@ _SPACE_GB = 2
 _SHARED_MEMORY, _SHARED_GB = "/dev/shm", 0.5  # noqa: S108
 
 
-def doctor(
+def verb(
     workspace: WorkspaceFolder = HERE,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="test each node of the cluster in RAY_ADDRESS")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vinedresser.evaluate import Evaluated
 
 
-def evaluate(
+def verb(
     model: ModelName,
     task: Annotated[str, typer.Argument(help="import path or file of a task")],
     overrides: Overrides = None,

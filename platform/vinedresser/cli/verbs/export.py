@@ -15,7 +15,7 @@ from vinedresser.cli.arguments import (
 from vinedresser.cli.render import print_json
 
 
-def export(
+def verb(
     model: ModelName,
     name: Annotated[str, typer.Argument(help="name of the registered model")],
     overrides: Overrides = None,

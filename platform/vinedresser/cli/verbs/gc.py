@@ -10,7 +10,7 @@ from vinedresser.cli.arguments import HERE, AsJson, Overrides, WorkspaceFolder
 from vinedresser.cli.render import print_json, print_lines, print_table
 
 
-def gc(
+def verb(
     overrides: Overrides = None,
     workspace: WorkspaceFolder = HERE,
     as_json: AsJson = False,

@@ -15,7 +15,7 @@ from vinedresser.cli.arguments import (
 from vinedresser.cli.render import print_json
 
 
-def prepare(
+def verb(
     task: Annotated[str, typer.Argument(help="import path or YAML/JSON file of a task")],
     overrides: Overrides = None,
     workspace: WorkspaceFolder = HERE,

@@ -21,7 +21,7 @@ from vinedresser.cli.render import print_json, print_table
 _DEFAULT = "search_spaces.heads"
 
 
-def prune(
+def verb(
     model: ModelName,
     pruning: Annotated[str, typer.Argument(help="import path or file of a pruning")] = _DEFAULT,
     overrides: Overrides = None,

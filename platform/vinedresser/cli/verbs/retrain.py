@@ -38,7 +38,7 @@ Explain = Annotated[
 ]
 
 
-def retrain(  # noqa: PLR0913 - the options of a verb
+def verb(  # noqa: PLR0913 - the options of a verb
     pipeline: Annotated[str, typer.Argument(help="import path or file of a pipeline")],
     overrides: Overrides = None,
     workspace: WorkspaceFolder = HERE,

@@ -9,7 +9,7 @@ from vinedresser.cli.arguments import HERE, AsJson, WorkspaceFolder, existing_st
 from vinedresser.cli.render import print_json, print_lines, print_table
 
 
-def runs(
+def verb(
     task: Annotated[str, typer.Argument(help="name of one task; all by default")] = "",
     limit: Annotated[int, typer.Option(help="rows per task; 0 for all", min=0)] = 20,
     workspace: WorkspaceFolder = HERE,

@@ -24,7 +24,7 @@ Address = Annotated[
 ]
 
 
-def submit(
+def verb(
     context: typer.Context,
     words: Annotated[list[str], typer.Argument(help="the command", metavar="[--] VERB [ARGS]...")],
     address: Address = "",

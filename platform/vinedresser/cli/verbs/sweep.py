@@ -19,7 +19,7 @@ from vinedresser.cli.arguments import (
 from vinedresser.cli.render import print_json, print_table
 
 
-def sweep(
+def verb(
     study: Annotated[str, typer.Argument(help="import path or file; a pipeline gives its study")],
     overrides: Overrides = None,
     workspace: WorkspaceFolder = HERE,

@@ -9,7 +9,7 @@ from vinedresser.cli.render import print_json
 from vinedresser.errors import BusyError
 
 
-def sync(
+def verb(
     workspace: WorkspaceFolder = HERE,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print what waits, then exit; deliver nothing")
@@ -17,15 +17,14 @@ def sync(
     as_json: AsJson = False,
 ) -> None:
     """Deliver metrics, tags and artifacts that the tracking store has not taken yet."""
-    from vinedresser.tracking import spools_of
-    from vinedresser.tracking import sync as deliver_all
+    from vinedresser.tracking import deliver_spools, spools_of
     from vinedresser.workspace import layout
 
     folders = spools_of(layout.Workspace(workspace.absolute()))
     if dry_run:
         waiting = [str(folder.path) for folder in folders]
         return print_json({"waiting": waiting}) if as_json else print("\n".join(waiting))
-    done = deliver_all(folders, workspace)
+    done = deliver_spools(folders, workspace)
     if as_json:
         left = {str(folder): reason for folder, reason in done.left.items()}
         print_json({"delivered": [str(folder) for folder in done.delivered], "left": left})

@@ -21,7 +21,7 @@ from vinedresser.cli.render import print_json
 _log = logging.getLogger(__name__)
 
 
-def train(
+def verb(
     experiment: Annotated[str, typer.Argument(help="import path or file; a study gives its base")],
     overrides: Overrides = None,
     workspace: WorkspaceFolder = HERE,

@@ -42,7 +42,7 @@ class Shown(Section):
     scores: bool = False
 
 
-def translate(
+def verb(
     model: ModelName,
     overrides: Overrides = None,
     workspace: WorkspaceFolder = HERE,

@@ -8,7 +8,7 @@ import typer
 from vinedresser.cli.arguments import HERE, WorkspaceFolder
 
 
-def ui(
+def verb(
     port: Annotated[int, typer.Argument(help="port on loopback", min=1, max=65535)] = 5000,
     workspace: WorkspaceFolder = HERE,
 ) -> None:

@@ -198,7 +198,7 @@ class ShardPool:
             for at in np.flatnonzero(layout.bucket == bucket):
                 block = int(layout.block[at])
                 path = self._folder / f"{self.name}-{block:05d}.parquet"
-                with reading(path):
+                with parquet_errors(path):
                     table = _row_group(path, int(layout.group[at]), footers, block)
                     rows.append(table["row"].to_numpy())
                     sources.append(side_of(table["source"], self._features))
@@ -276,7 +276,7 @@ def chunks_of(rows_of_block: Ints, at_most: int, lanes: int = 1) -> Ints:
 
 def _entries(path: Path, split: str, columns: list[str]) -> Iterator[list[Ints]]:
     """Yield the given columns of a split's cells, a piece of the file at a time."""
-    with reading(path), path.open("rb") as stream:
+    with parquet_errors(path), path.open("rb") as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         for batch in file.iter_batches(columns=["split", *columns], use_threads=False):
             chosen = batch.filter(pc.equal(batch["split"], split))
@@ -310,7 +310,7 @@ def _row_group(path: Path, index: int, footers: dict[int, Any], block: int) -> p
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def parquet_errors(path: Path) -> Iterator[None]:
     """Turn every error of reading a Parquet file into one line that names it.
 
     Raises:

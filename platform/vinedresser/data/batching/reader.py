@@ -18,7 +18,7 @@ from vinedresser.data.batching.pools import (
     MemoryPool,
     Pool,
     ShardPool,
-    reading,
+    parquet_errors,
     side_of,
 )
 from vinedresser.data.batching.prefetch import prefetched
@@ -75,7 +75,7 @@ def load_split(shards: ShardSet, name: str) -> Split:
         raise DataError(f"{shards.folder} has no {name} split; it has {', '.join(shards.counts)}")
     tables = []
     for file in shards.meta["shards"][name]:
-        with reading(shards.folder / file):
+        with parquet_errors(shards.folder / file):
             path = shards.folder / file
             tables.append(pq.read_table(path, page_checksum_verification=True))
     table = pa.concat_tables(tables)
