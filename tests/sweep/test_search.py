@@ -408,9 +408,17 @@ def test_hopeless_trials_are_stopped_and_everything_is_on_record(
     again, said = search(**changes)
     assert again == outcome
     assert said == [f"{Path(outcome.folder).name}: unchanged, 5 trials known"]
-    lease = SweepFolder(Path(outcome.folder)).lease
-    with leased(lease, "sweep"), pytest.raises(BusyError, match="wait"):
-        search(**changes)
+    folder = SweepFolder(Path(outcome.folder))
+    with leased(folder.lease, "sweep"):
+        assert search(**changes)[0] == outcome  # what has ended needs no lease
+        ended = folder.outcome.rename(tmp_path / "aside.json")
+        with pytest.raises(BusyError, match="wait"):
+            search(**changes)
+        ended.rename(folder.outcome)
+    # Checkpoints of stopped trials go with the end of their search.
+    runs = [RunFolder(tmp_path / "runs" / trial.run) for trial in outcome.trials]
+    assert all(run.path.is_dir() for run in runs)
+    assert not any(run.checkpoints.exists() for run in runs)
 
     # In a workspace that was moved nothing is trained again, whether its outcome is there or not.
     new = tmp_path / "moved"

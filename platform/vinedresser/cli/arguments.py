@@ -222,10 +222,11 @@ def prepare_context(task: Any, workspace: Path, *, kind: str = "train") -> "RunC
 
     store = store_for(workspace, task.name)
     require_shared_store(store)
-    prepared = shards.prepare(task, layout.Workspace(workspace).shards)
+    # Absolute: Tune runs each trial in a folder of its own.
+    place = layout.Workspace(workspace.absolute())
+    prepared = shards.prepare(task, place.shards)
     if kind != "train":
         prepare_store(store)
-    place = layout.Workspace(workspace.absolute())
     return RunContext(prepared, place, store, kind=kind, is_remote=is_named())
 
 
