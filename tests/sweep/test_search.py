@@ -43,7 +43,7 @@ from vinedresser.sweep.trials import TrialWatch
 from vinedresser.tracking import RunRow, Store
 from vinedresser.training import evaluator
 from vinedresser.workspace.commit import commit
-from vinedresser.workspace.layout import SpoolFolder, SweepFolder, Workspace
+from vinedresser.workspace.layout import RunFolder, SpoolFolder, SweepFolder, Workspace
 from vinedresser.workspace.lease import leased
 
 # MLflow's and Optuna's own imports warn; none of it is ours to change.
