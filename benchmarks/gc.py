@@ -80,16 +80,19 @@ def sweep_and_collect(trials: int) -> dict[str, float]:
                  "stopping": {"grace": 1, "factor": 3}}  # fmt: skip
         (here / "study.json").write_text(json.dumps(study))
         out, seconds = run("sweep", "study.json", "--json", cwd=here)
-        states = [trial["state"] for trial in json.loads(out)["trials"]]
+        found_trials = json.loads(out)["trials"]  # the best first
+        states = [trial["state"] for trial in found_trials]
+        best = [Path(trial["bundle"]) for trial in found_trials if trial["bundle"]][:TOP]
         space_folder = here / "workspace"
         parts = [space_folder / part for part in ("runs", "models", "sweeps", "shards")]
         before = sum(map(size, parts))
         checkpoints = len(list(space_folder.glob("runs/*/checkpoints")))
         found, gc_seconds = run("gc", f"top={TOP}", "--json", cwd=here)
         left = sum(map(size, parts))
-        bundles = sum(map(size, space_folder.glob("runs/*/bundle")))
+        bundles = sum(map(size, best))
         return {
             "complete": states.count("complete"), "stopped": states.count("pruned"),
+            "failed": states.count("fail"),
             "checkpoints_after_sweep": checkpoints, "bytes_after_sweep": before,
             "freed": json.loads(found)["freed_bytes"], "bytes_left": left, "top_bundles": bundles,
             "left_over_top": round(left / bundles, 4),

@@ -116,7 +116,9 @@ def sweep(study: Study, context: RunContext) -> SweepOutcome:
                     f"{folder.name}: none of {len(trials)} trials ran to its end "
                     f"({'; '.join(reasons[:3])}); widen the space or lower optim.lr"
                 )
-            front = [trial.number for trial in outcome.pareto()]
+            # With one objective the front is all trials with the best value; one model is enough.
+            best = outcome.pareto() if len(objectives) > 1 else [outcome.best]
+            front = [trial.number for trial in best]
             content = {**asdict(outcome), "front": front}
             write_file(folder.outcome, json.dumps(content, indent=1) + "\n")
             _record(outcome, tracker)
