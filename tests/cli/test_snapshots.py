@@ -40,7 +40,7 @@ EVERYWHERE = (
 # Volatile where a model was trained: decimals, rates and times, short ids; widths of columns.
 OF_MODELS = (
     # Written every some seconds.
-    (r"(?m)^.* ETA .*\n", ""),
+    (r"(?m)^.*(?: ETA | tok/s).*\n", ""),
     (r'"started": ".*?"', '"started": "<time>"'),
     (r"jiwer:[\d.]+", "jiwer:<version>"),
     (r"-?\d+(\.\d+)?e[+-]\d+|-?\d+\.\d+", "<decimal>"),

@@ -227,7 +227,7 @@ def test_a_champion_on_another_test_set_is_scored_again(
     assert (refused.verdict, refused.champion_version) == ("kept", 1)
     assert "worse by more than 0" in refused.reason
     # The champion's score on these references is in its tag: nothing is decoded again.
-    monkeypatch.setattr(promotion, "compare", None)
+    monkeypatch.setattr(promotion, "compare_models", None)
     again = put("bad", worse)
     assert (again.verdict, again.scores) == ("unchanged", refused.scores)
 

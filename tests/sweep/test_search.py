@@ -324,7 +324,7 @@ def test_a_trial_that_is_not_tracked_is_reported_to_the_driver(
     proposal = {"number": 3, "params": {"optim.lr": 2e-3}}
     trial = SimpleNamespace(trial_id="t", config=proposal, last_result={})
     watch.on_trial_start(0, [], trial)
-    (folder,) = watch.folders()
+    folder = watch._folder(trial)
     watch.on_trial_result(0, [], trial, {"step": 1, "dev/per": 9.0})
     assert not [line for line in caplog.messages if "not tracked" in line]
     spool = SpoolFolder(folder.tracking)

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from tests.memory_tracker import MemoryTracker
-from tests.short_run import a_run, experiment, killed_run
+from tests.short_run import MonitoredRun, a_run, experiment, killed_run
 from vinedresser.data.batching.reader import Batches
 from vinedresser.data.shards import ShardSet
 from vinedresser.errors import DivergedError, InterruptedRunError
 from vinedresser.tracking import NullTracker
 from vinedresser.training.listener import Best, Progress
+from vinedresser.workspace.stopping import StopRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,9 +106,21 @@ def test_an_update_is_logged_then_evaluated_then_stored(reversal: ShardSet, tmp_
     assert events[-3:] == [("log", 8), ("evaluate", 8), ("checkpoint", 8)]
 
 
+class StopAt(StopRequest):
+    """Request of a stop at a step."""
+
+    is_requested = True
+
+    def __init__(self, run: MonitoredRun, step: int) -> None:
+        self.run, self.at = run, step
+
+    def __call__(self) -> bool:
+        return self.run.step >= self.at
+
+
 def test_a_stop_request_stores_and_ends(reversal: ShardSet, tmp_path: Path):
     run = a_run(experiment(reversal), reversal, tmp_path)
-    run.should_stop = lambda: run.step >= 6
+    run.should_stop = StopAt(run, 6)
     with pytest.raises(InterruptedRunError, match="stopped on request at step 7; run the same"):
         run.execute()
     assert [path.name for path in run.folder.checkpoints.iterdir()][-1:] == ["step-00000007"]

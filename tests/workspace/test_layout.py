@@ -9,7 +9,7 @@ from vinedresser.workspace import layout
 from vinedresser.workspace.layout import RunFolder, Workspace, checkpoint_step, runs_of
 
 # Names that are no words of other things.
-PLAIN = {"bundle", "models", "runs", "stop", "shards", "group", "tune"}
+PLAIN = {"bundle", "models", "runs", "schedules", "stop", "shards", "group", "tune"}
 
 
 def test_a_run_is_found_by_its_name_and_key(tmp_path: Path):

@@ -99,7 +99,7 @@ def track_slots(schedule: Schedule, ledger: Ledger, workspace: Path) -> None:
             "attempts": len(record.attempts),
         }
         tracker.log({**numbers, **costs}, 1)
-        tracker.text(json.dumps(record.to_json(), indent=1) + "\n", "record.json")
+        tracker.text(json.dumps(record.to_json(), indent=1) + "\n", "slot.json")
         tracker.close("FAILED" if record.state == "failed" else "FINISHED", record.reason)
         # What the store did not take waits in the spool.
         ledger.folder.tracked(record.name).touch()

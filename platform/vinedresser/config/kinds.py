@@ -56,7 +56,9 @@ def load_module(name: str) -> ModuleType | None:
         if f"{name}.".startswith(f"{error.name or name}."):
             return None
         raise ValueError(f"{name} needs {error.name}, which is not installed") from None
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's module may raise or exit
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a user's module may raise or exit
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = error if isinstance(error, SyntaxError) else last
         reason = " ".join(str(error).split())[:_MAX_REASON]

@@ -104,10 +104,11 @@ def promote(
     champion = version_with_alias(client, name, CHAMPION)
     if champion is None:
         decision = decide(challenge.scores, None, challenge.gate)
+    elif int(champion.version) == int(number):
+        decision = decide(challenge.scores, challenge.scores, challenge.gate)
+        return "unchanged", replace(decision, promoted=True, reason="is the champion already")
     else:
         decision = _decide(client, store, champion, challenge)
-    if champion is not None and int(champion.version) == int(number):
-        return "unchanged", replace(decision, promoted=True, reason="is the champion already")
     promoted = version.tags.get(PROMOTED_TAG)
     if champion is not None and promoted:
         reason = f"was champion once ({promoted}); to restore it move the alias by hand"

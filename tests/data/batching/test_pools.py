@@ -262,7 +262,9 @@ def test_a_damaged_histogram_is_named(blocks, tmp_path):
 @pytest.mark.usefixtures("small_chunks")
 def test_no_file_stays_open(blocks):
     def opened():
-        return [f.path for f in psutil.Process().open_files() if str(blocks.folder) in f.path]
+        found = [f.path for f in psutil.Process().open_files() if str(blocks.folder) in f.path]
+        # Its shared lock keeps `gc` from the folder until the process ends.
+        return [path for path in found if not path.endswith("/manifest.json")]
 
     steps = stream(blocks, Batching(max_padded_tokens=TOKENS), seed=0)
     for _ in itertools.islice(steps, 30):

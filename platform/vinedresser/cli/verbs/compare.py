@@ -1,5 +1,6 @@
 """`compare`: difference of models on a split of a task's corpus, with its significance."""
 
+import itertools
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,7 +16,7 @@ from vinedresser.cli.arguments import (
     split_options,
 )
 from vinedresser.cli.render import print_json
-from vinedresser.cli.verbs.evaluate import evaluate_rows
+from vinedresser.cli.verbs.evaluate import check_source, evaluate_rows
 from vinedresser.config import Decoding, Section, Task, resolve
 from vinedresser.errors import ConfigError
 
@@ -56,6 +57,8 @@ def verb(
     options, task = Resampling().override(parts[0]), task.override(parts[2])
     check_decoding(parts[1])
     bundles = [[open_model(name, workspace) for name in side.split(",")] for side in sides]
+    for bundle in itertools.chain(*bundles):
+        check_source(bundle, task)
     rows = [(row.source, row.target) for row in read(task, options.split)]
     texts = [
         [

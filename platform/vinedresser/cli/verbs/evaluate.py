@@ -46,6 +46,7 @@ def verb(
     options, value = SplitOption().override(parts[0]), value.override(parts[2])
     check_decoding(parts[1])
     bundle = open_model(model, workspace)
+    check_source(bundle, value)
     rows = [(row.source, row.target) for row in read(value, options.split)]
     decoding = decoding_of(bundle.experiment.decoding, parts[1])
     evaluated = evaluate_rows(bundle, value, rows, decoding)
@@ -58,16 +59,8 @@ def verb(
     return None
 
 
-def evaluate_rows(
-    bundle: "Bundle", task: Task, rows: "Sequence[tuple[SourceItem, str]]", decoding: Decoding
-) -> "Evaluated":
-    """Decode and score the rows of a task's split.
-
-    Raises:
-        ConfigError: one of task and bundle is of recordings, the other of text.
-    """
-    from vinedresser.evaluate import Scoring, evaluate, tokenized
-
+def check_source(bundle: "Bundle", task: Task) -> None:
+    """Raise a ConfigError if one of task and bundle is of recordings, the other of text."""
     is_of_frames = isinstance(task.source_tokenizer, Frames)
     if is_of_frames != bool(bundle.source_tokenizer.features):
         kinds = ("recordings", "text") if is_of_frames else ("text", "recordings")
@@ -75,6 +68,14 @@ def evaluate_rows(
             f"{task.name}: the source is {kinds[0]}, the input of model {bundle.folder} is "
             f"{kinds[1]}"
         )
+
+
+def evaluate_rows(
+    bundle: "Bundle", task: Task, rows: "Sequence[tuple[SourceItem, str]]", decoding: Decoding
+) -> "Evaluated":
+    """Decode and score the rows of a task's split."""
+    from vinedresser.evaluate import Scoring, evaluate, tokenized
+
     return evaluate(
         bundle.model,
         tokenized(rows, bundle.source_tokenizer, bundle.target_tokenizer),
