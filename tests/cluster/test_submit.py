@@ -23,7 +23,7 @@ MAIN = [sys.executable, "-c", "import sys; from vinedresser.cli import main; sys
 CANARY = "canary-5ecret-value"
 # Ports of its own: those that Ray takes by default may belong to another cluster.
 HEAD = """
-import socket, sys
+import pathlib, socket, sys
 from ray.cluster_utils import Cluster
 for number in (1, 2, 3):  # Ray gives up after 30 s, which a busy machine can miss
     with socket.socket() as probe:
@@ -37,6 +37,8 @@ for number in (1, 2, 3):  # Ray gives up after 30 s, which a busy machine can mi
     except Exception:
         if number == 3:
             raise
+# As `ray start` does: without it Ray gives a job the address of any cluster on this machine.
+pathlib.Path(sys.argv[1], str(number), "ray_current_cluster").write_text(cluster.address)
 print(ports["dashboard_port"], flush=True)
 sys.stdin.read()
 cluster.shutdown()
