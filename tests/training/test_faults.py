@@ -224,6 +224,12 @@ def limited(*words):
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     return encode(*words)
 run.model.encode = limited
+# Nothing of the limit is left for the stack of the thread that beats while a bundle is written.
+finish = run._finish
+def finished():
+    resource.setrlimit(resource.RLIMIT_AS, 2 * (resource.RLIM_INFINITY,))
+    return finish()
+run._finish = finished
 try:
     print("value", run.execute().value)
 except VinedresserError as error:
@@ -442,9 +448,9 @@ def test_t14_two_workers_one_and_two_again(reversal, tmp_path, forked):
     )
     # Told to stop while rank 0 evaluates, all ranks do at once; nothing is taken twice or left out.
     assert told == two
-    for rank, said in ((0, "during an evaluation"), (1, "while rank 0 evaluated")):
+    for rank in (0, 1):
         stops = (tmp_path / f"told/stopped-{rank}").read_text().splitlines()
-        assert [said in stop for stop in stops] == [True, True]
+        assert ["stopped on request at step 8;" in stop for stop in stops] == [True, True]
     ends = [json.loads(path.read_text()) for path in tmp_path.glob("t*/runs/*/outcome.json")]
     assert len(ends) == 2
     assert ends[0]["history"] == ends[1]["history"]
