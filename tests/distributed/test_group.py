@@ -292,12 +292,14 @@ def _is_over(process: psutil.Process) -> bool:
     return True
 
 
-# Two nodes on this host; one is killed after the first checkpoint, or announced as lost and another
-# one added.
+# Two nodes on this host, one of which is killed after the first checkpoint; or three, and one that
+# has a worker is announced as lost.
 NODES = """
-import json, logging, subprocess, sys, threading, time
+import json, logging, sys, threading, time
 from pathlib import Path
 import ray
+from ray._private.state import available_resources_per_node
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from vinedresser import tracking
 from vinedresser.config import Experiment
@@ -310,7 +312,7 @@ from vinedresser.workspace.layout import Workspace
 plain, shards, workspace, *drain = sys.argv[1:]
 node = {"num_cpus": 1, "object_store_memory": 80_000_000}
 cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-lost = cluster.add_node(**node)
+added = [cluster.add_node(**node) for _ in (["lost", "spare"] if drain else ["lost"])]
 ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
 cluster.wait_for_nodes()
 experiment = Experiment.from_json(json.loads(plain))
@@ -320,11 +322,11 @@ def lose():
     while not list((folder / "checkpoints").glob("step-*")):
         time.sleep(0.01)
     if not drain:
-        return cluster.remove_node(lost, allow_graceful=False)
-    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    subprocess.run([*drain, "drain-node", "--address", cluster.address, "--node-id", lost.node_id,
-                    *reason, "--deadline-remaining-seconds", "120"], check=True)
-    cluster.add_node(**node)
+        return cluster.remove_node(added[0], allow_graceful=False)
+    free = available_resources_per_node()
+    lost = next(one.node_id for one in added if not free[one.node_id].get("CPU"))
+    in_two_minutes = (int(time.time()) + 120) * 1000
+    GcsClient(cluster.address).drain_node(lost, 2, "spot", in_two_minutes)  # 2: preemption
 
 threading.Thread(target=lose).start()
 store = tracking.store_for(Path(workspace), "reversal")
@@ -359,8 +361,7 @@ def test_an_announced_loss_moves_the_workers_after_a_checkpoint(
     long: Experiment, whole: Outcome, reversal: ShardSet, tmp_path: Path
 ) -> None:
     words = [json.dumps(long.to_json()), str(reversal.folder), str(tmp_path)]
-    ray_command = str(Path(sys.executable).with_name("ray"))
-    command = [sys.executable, "-c", NODES, *words, ray_command]
+    command = [sys.executable, "-c", NODES, *words, "drain"]
     subprocess.run(command, check=True, capture_output=True, timeout=280)
     outcome = finished(folder_of(long, reversal, tmp_path))
     assert outcome is not None
